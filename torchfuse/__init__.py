@@ -1,0 +1,30 @@
+"""Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
+
+from torchfuse.models.deep_fusion import DeepFusionModel
+from torchfuse.models.early_fusion import EarlyFusionModel
+from torchfuse.models.fuse import fuse
+from torchfuse.modules.fusion_embedding import FusionEmbedding
+from torchfuse.modules.fusion_layer import FusionLayer
+from torchfuse.params import (
+    describe,
+    get_fusion_params,
+    param_groups,
+    register_fusion_module,
+    set_trainable,
+)
+
+__all__ = [
+    # fuse
+    "fuse",
+    "DeepFusionModel",
+    "EarlyFusionModel",
+    # parts
+    "FusionLayer",
+    "FusionEmbedding",
+    "register_fusion_module",
+    "get_fusion_params",
+    # train
+    "set_trainable",
+    "param_groups",
+    "describe",
+]

@@ -1,0 +1,17 @@
+"""Checkpoints: what the world has, in; what fusion learned, out and in again."""
+
+from torchfuse.checkpoint.fusion_artifact import (
+    fusion_state_dict,
+    load_fusion,
+    load_fusion_state_dict,
+    save_fusion,
+)
+from torchfuse.checkpoint.pretrained import load_pretrained
+
+__all__ = [
+    "fusion_state_dict",
+    "load_fusion",
+    "load_fusion_state_dict",
+    "load_pretrained",
+    "save_fusion",
+]

@@ -1,0 +1,192 @@
+"""What fusion learned, and nothing else, as an artifact.
+
+An artifact is a directory. ``fusion.safetensors`` holds the tensors and, in its header, what model
+they are for, so that one file, replaced as a whole, is the truth; ``fusion.json`` repeats the header
+for people and scripts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchfuse.checkpoint.files import write_whole
+from torchfuse.naming import unwrap
+from torchfuse.params import fusion_buffers, get_fusion_params
+
+__all__ = [
+    "FusionMismatch",
+    "fusion_state_dict",
+    "load_fusion",
+    "load_fusion_state_dict",
+    "save_fusion",
+]
+
+_TENSORS: Final = "fusion.safetensors"
+_DESCRIPTION: Final = "fusion.json"
+_KEY: Final = "torchfuse"
+_FORMAT: Final = 1
+
+
+class FusionMismatch(NamedTuple):
+    """What a load with ``strict=False`` passed over, by name."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+
+def _fusion_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**get_fusion_params(model), **fusion_buffers(model)}
+
+
+def fusion_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that fusion added, by canonical name; persistent buffers of its modules included.
+
+    The tensors share memory with the model's, as those of ``state_dict()`` do.
+
+    Raises:
+        ValueError: if fusion added nothing to this model.
+    """
+    tensors = {name: tensor.detach() for name, tensor in _fusion_tensors(model).items()}
+    if not tensors:
+        raise ValueError(
+            "This model has no fusion parameters. What fusion added is found by fusion_params(); "
+            "mark modules of your own with register_fusion_module."
+        )
+    return tensors
+
+
+@torch.no_grad()
+def load_fusion_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> FusionMismatch:
+    """Copy the tensors that fusion added into a model.
+
+    Args:
+        model: a fused model, sharded or not.
+        state_dict: what :func:`fusion_state_dict` returned.
+        strict: whether every tensor must fit. If not, what fits is loaded.
+
+    Returns:
+        What was passed over: all empty if ``strict``.
+
+    Raises:
+        ValueError: with every tensor that is missing, unexpected or of another shape, if ``strict``;
+            if none fits at all, in any case. The model is as it was then.
+    """
+    ours = _fusion_tensors(model)
+    skipped = FusionMismatch(
+        missing=[name for name in ours if name not in state_dict],
+        unexpected=[name for name in state_dict if name not in ours],
+        mismatched=[n for n, t in ours.items() if n in state_dict and t.shape != state_dict[n].shape],
+    )
+    fitting = [n for n in ours if n in state_dict and n not in skipped.mismatched]
+    if (strict and any(skipped)) or not fitting:
+        raise ValueError(_explain(skipped, ours, state_dict))
+    for name in fitting:
+        target, source = ours[name], state_dict[name]
+        if isinstance(target, DTensor) and not isinstance(source, DTensor):
+            source = distribute_tensor(
+                source.to(target.device, target.dtype), target.device_mesh, target.placements
+            )
+        target.copy_(source)
+    return skipped
+
+
+def _explain(skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    lines = [f"missing: {name}" for name in skipped.missing]
+    lines += [f"unexpected: {name}" for name in skipped.unexpected]
+    lines += [
+        f"shape: {name} is {list(theirs[name].shape)}, the model's is {list(ours[name].shape)}"
+        for name in skipped.mismatched
+    ]
+    listing = "\n  ".join(lines)
+    return (
+        "The fusion tensors do not fit this model; nothing was loaded. Was it fused in the same way "
+        f"(arch, every, adapter, fusion_vocab_size)?\n  {listing}"
+    )
+
+
+def save_fusion(model: nn.Module, path: str | Path) -> None:
+    """Write what fusion learned as an artifact; an older one at this place is replaced whole.
+
+    On a sharded model every rank calls this and rank zero writes.
+
+    Args:
+        model: a fused model.
+        path: directory of the artifact, made if need be.
+
+    Raises:
+        ValueError: if fusion added nothing to this model, or the path is no directory.
+    """
+    tensors = {name: _whole(tensor) for name, tensor in fusion_state_dict(model).items()}
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; an artifact is a directory.")
+    description = json.dumps(_describe(model), indent=2, sort_keys=True)
+    # Tensors that share memory cannot stand in one file.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(path / _TENSORS, lambda file: save_file(tensors, file, {_KEY: description}))
+    write_whole(path / _DESCRIPTION, lambda file: _write_text(file, description + "\n"))
+
+
+def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> FusionMismatch:
+    """Load an artifact that :func:`save_fusion` wrote into a model fused in the same way.
+
+    Args:
+        model: a fused model, with its pretrained parts loaded.
+        path: directory of the artifact.
+        strict: as in :func:`load_fusion_state_dict`.
+
+    Returns:
+        What was passed over: all empty if ``strict``.
+
+    Raises:
+        ValueError: if there is no such artifact, it is damaged, it is for another architecture, or its
+            tensors do not fit. The model is as it was then.
+    """
+    file = Path(path) / _TENSORS
+    if not file.is_file():
+        raise ValueError(f"{path} is no artifact of save_fusion: it has no {_TENSORS}.")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            description = json.loads((reader.metadata() or {})[_KEY])
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
+    ours = _describe(model)
+    for what in ("format", "architecture"):
+        if strict and description.get(what) != ours[what]:
+            raise ValueError(
+                f"{file} is for {what} {description.get(what)!r}, the model is {ours[what]!r}."
+            )
+    return load_fusion_state_dict(model, tensors, strict)
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    strategy = getattr(unwrap(model), "strategy", None)
+    return {
+        "format": _FORMAT,
+        "architecture": None if strategy is None else strategy.arch,
+        "options": {} if strategy is None else strategy.options(),
+    }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

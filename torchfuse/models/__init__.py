@@ -1,0 +1,27 @@
+"""Fused models behind the decoder's own call, and the strategies that make them."""
+
+from torchfuse.models.base import FusedModel
+from torchfuse.models.deep_fusion import CrossAttentionStrategy, DeepFusionModel
+from torchfuse.models.early_fusion import EarlyFusionModel, JointDecoderStrategy
+from torchfuse.models.fuse import fuse
+from torchfuse.models.strategies import (
+    EncoderFeatures,
+    ModalityContext,
+    ModalityStrategy,
+    build_modality_strategy,
+    register_modality_strategy,
+)
+
+__all__ = [
+    "CrossAttentionStrategy",
+    "DeepFusionModel",
+    "EarlyFusionModel",
+    "EncoderFeatures",
+    "FusedModel",
+    "JointDecoderStrategy",
+    "ModalityContext",
+    "ModalityStrategy",
+    "build_modality_strategy",
+    "fuse",
+    "register_modality_strategy",
+]

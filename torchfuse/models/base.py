@@ -1,0 +1,178 @@
+"""The fused model as the decoder's callers see it.
+
+:class:`FusedModel` is called as a ``TransformerDecoder`` is. What makes one architecture differ from
+another is the strategy's business: it turns a call into a :class:`ModalityContext`, and the decoder runs
+on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchfuse.models.encoding import EncoderInput, EncoderMask, EncoderOwner, OnMissing
+from torchfuse.models.strategies import ModalityContext, ModalityStrategy
+from torchfuse.models.surface import DecoderSurface
+from torchfuse.params import get_fusion_params, set_trainable
+
+__all__ = ["FusedModel"]
+
+
+class FusedModel(DecoderSurface, EncoderOwner):
+    """A pretrained decoder, pretrained encoders and what connects them.
+
+    Keys of the state dict: ``decoder.<its own>``, ``encoder.<its own>`` and ``adapter.<its own>``, or
+    ``encoders.<name>.<its own>`` and ``adapters.<name>.<its own>`` when encoders are given by name.
+
+    Args:
+        decoder: a ``TransformerDecoder``, with fusion layers in it where the strategy wants any.
+        encoder: one module, or modules by name. An encoder returns features ``[b, n, d_e]``.
+        strategy: how features reach the decoder.
+        adapter: what maps features to the decoder's width, for each encoder. None: the encoder does.
+        decoder_trainable: whether the pretrained decoder trains.
+        encoder_trainable: whether the encoders train; also ``{name: bool}``.
+        fusion_trainable: whether what fusion added trains.
+        on_missing: what happens to the encoder and the layers that read it in a batch without any input
+            for it. ``"skip"``: they do not run. ``"participate"``: they run on a stand-in whose
+            contribution is exactly nothing, forward and backward, so that under data parallelism every
+            rank runs the same parameters. Calls with caches skip.
+        example_input: the stand-in's keywords for the encoder (``{name: keywords}`` by name), of the
+            smallest size that it accepts. None: its ``example_input()`` is asked.
+
+    Raises:
+        ValueError: if names do not agree, or ``"participate"`` has no example input.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        strategy: ModalityStrategy,
+        adapter: nn.Module | Mapping[str, nn.Module] | None = None,
+        decoder_trainable: bool = False,
+        encoder_trainable: bool | Mapping[str, bool] = False,
+        fusion_trainable: bool = True,
+        on_missing: OnMissing = "skip",
+        example_input: EncoderInput | None = None,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self._own_encoders(encoder, adapter, on_missing, example_input)
+        strategy.check_encoders(self.encoder_names)
+        self.strategy = strategy
+        set_trainable(
+            self,
+            decoder=decoder_trainable,
+            encoder=encoder_trainable,
+            # A model without any fusion parameter is allowed; the default must not refuse it.
+            fusion=fusion_trainable and bool(get_fusion_params(self)),
+        )
+
+    @property
+    def _caches_features(self) -> bool:  # type: ignore[override]
+        return self.strategy.caches_features
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The pretrained parts: ``"decoder"``, and ``"encoder"`` or ``"encoder.<name>"``."""
+        return {"decoder": self.decoder, **self.encoder_parts()}
+
+    def train(self, mode: bool = True) -> FusedModel:
+        """As ``nn.Module.train``, except that modules with only frozen parameters stay in ``eval``."""
+        super().train(mode)
+        if mode:
+            for part in self.parts().values():
+                _evaluate_frozen(part)
+        return self
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        encoder_input: EncoderInput | None = None,
+        encoder_mask: EncoderMask | None = None,
+        input_pos: Tensor | None = None,
+        encoder_embeds: Tensor | Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """Score tokens, given what the encoders see.
+
+        Args:
+            tokens: ids, ``[b, s]``.
+            mask: bool ``[b, s, s]`` (with caches ``[b, s, slots]``), True where a token may attend to
+                another. None: causal. Needed with caches.
+            encoder_input: keywords of the encoder; ``{name: keywords}`` when encoders have names, where
+                a name may be left out. None: a batch of text, or a step whose features are cached.
+            encoder_mask: which features count: bool ``[b, s, n]``, True where text position ``s`` may
+                attend to feature ``n``, or ``[b, n]``, True where feature ``n`` belongs to the row. Over
+                the features of all encoders one behind the other, or by name. None: all count.
+            input_pos: positions, ``[b, s]`` or ``[s]``. None: ``0 .. s - 1``. Needed with caches.
+            encoder_embeds: what :meth:`encode` returned, in place of ``encoder_input``.
+
+        Returns:
+            Logits ``[b, s, v]``, aligned with ``tokens``; a list of chunks, or of hidden states and the
+            logits, where the decoder was asked for those.
+
+        Raises:
+            ValueError: if inputs do not fit the model or each other.
+        """
+        cached = self.caches_are_enabled()
+        if cached and (mask is None or input_pos is None):
+            raise ValueError(
+                "Caches are set up, so mask ([b, s, slots], True: may attend) and input_pos must be "
+                "given; torchtune.modules.delete_kv_caches(model) removes the caches."
+            )
+        features = self._features(
+            tokens,
+            encoder_input,
+            encoder_embeds,
+            encoder_mask,
+            participate=self.on_missing == "participate" and not cached,
+        )
+        context = self.strategy.prepare(
+            self, tokens, features, mask=mask, encoder_mask=encoder_mask, input_pos=input_pos
+        )
+        return self._decode(context)
+
+    def _decode(self, context: ModalityContext) -> Any:
+        kwargs = {
+            "mask": context.mask,
+            "encoder_input": context.encoder_input,
+            "encoder_mask": context.encoder_mask,
+            "input_pos": context.input_pos,
+        }
+        if context.embeds is None:
+            return self.decoder(context.tokens, **kwargs)
+        self._check_embeds(context.embeds)
+        scored = context.output_slice or slice(None)
+        hidden, h = [], context.embeds
+        for index, layer in enumerate(self.layers):
+            if index in self.output_hidden_states:
+                hidden.append(h[:, scored])
+            h = layer(h, **kwargs)
+        output = self.decoder.unembed(h[:, scored])
+        return [*hidden, output] if hidden else output
+
+    def _check_embeds(self, embeds: Tensor) -> None:
+        if embeds.shape[1] > self.max_seq_len:
+            raise ValueError(
+                f"The sequence is {embeds.shape[1]} tokens long with those of the encoder, and the "
+                f"decoder's max_seq_len is {self.max_seq_len}. Shorten the text or use fewer encoder "
+                "tokens."
+            )
+        if hasattr(self.decoder, "unshard"):
+            raise ValueError(
+                "The decoder is sharded as a module of its own, but this architecture runs its layers "
+                "from the fused model. Call fully_shard on the layers and on the fused model instead."
+            )
+
+
+def _evaluate_frozen(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _evaluate_frozen(child)

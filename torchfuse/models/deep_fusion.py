@@ -1,0 +1,198 @@
+"""Deep fusion: layers inside the decoder attend to the encoder's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.models.base import FusedModel
+from torchfuse.models.encoding import EncoderInput, OnMissing
+from torchfuse.models.strategies import (
+    EncoderFeatures,
+    ModalityContext,
+    ModalityStrategy,
+    check_rows,
+    register_modality_strategy,
+)
+from torchfuse.modules.fusion_layer import FusionLayer
+
+__all__ = ["CrossAttentionStrategy", "DeepFusionModel"]
+
+
+@register_modality_strategy("cross_attention")
+@dataclass(frozen=True)
+class CrossAttentionStrategy(ModalityStrategy):
+    """Gated cross-attention layers at every k-th decoder layer read the features (Flamingo).
+
+    The sequence itself holds text only. Numbers left at None are the decoder layer's own.
+
+    Args:
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values.
+        hidden_dim: width inside the feed-forward.
+        qk_norm: whether queries and keys are normalised per head.
+        norm_eps: epsilon of the RMS norms.
+        attn_dropout: probability of dropping an attention weight in training.
+        fusion_first: whether a cross-attention layer runs before its decoder layer.
+    """
+
+    caches_features = True
+
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    hidden_dim: int | None = None
+    qk_norm: bool = True
+    norm_eps: float = 1e-5
+    attn_dropout: float = 0.0
+    fusion_first: bool = True
+
+    def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
+        layers: Any = decoder.layers
+        if every < 1 or every > len(layers):
+            raise ValueError(
+                f"every={every} fuses no layer of this decoder, which has {len(layers)}: layer i is "
+                f"fused when (i + 1) % every == 0. Choose every between 1 and {len(layers)}."
+            )
+        indices = range(every - 1, len(layers), every)
+        fused = {i: self._fuse_layer(layers[i], i, decoder.tok_embeddings) for i in indices}
+
+        def put_in_place() -> None:
+            for index, layer in fused.items():
+                layers[index] = layer
+
+        return put_in_place
+
+    def _fuse_layer(self, layer: Any, index: int, embedding: Any) -> FusionLayer:
+        from torchfuse.models.layers import cross_attention_layer  # imports torchtune
+
+        try:
+            attn, hidden_dim = layer.attn, layer.mlp.w1.out_features
+            num_heads, num_kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
+        except AttributeError as error:
+            raise ValueError(
+                f"Layer {index} is a {type(layer).__name__} without what torchtune's decoder layers "
+                f"have ({error}). Wrap such layers in FusionLayer yourself and give the decoder to "
+                "DeepFusionModel."
+            ) from error
+        weight = next(p for p in layer.parameters() if p.is_floating_point())
+        if self.num_heads is not None:
+            width = num_heads * head_dim
+            if self.num_heads < 1 or width % self.num_heads:
+                raise ValueError(f"num_heads={self.num_heads} must divide the attention width {width}.")
+            num_heads, head_dim = self.num_heads, width // self.num_heads
+        with weight.device:
+            new = cross_attention_layer(
+                embed_dim=embedding.embedding_dim,
+                num_heads=num_heads,
+                num_kv_heads=self.num_kv_heads or num_kv_heads,
+                head_dim=head_dim,
+                hidden_dim=self.hidden_dim or hidden_dim,
+                norm_eps=self.norm_eps,
+                qk_norm=self.qk_norm,
+                attn_dropout=self.attn_dropout,
+            )
+        return FusionLayer(layer, new.to(weight.dtype), fusion_first=self.fusion_first)
+
+    def prepare(
+        self,
+        model: FusedModel,
+        tokens: Tensor,
+        features: Mapping[str, EncoderFeatures],
+        *,
+        mask: Tensor | None,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+        input_pos: Tensor | None,
+    ) -> ModalityContext:
+        if not features:
+            cached = encoder_mask if model.caches_are_enabled() else None
+            if isinstance(cached, Mapping):
+                cached = torch.cat([cached[name] for name in model.encoder_names], dim=-1)
+            if cached is not None and cached.dim() == 2:
+                cached = cached[:, None].expand(-1, tokens.shape[1], -1)
+            return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=cached)
+        check_rows(tokens, features)
+        return ModalityContext(
+            tokens,
+            mask=mask,
+            input_pos=input_pos,
+            encoder_input=torch.cat(
+                [f.embeds.expand(tokens.shape[0], -1, -1) for f in features.values()], dim=1
+            ),
+            encoder_mask=_join_masks(tokens, features),
+        )
+
+    def wrap(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+        **flags: Any,
+    ) -> DeepFusionModel:
+        return DeepFusionModel(decoder, encoder, adapter=adapter, strategy=self, **flags)
+
+
+def _join_masks(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> Tensor | None:
+    """One mask ``[b, s, n]`` over the features of all encoders; a stand-in is seen by nobody."""
+    if all(f.present and f.mask is None for f in features.values()):
+        return None
+    joined = []
+    for given in features.values():
+        shape = (*tokens.shape, given.embeds.shape[1])
+        if not given.present:
+            joined.append(torch.zeros(shape, dtype=torch.bool, device=tokens.device))
+        elif given.mask is None:
+            joined.append(torch.ones(shape, dtype=torch.bool, device=tokens.device))
+        else:
+            mask = given.mask if given.mask.dim() == 3 else given.mask[:, None]
+            joined.append(mask.expand(shape))
+    return torch.cat(joined, dim=-1)
+
+
+class DeepFusionModel(FusedModel):
+    """A decoder whose layers attend to what the encoder saw.
+
+    Signature and methods are torchtune 0.6.1's; more than it had: several encoders, an adapter,
+    ``encode()`` and ``encoder_embeds=``, stand-ins for batches without images, and everything that a
+    ``TransformerDecoder`` has. :func:`torchfuse.fuse` builds one from a plain decoder.
+
+    Args:
+        decoder: a ``TransformerDecoder`` with fusion layers in it.
+        encoder: a module that returns features ``[b, n, d_e]``, or several by name.
+        decoder_trainable: whether the pretrained decoder trains.
+        encoder_trainable: whether the encoder trains; also ``{name: bool}``.
+        fusion_trainable: whether what fusion added trains.
+        adapter: what maps features to the decoder's width. None: the encoder does.
+        on_missing: see :class:`FusedModel`.
+        example_input: see :class:`FusedModel`.
+        strategy: options of the architecture, for the record; ``fuse`` gives them.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        decoder_trainable: bool = False,
+        encoder_trainable: bool | Mapping[str, bool] = False,
+        fusion_trainable: bool = True,
+        adapter: nn.Module | Mapping[str, nn.Module] | None = None,
+        on_missing: OnMissing = "skip",
+        example_input: EncoderInput | None = None,
+        strategy: CrossAttentionStrategy | None = None,
+    ) -> None:
+        super().__init__(
+            decoder,
+            encoder,
+            strategy=strategy or CrossAttentionStrategy(),
+            adapter=adapter,
+            decoder_trainable=decoder_trainable,
+            encoder_trainable=encoder_trainable,
+            fusion_trainable=fusion_trainable,
+            on_missing=on_missing,
+            example_input=example_input,
+        )

@@ -1,0 +1,250 @@
+"""A model that owns encoders and adapters, and brings their features to the decoder's border.
+
+Encoders come alone (keys ``encoder.`` and ``adapter.``) or by name (``encoders.<name>.`` and
+``adapters.<name>.``); inside, there is only the second case. Features are cast where they enter: pixels
+to the encoder's dtype, features to the adapter's, and what reaches the decoder to the decoder's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.models.strategies import EncoderFeatures
+
+__all__ = ["EncoderInput", "EncoderMask", "EncoderOwner", "OnMissing"]
+
+EncoderInput = Mapping[str, Any]
+EncoderMask = Tensor | Mapping[str, Tensor]
+OnMissing = Literal["skip", "participate"]
+
+# The one encoder of a model whose encoders have no names.
+_UNNAMED = "encoder"
+
+
+class EncoderOwner(nn.Module):
+    """Encoders and adapters, under the keys that their number asks for."""
+
+    encoder: nn.Module
+    encoders: nn.ModuleDict
+    adapter: nn.Module | None
+    adapters: nn.ModuleDict | None
+    on_missing: OnMissing
+    example_input: EncoderInput | None
+
+    def _own_encoders(
+        self,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+        on_missing: OnMissing,
+        example_input: EncoderInput | None,
+    ) -> None:
+        if on_missing not in ("skip", "participate"):
+            raise ValueError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
+        self.on_missing = on_missing
+        self.example_input = example_input
+        if isinstance(encoder, Mapping | nn.ModuleDict):
+            self._own_by_name(dict(encoder.items()), adapter)
+        elif isinstance(adapter, Mapping):
+            raise ValueError("One encoder without a name takes one adapter, got several by name.")
+        else:
+            self.encoder = encoder
+            self.adapter = adapter
+        if on_missing == "participate":
+            for name in self.encoder_names:
+                self._example_input(name)
+
+    def _own_by_name(
+        self,
+        encoders: dict[str, nn.Module],
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+    ) -> None:
+        if not encoders:
+            raise ValueError("A fused model needs at least one encoder, got an empty mapping.")
+        adapters = dict(adapter.items()) if isinstance(adapter, Mapping | nn.ModuleDict) else {}
+        if adapter is not None and adapters.keys() != encoders.keys():
+            raise ValueError(
+                f"Adapters must have the names of the encoders, {', '.join(encoders)}; got "
+                f"{', '.join(adapters) or type(adapter).__name__}."
+            )
+        self.encoders = nn.ModuleDict(encoders)
+        self.adapters = nn.ModuleDict(adapters) if adapters else None
+
+    @property
+    def _named(self) -> bool:
+        return "encoders" in self._modules
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """The names of the encoders; ``["encoder"]`` for one without a name."""
+        return list(self.encoders) if self._named else [_UNNAMED]
+
+    def get_encoder(self, name: str) -> nn.Module:
+        """The encoder of a name in :attr:`encoder_names`."""
+        return self.encoders[name] if self._named else self.encoder
+
+    def get_adapter(self, name: str) -> nn.Module | None:
+        """The adapter behind the encoder of this name, if it has one."""
+        if not self._named:
+            return self.adapter
+        return None if self.adapters is None else self.adapters[name]
+
+    def encoder_parts(self) -> dict[str, nn.Module]:
+        """The encoders as parts of a model: ``"encoder"``, or ``"encoder.<name>"`` for each."""
+        if not self._named:
+            return {_UNNAMED: self.encoder}
+        return {f"{_UNNAMED}.{name}": self.encoders[name] for name in self.encoders}
+
+    def encode(self, encoder_input: EncoderInput) -> Any:
+        """Run encoders and adapters once, for any number of calls with ``encoder_embeds=``.
+
+        Args:
+            encoder_input: keywords of the encoder; ``{name: keywords}`` when encoders have names.
+
+        Returns:
+            Features ``[b, n, d]`` in the decoder's width and dtype; by name when encoders have names.
+
+        Raises:
+            ValueError: for an unknown name, or features that are no ``[b, n, d_e]``.
+        """
+        embeds = {name: self._encode(name, kw) for name, kw in self._by_name(encoder_input).items()}
+        return embeds if self._named else embeds[_UNNAMED]
+
+    def _by_name(self, given: Any) -> dict[str, Any]:
+        """What was given for each encoder, by name, in the order of the encoders."""
+        if not self._named:
+            return {_UNNAMED: given}
+        names = self.encoder_names
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"This model has the encoders {', '.join(names)}: give what is for them by name, got "
+                f"a {type(given).__name__}."
+            )
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"No encoder named {', '.join(unknown)}; there are {', '.join(names)}.")
+        return {name: given[name] for name in names if given.get(name) is not None}
+
+    def _features(
+        self,
+        tokens: Tensor,
+        encoder_input: EncoderInput | None,
+        encoder_embeds: Tensor | Mapping[str, Tensor] | None,
+        encoder_mask: EncoderMask | None,
+        *,
+        participate: bool,
+    ) -> dict[str, EncoderFeatures]:
+        """The features of a batch by encoder, in the order of the encoders on every rank."""
+        if encoder_input is not None and encoder_embeds is not None:
+            raise ValueError("Give encoder_input or encoder_embeds, not both.")
+        inputs = {} if encoder_input is None else self._by_name(encoder_input)
+        ready = {} if encoder_embeds is None else self._by_name(encoder_embeds)
+        embeds: dict[str, Tensor] = {}
+        for name in self.encoder_names:
+            if name in inputs:
+                embeds[name] = self._encode(name, inputs[name])
+            elif name in ready:
+                embeds[name] = self._checked(name, ready[name])
+            elif participate:
+                # One row, one token: whatever the strategy does with it, it shall be cheap.
+                embeds[name] = self._encode(name, self._example_input(name))[:1, :1]
+        present = {name for name in embeds if name in inputs or name in ready}
+        masks = self._split_mask(tokens, encoder_mask, {n: embeds[n] for n in embeds if n in present})
+        return {n: EncoderFeatures(e, masks.get(n), n in present) for n, e in embeds.items()}
+
+    def _split_mask(
+        self, tokens: Tensor, encoder_mask: EncoderMask | None, embeds: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if encoder_mask is None or not embeds:
+            return {}
+        lengths = {name: e.shape[1] for name, e in embeds.items()}
+        if isinstance(encoder_mask, Tensor):
+            if encoder_mask.shape[-1] != sum(lengths.values()):
+                raise ValueError(
+                    f"encoder_mask covers {encoder_mask.shape[-1]} features, but there are "
+                    + " + ".join(f"{n} of {name!r}" for name, n in lengths.items())
+                    + "."
+                )
+            split = encoder_mask.split(list(lengths.values()), dim=-1)
+            masks = dict(zip(lengths, split, strict=True))
+        elif not self._named:
+            raise ValueError("One encoder without a name takes one encoder_mask, got a mapping.")
+        else:
+            masks = {name: m for name, m in self._by_name(encoder_mask).items() if name in embeds}
+        for name, mask in masks.items():
+            shapes = ([*tokens.shape, lengths[name]], [tokens.shape[0], lengths[name]])
+            if mask.dtype != torch.bool or list(mask.shape) not in shapes:
+                raise ValueError(
+                    f"The encoder_mask of {name!r} must be bool (True: may attend) with shape "
+                    f"{shapes[0]} or {shapes[1]}, got {mask.dtype} {list(mask.shape)}."
+                )
+        return masks
+
+    def _encode(self, name: str, encoder_input: Any) -> Tensor:
+        if not isinstance(encoder_input, Mapping):
+            raise ValueError(
+                f"The input of {name!r} must be a mapping of the encoder's keywords, got a "
+                f"{type(encoder_input).__name__}."
+            )
+        encoder, adapter = self.get_encoder(name), self.get_adapter(name)
+        keywords = _cast(encoder_input, _dtype_of(encoder))
+        learns = any(p.requires_grad for p in encoder.parameters()) or any(
+            isinstance(value, Tensor) and value.requires_grad for value in keywords.values()
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            features = encoder(**keywords)
+        if not isinstance(features, Tensor):
+            raise ValueError(
+                f"The encoder {name!r} ({type(encoder).__name__}) must return features [b, n, d_e], "
+                f"got a {type(features).__name__}. Wrap it in a module that picks the tensor."
+            )
+        if adapter is not None:
+            features = adapter(features.to(_dtype_of(adapter) or features.dtype))
+        return self._checked(name, features)
+
+    def _checked(self, name: str, features: Any) -> Tensor:
+        """Features as they may reach the decoder: ``[b, n, d]`` in its dtype."""
+        embedding: nn.Embedding = self.tok_embeddings  # type: ignore[assignment]  # the decoder's
+        width = embedding.embedding_dim
+        fits = isinstance(features, Tensor) and features.dim() in (2, 3) and features.shape[-1] == width
+        if not fits:
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"The features of {name!r} must have shape [b, n, {width}] when they reach the "
+                f"decoder, got {got}. Is an adapter missing?"
+            )
+        dtype = _dtype_of(embedding) or features.dtype
+        return (features if features.dim() == 3 else features[None]).to(dtype)
+
+    def _example_input(self, name: str) -> EncoderInput:
+        encoder = self.get_encoder(name)
+        given = {} if self.example_input is None else self._by_name(self.example_input)
+        example = given.get(name)
+        if example is None:
+            ask = getattr(encoder, "example_input", None)
+            if not callable(ask):
+                raise ValueError(
+                    f'on_missing="participate" needs an input to run {name!r} on when a batch has '
+                    f"none: pass example_input=, or give {type(encoder).__name__} a method "
+                    "example_input()."
+                )
+            example = ask()
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a module computes in, by its first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(keywords: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    return {
+        key: value.to(dtype)
+        if dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in keywords.items()
+    }

@@ -1,0 +1,190 @@
+"""One call from two pretrained parts to a fused model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchfuse.models.base import FusedModel
+from torchfuse.models.encoding import EncoderInput, OnMissing
+from torchfuse.models.strategies import build_modality_strategy
+from torchfuse.modules.adapters import build_adapter
+from torchfuse.modules.fusion_embedding import FusionEmbedding, RowInit
+from torchfuse.params import register_fusion_module
+
+__all__ = ["fuse"]
+
+AdapterSpec = str | nn.Module | None
+
+
+def fuse(
+    decoder: nn.Module,
+    encoder: nn.Module | Mapping[str, nn.Module],
+    *,
+    arch: str = "cross_attention",
+    adapter: AdapterSpec | Mapping[str, AdapterSpec] = "mlp_2layer",
+    every: int = 4,
+    encoder_dim: int | Mapping[str, int] | None = None,
+    fusion_vocab_size: int = 0,
+    fusion_init: RowInit = "mean",
+    decoder_trainable: bool = False,
+    encoder_trainable: bool | Mapping[str, bool] = False,
+    fusion_trainable: bool = True,
+    on_missing: OnMissing = "skip",
+    example_input: EncoderInput | None = None,
+    **arch_options: Any,
+) -> FusedModel:
+    """Fuse a pretrained encoder into a pretrained decoder.
+
+    The parts themselves become parts of the model: their parameters keep name, value and place, and
+    what is new stands beside them on their device and in their dtype. Before its first step the model
+    scores text exactly as the decoder did.
+
+    Args:
+        decoder: a torchtune ``TransformerDecoder``. Its layers and embeddings are wrapped in place.
+        encoder: a module that returns features ``[b, n, d_e]``, or modules by name.
+        arch: ``"cross_attention"`` or ``"joint_decoder"``.
+        adapter: ``"linear"``, ``"mlp_2layer"``, a module of yours, or None where the encoder already
+            returns the decoder's width; by name for named encoders that differ.
+        every: for architectures that fuse layers: layer ``i`` is fused when ``(i + 1) % every == 0``.
+        encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
+            ``config.hidden_size``.
+        fusion_vocab_size: number of new tokens to embed beside the pretrained table.
+        fusion_init: first values of their embeddings, see :meth:`FusionEmbedding.from_pretrained`.
+        decoder_trainable: whether the pretrained decoder trains.
+        encoder_trainable: whether the encoders train; also ``{name: bool}``.
+        fusion_trainable: whether what fusion added trains.
+        on_missing: ``"skip"`` or ``"participate"``, see :class:`FusedModel`.
+        example_input: see :class:`FusedModel`.
+        **arch_options: the architecture's own, see :class:`CrossAttentionStrategy` and
+            :class:`JointDecoderStrategy` (``placement=``, ``encoder_token=``).
+
+    Returns:
+        A :class:`DeepFusionModel` or :class:`EarlyFusionModel`, or what another architecture builds.
+
+    Raises:
+        ValueError: for anything that does not fit; decoder and encoder are as they were then.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchtune.models.llama3_2 import llama3_2
+        >>> decoder = llama3_2(
+        ...     vocab_size=11, num_layers=2, num_heads=3, num_kv_heads=1, embed_dim=12, max_seq_len=7
+        ... )
+        >>> model = fuse(decoder, nn.Linear(5, 5), every=2, encoder_dim=5)
+        >>> tokens, features = torch.tensor([[1, 2, 3]]), {"input": torch.randn(1, 4, 5)}
+        >>> model(tokens, encoder_input=features).shape
+        torch.Size([1, 3, 11])
+    """
+    strategy = build_modality_strategy(arch, **arch_options)
+    encoders = {"": encoder} if isinstance(encoder, nn.Module) else dict(encoder)
+    embedding = _token_embedding(decoder)
+    specs = _by_name(adapter, encoders, "adapter")
+    widths = _by_name(encoder_dim, encoders, "encoder_dim")
+    adapters = {
+        name: _adapter(specs[name], name, encoders[name], widths[name], embedding) for name in encoders
+    }
+    if len({spec is None for spec in adapters.values()}) > 1:
+        raise ValueError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
+    put_layers_in_place = strategy.plan(decoder, every=every)
+    fused_embedding = None
+    if fusion_vocab_size:
+        fused_embedding = FusionEmbedding.from_pretrained(embedding, fusion_vocab_size, fusion_init)
+
+    named = not isinstance(encoder, nn.Module)
+    given_adapters: Any = adapters if named else adapters[""]
+    if named and all(a is None for a in adapters.values()):
+        given_adapters = None
+    layers_before = list(decoder.layers)  # type: ignore[arg-type]
+    try:
+        put_layers_in_place()
+        if fused_embedding is not None:
+            _replace_embedding(decoder, embedding, fused_embedding)
+        return strategy.wrap(
+            decoder,
+            encoder,
+            adapter=given_adapters,
+            decoder_trainable=decoder_trainable,
+            encoder_trainable=encoder_trainable,
+            fusion_trainable=fusion_trainable,
+            on_missing=on_missing,
+            example_input=example_input,
+        )
+    except BaseException:
+        for index, layer in enumerate(layers_before):
+            decoder.layers[index] = layer  # type: ignore[operator]
+        if fused_embedding is not None:
+            _replace_embedding(decoder, fused_embedding, embedding)
+        raise
+
+
+def _token_embedding(decoder: nn.Module) -> nn.Embedding:
+    embedding = getattr(decoder, "tok_embeddings", None)
+    if not isinstance(embedding, nn.Embedding) or not isinstance(
+        getattr(decoder, "layers", None), nn.ModuleList
+    ):
+        raise ValueError(
+            "fuse needs a decoder with tok_embeddings (an nn.Embedding) and layers (an "
+            f"nn.ModuleList), as torchtune's TransformerDecoder has; got a {type(decoder).__name__}."
+        )
+    return embedding
+
+
+def _by_name(given: Any, encoders: Mapping[str, nn.Module], what: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(encoders, given)
+    if given.keys() != encoders.keys():
+        raise ValueError(
+            f"{what} must have the names of the encoders, "
+            f"{', '.join(encoders) if '' not in encoders else 'of which there is one without a name'}; "
+            f"got {', '.join(map(str, given))}."
+        )
+    return dict(given)
+
+
+def _adapter(
+    spec: AdapterSpec,
+    name: str,
+    encoder: nn.Module,
+    encoder_dim: int | None,
+    embedding: nn.Embedding,
+) -> nn.Module | None:
+    if spec is None:
+        return None
+    weight = embedding.weight
+    if isinstance(spec, nn.Module):
+        if not callable(getattr(spec, "fusion_params", None)):
+            register_fusion_module(spec)
+        return spec
+    width = encoder_dim if encoder_dim is not None else _feature_dim(encoder)
+    if width is None:
+        raise ValueError(
+            f"The width of the features of {name or 'the encoder'!r} is not known: "
+            f"{type(encoder).__name__} has no feature_dim, embed_dim or config.hidden_size. Pass "
+            "encoder_dim=."
+        )
+    with weight.device:
+        return build_adapter(spec, width, embedding.embedding_dim).to(_floating(weight))
+
+
+def _feature_dim(encoder: nn.Module) -> int | None:
+    for holder, attribute in ((encoder, "feature_dim"), (encoder, "embed_dim")):
+        if isinstance(getattr(holder, attribute, None), int):
+            return int(getattr(holder, attribute))
+    width = getattr(getattr(encoder, "config", None), "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+def _floating(weight: torch.Tensor) -> torch.dtype:
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
+def _replace_embedding(decoder: nn.Module, old: nn.Embedding, new: nn.Embedding) -> None:
+    decoder.tok_embeddings = new
+    # torchtune's TiedLinear is no module: it holds the embedding and reads its weight at each call.
+    head = getattr(decoder, "output", None)
+    if getattr(head, "tied_module", None) is old:
+        head.tied_module = new  # type: ignore[union-attr]

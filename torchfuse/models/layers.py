@@ -1,0 +1,67 @@
+"""Layers that fusion adds, built from numbers out of torchtune's parts."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchtune.modules import FeedForward, RMSNorm, TanhGate
+
+from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
+
+__all__ = ["cross_attention_layer"]
+
+
+def cross_attention_layer(
+    *,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    hidden_dim: int,
+    norm_eps: float = 1e-5,
+    qk_norm: bool = True,
+    attn_dropout: float = 0.0,
+) -> GatedCrossAttentionLayer:
+    """A gated cross-attention layer with both gates at zero, as in Llama 3.2 Vision.
+
+    Args:
+        embed_dim: width of the decoder, and of the features after the adapter.
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values.
+        head_dim: width of a head.
+        hidden_dim: width inside the feed-forward.
+        norm_eps: epsilon of every RMS norm.
+        qk_norm: whether queries and keys are normalised per head.
+        attn_dropout: probability of dropping an attention weight in training.
+
+    Example:
+        >>> layer = cross_attention_layer(
+        ...     embed_dim=6, num_heads=3, num_kv_heads=1, head_dim=2, hidden_dim=7
+        ... )
+        >>> float(layer.ca_scale.scale), float(layer.mlp_scale.scale)
+        (0.0, 0.0)
+    """
+    attn = CrossAttention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        q_proj=nn.Linear(embed_dim, num_heads * head_dim, bias=False),
+        k_proj=nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False),
+        v_proj=nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False),
+        output_proj=nn.Linear(num_heads * head_dim, embed_dim, bias=False),
+        q_norm=RMSNorm(head_dim, eps=norm_eps) if qk_norm else None,
+        k_norm=RMSNorm(head_dim, eps=norm_eps) if qk_norm else None,
+        attn_dropout=attn_dropout,
+    )
+    mlp = FeedForward(
+        gate_proj=nn.Linear(embed_dim, hidden_dim, bias=False),
+        down_proj=nn.Linear(hidden_dim, embed_dim, bias=False),
+        up_proj=nn.Linear(embed_dim, hidden_dim, bias=False),
+    )
+    return GatedCrossAttentionLayer(
+        attn,
+        mlp,
+        ca_norm=RMSNorm(embed_dim, eps=norm_eps),
+        mlp_norm=RMSNorm(embed_dim, eps=norm_eps),
+        ca_scale=TanhGate(),
+        mlp_scale=TanhGate(),
+    )

@@ -1,0 +1,179 @@
+"""One strategy an architecture, behind one interface.
+
+A strategy turns tokens and encoder features into what the decoder consumes, a
+:class:`ModalityContext`. It holds options but no parameters, and is no submodule: sharding,
+checkpoints and freezing never see it. A new architecture is one class with
+:func:`register_modality_strategy` on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+from torch import Tensor, nn
+
+from torchfuse.options import call_with_options
+
+if TYPE_CHECKING:
+    from torchfuse.models.base import FusedModel
+
+__all__ = [
+    "EncoderFeatures",
+    "ModalityContext",
+    "ModalityStrategy",
+    "build_modality_strategy",
+    "check_rows",
+    "register_modality_strategy",
+]
+
+
+@dataclass(frozen=True)
+class EncoderFeatures:
+    """What one encoder has to say about a batch, in the decoder's width and dtype.
+
+    Attributes:
+        embeds: ``[b, n, d]``.
+        mask: which features count: bool ``[b, s, n]`` (True: text position ``s`` may attend to
+            feature ``n``) or ``[b, n]`` (True: feature ``n`` belongs to the row). None: all do.
+        present: False for a stand-in, which must take part in the computation (so that every rank
+            runs the same parameters) without changing a bit of the result.
+    """
+
+    embeds: Tensor
+    mask: Tensor | None = None
+    present: bool = True
+
+
+@dataclass(frozen=True)
+class ModalityContext:
+    """What the decoder consumes.
+
+    Attributes:
+        tokens: ``[b, s]``.
+        embeds: ``[b, t, d]``, in place of the embeddings of ``tokens``. None: the decoder embeds.
+        mask: bool ``[b, t, t]`` (``[b, t, slots]`` with caches), True: may attend. None: causal.
+        input_pos: positions, ``[b, t]`` or ``[t]``. None: ``0 .. t - 1``.
+        encoder_input: features for the layers, ``[b, n, d]``.
+        encoder_mask: bool ``[b, t, n]``, True: may attend.
+        output_slice: the positions of the ``t`` that are scored; the others never reach the head.
+    """
+
+    tokens: Tensor
+    embeds: Tensor | None = None
+    mask: Tensor | None = None
+    input_pos: Tensor | None = None
+    encoder_input: Tensor | None = None
+    encoder_mask: Tensor | None = None
+    output_slice: slice | None = None
+
+
+class ModalityStrategy(ABC):
+    """How one architecture brings the encoder's features to the decoder.
+
+    Subclasses are dataclasses: their fields are the architecture's options.
+    """
+
+    arch: ClassVar[str]
+    """The name under which ``fuse`` knows the architecture."""
+
+    caches_features: ClassVar[bool] = False
+    """Whether layers of the decoder keep keys and values of the features."""
+
+    def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
+        """Build what the decoder needs, and return a function that puts it in place.
+
+        Everything that can fail happens here, so that the decoder is either fused or untouched.
+
+        Args:
+            decoder: a pretrained decoder.
+            every: layer ``i`` is fused when ``(i + 1) % every == 0``.
+        """
+        return lambda: None
+
+    def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
+        """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: FusedModel,
+        tokens: Tensor,
+        features: Mapping[str, EncoderFeatures],
+        *,
+        mask: Tensor | None,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+        input_pos: Tensor | None,
+    ) -> ModalityContext:
+        """Turn one call of the model into what the decoder consumes.
+
+        Args:
+            model: the fused model.
+            tokens: ``[b, s]``.
+            features: by encoder name, those that this batch has (and stand-ins).
+            mask: the caller's mask over tokens, True: may attend.
+            encoder_mask: the caller's mask over features, for features cached earlier.
+            input_pos: the caller's positions of tokens.
+        """
+
+    @abstractmethod
+    def wrap(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+        **flags: Any,
+    ) -> FusedModel:
+        """Build the model around decoder, encoders and adapters."""
+
+    def options(self) -> dict[str, Any]:
+        """The options that this strategy was built with."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+_REGISTRY: Final[dict[str, type[ModalityStrategy]]] = {}
+_StrategyType = TypeVar("_StrategyType", bound="type[ModalityStrategy]")
+
+
+def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _StrategyType]:
+    """Make a strategy available under a name, everywhere an architecture is named."""
+
+    def register(cls: _StrategyType) -> _StrategyType:
+        if arch in _REGISTRY:
+            raise ValueError(f"There is an architecture {arch!r} already: {_REGISTRY[arch].__name__}.")
+        cls.arch = arch
+        _REGISTRY[arch] = cls
+        return cls
+
+    return register
+
+
+def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
+    """Build the strategy of an architecture.
+
+    Args:
+        arch: ``"cross_attention"``, ``"joint_decoder"`` or what
+            :func:`register_modality_strategy` added.
+        **options: the architecture's options.
+
+    Raises:
+        ValueError: for an unknown architecture or option, naming those there are.
+    """
+    if arch not in _REGISTRY:
+        raise ValueError(f"Unknown architecture {arch!r}; there are {', '.join(sorted(_REGISTRY))}.")
+    return call_with_options(_REGISTRY[arch], what=f"architecture {arch!r}", options=options)
+
+
+def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
+    """Raise a ``ValueError`` unless every encoder gave a row of features for each row of tokens."""
+    for name, given in features.items():
+        if given.present and given.embeds.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
+                f"{tokens.shape[0]}. There must be a row of features [b, n, d] for each row of text: "
+                "pad rows with fewer images, and mask the padding by encoder_mask."
+            )

@@ -1,0 +1,247 @@
+"""New tokens in a table of their own, beside a pretrained table that nothing touches.
+
+Training the new rows of one big table means masking the gradients of the old rows, which drift under
+weight decay all the same and cannot be sharded. Here the pretrained table *is* the module (an
+``nn.Embedding`` whose key is ``weight``, as before), and the new tokens are a second, small table
+below it, ``fusion_embedding.weight``. No key is ever renamed, so no hook is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FusionEmbedding", "RowInit"]
+
+RowInit = Literal["mean", "normal"] | Tensor
+
+
+class FusionEmbedding(nn.Embedding):
+    """A pretrained embedding and a small trainable one for new tokens; a drop-in for ``nn.Embedding``.
+
+    Ids in ``[0, vocab_size)`` look up the pretrained table ``weight``; ids in
+    ``[vocab_size, vocab_size + fusion_vocab_size)`` look up ``fusion_embedding.weight``. Signature,
+    attributes and key names are those of torchtune 0.6.1's ``FusionEmbedding``.
+
+    The lookup has static shapes and never waits for the device, so it compiles to one graph and can
+    be exported.
+
+    Args:
+        vocab_size: rows of the pretrained table.
+        fusion_vocab_size: number of new tokens.
+        embed_dim: width of both tables.
+        device: device of both tables.
+        dtype: dtype of both tables.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Example:
+        >>> embedding = FusionEmbedding(vocab_size=11, fusion_vocab_size=2, embed_dim=3)
+        >>> embedding(torch.tensor([[0, 10, 11, 12]])).shape
+        torch.Size([1, 4, 3])
+        >>> list(embedding.state_dict())
+        ['weight', 'fusion_embedding.weight']
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        fusion_vocab_size: int,
+        embed_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = {
+            "vocab_size": vocab_size,
+            "fusion_vocab_size": fusion_vocab_size,
+            "embed_dim": embed_dim,
+        }
+        bad = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+        if bad:
+            raise ValueError(f"FusionEmbedding needs positive sizes, got {', '.join(bad)}.")
+        super().__init__(vocab_size, embed_dim, device=device, dtype=dtype)
+        self.fusion_embedding = nn.Embedding(fusion_vocab_size, embed_dim, device=device, dtype=dtype)
+        self.dim = embed_dim
+        self.num_embeddings = vocab_size + fusion_vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the pretrained table."""
+        return self.weight.shape[0]
+
+    @property
+    def fusion_vocab_size(self) -> int:
+        """Number of new tokens."""
+        return self.fusion_embedding.num_embeddings
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The pretrained table as a plain ``nn.Embedding`` that shares the parameter."""
+        return _plain(self.weight, self.padding_idx, self.sparse)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # nn.Embedding's takes a bare tensor
+        cls, embedding: nn.Embedding, num_new: int, init: RowInit = "mean"
+    ) -> FusionEmbedding:
+        """Put new tokens beside a pretrained embedding, which keeps its parameter object.
+
+        Args:
+            embedding: the pretrained table, ``[v, d]``.
+            num_new: number of new tokens.
+            init: their first values. ``"mean"``: each row the mean of the pretrained rows.
+                ``"normal"``: drawn per column with the mean and the deviation of the pretrained rows.
+                A tensor ``[num_new, d]``: these values.
+
+        Raises:
+            ValueError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
+                of the right shape, or the embedding does something that a second table would break
+                (a subclass with its own forward, ``max_norm``, ``scale_grad_by_freq``, hooks).
+
+        Example:
+            >>> base = nn.Embedding(11, 3)
+            >>> fused = FusionEmbedding.from_pretrained(base, 2)
+            >>> fused.weight is base.weight
+            True
+            >>> torch.allclose(fused(torch.tensor(12)), base.weight.mean(0))
+            True
+        """
+        if num_new < 1:
+            raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        _refuse_what_would_break(embedding)
+        rows = _new_rows(embedding.weight, num_new, init)
+        vocab_size, embed_dim = embedding.weight.shape
+        fused = cls(vocab_size, num_new, embed_dim, device="meta")
+        fused.weight = embedding.weight
+        fused.fusion_embedding.weight = nn.Parameter(rows)
+        fused.padding_idx, fused.sparse = embedding.padding_idx, embedding.sparse
+        return fused.train(embedding.training)
+
+    def expand(self, num_new: int, init: RowInit = "mean") -> FusionEmbedding:
+        """Add more new tokens behind those there are, in place.
+
+        The new table becomes a new parameter, so build the optimizer afterwards.
+
+        Args:
+            num_new: number of tokens to add.
+            init: as in :meth:`from_pretrained`.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: as in :meth:`from_pretrained`; nothing has changed then.
+        """
+        if num_new < 1:
+            raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        table = self.fusion_embedding
+        rows = _new_rows(self.weight, num_new, init).to(table.weight)
+        grown = nn.Parameter(torch.cat([table.weight.detach(), rows]), table.weight.requires_grad)
+        table.weight = grown
+        table.num_embeddings += num_new
+        self.num_embeddings += num_new
+        return self
+
+    @torch.no_grad()
+    def merge(self) -> nn.Embedding:
+        """One plain embedding of all tokens, old and new; the tables here stay as they are.
+
+        Returns:
+            An ``nn.Embedding`` with ``vocab_size + fusion_vocab_size`` rows in the pretrained
+            table's dtype, trainable if either table was.
+        """
+        weight = torch.cat([self.weight, self.fusion_embedding.weight.to(self.weight.dtype)])
+        trainable = self.weight.requires_grad or self.fusion_embedding.weight.requires_grad
+        return _plain(nn.Parameter(weight, trainable), self.padding_idx, self.sparse)
+
+    def fusion_params(self) -> list[str]:
+        """The names, relative to this module, of the parameters that fusion added."""
+        return ["fusion_embedding.weight"]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up ids.
+
+        Args:
+            input: integer ids of any shape, in ``[0, vocab_size + fusion_vocab_size)``.
+
+        Returns:
+            Embeddings, the shape of ``input`` and ``d`` behind it, in the pretrained table's dtype.
+
+        Raises:
+            ValueError: for an id outside both tables, on the CPU. On an accelerator the check would
+                wait for the device at every call, and a compiled or exported graph has nowhere to
+                raise from: there such an id meets torch's own bounds assertion, as with
+                ``nn.Embedding``.
+        """
+        if _can_be_read_for_free(input):
+            self._check_ids(input)
+        vocab_size = self.vocab_size
+        # Each id is looked up in both tables, in the wrong one at a row that exists; `where` keeps one.
+        pretrained = super().forward(input.clamp(max=vocab_size - 1))
+        new = self.fusion_embedding((input - vocab_size).clamp(min=0)).to(pretrained.dtype)
+        return torch.where((input >= vocab_size).unsqueeze(-1), new, pretrained)
+
+    def extra_repr(self) -> str:
+        return f"{self.vocab_size} + {self.fusion_vocab_size}, {self.embedding_dim}"
+
+    def _check_ids(self, input: Tensor) -> None:
+        if not input.numel():
+            return
+        low, high = (int(bound) for bound in torch.aminmax(input))
+        if low < 0 or high >= self.num_embeddings:
+            raise ValueError(
+                f"Token ids must lie in [0, {self.num_embeddings}): {self.vocab_size} pretrained "
+                f"tokens and {self.fusion_vocab_size} new ones. Got ids from {low} to {high}. Was the "
+                "tokenizer given more special tokens than the model (fusion_vocab_size)?"
+            )
+
+
+def _can_be_read_for_free(input: Tensor) -> bool:
+    """Whether looking at the values costs no synchronisation and breaks no graph."""
+    return input.device.type == "cpu" and type(input) is Tensor and not torch.compiler.is_compiling()
+
+
+def _plain(weight: Tensor, padding_idx: int | None, sparse: bool) -> nn.Embedding:
+    num_rows, embed_dim = weight.shape
+    embedding = nn.Embedding(num_rows, embed_dim, padding_idx=padding_idx, sparse=sparse, device="meta")
+    embedding.weight = weight
+    return embedding
+
+
+def _refuse_what_would_break(embedding: nn.Embedding) -> None:
+    if isinstance(embedding, FusionEmbedding):
+        raise ValueError("This is a FusionEmbedding already; add tokens to it with expand(n).")
+    if type(embedding).forward is not nn.Embedding.forward:
+        raise ValueError(
+            f"{type(embedding).__name__} has a forward of its own, which a second table beside it "
+            "would bypass. Give the plain nn.Embedding."
+        )
+    faults = [f"{name}={value}" for name, value in [("max_norm", embedding.max_norm)] if value]
+    if embedding.scale_grad_by_freq:
+        faults.append("scale_grad_by_freq=True")
+    if embedding._forward_hooks or embedding._forward_pre_hooks:
+        faults.append("forward hooks (is it sharded already? add tokens first)")
+    if faults:
+        raise ValueError(f"New tokens cannot be added beside an embedding with {', '.join(faults)}.")
+
+
+@torch.no_grad()
+def _new_rows(weight: Tensor, num_new: int, init: RowInit) -> Tensor:
+    shape = (num_new, weight.shape[1])
+    if isinstance(init, Tensor):
+        if init.shape != shape:
+            raise ValueError(f"init must have shape {list(shape)}, got {list(init.shape)}.")
+        return init.detach().to(weight).clone()
+    if init not in ("mean", "normal"):
+        raise ValueError(f'init must be "mean", "normal" or a tensor {list(shape)}, got {init!r}.')
+    # In fp32 without an fp32 copy of the table, which may be gigabytes.
+    mean = weight.mean(dim=0, dtype=torch.float32)
+    rows = mean.expand(shape)
+    if init == "normal":
+        square = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square()
+        deviation = (square / weight.shape[0] - mean.square()).clamp(min=0).sqrt()
+        rows = rows + deviation * torch.randn(shape, device=weight.device)
+    return rows.to(weight.dtype).clone()

@@ -1,5 +1,13 @@
 """Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
 
+from torchfuse.checkpoint.fusion_artifact import (
+    fusion_state_dict,
+    load_fusion,
+    load_fusion_state_dict,
+    save_fusion,
+)
+from torchfuse.checkpoint.pretrained import load_pretrained
+from torchfuse.generation import generate
 from torchfuse.models.deep_fusion import DeepFusionModel
 from torchfuse.models.early_fusion import EarlyFusionModel
 from torchfuse.models.fuse import fuse
@@ -23,6 +31,14 @@ __all__ = [
     "FusionEmbedding",
     "register_fusion_module",
     "get_fusion_params",
+    # load and save
+    "load_pretrained",
+    "fusion_state_dict",
+    "load_fusion_state_dict",
+    "save_fusion",
+    "load_fusion",
+    # run
+    "generate",
     # train
     "set_trainable",
     "param_groups",

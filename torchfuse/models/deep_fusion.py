@@ -122,7 +122,8 @@ class CrossAttentionStrategy(ModalityStrategy):
             encoder_input=torch.cat(
                 [f.embeds.expand(tokens.shape[0], -1, -1) for f in features.values()], dim=1
             ),
-            encoder_mask=_join_masks(tokens, features),
+            # With caches torchtune's decoder wants a mask even where nothing is masked.
+            encoder_mask=_join_masks(tokens, features, always=model.caches_are_enabled()),
         )
 
     def wrap(
@@ -136,9 +137,11 @@ class CrossAttentionStrategy(ModalityStrategy):
         return DeepFusionModel(decoder, encoder, adapter=adapter, strategy=self, **flags)
 
 
-def _join_masks(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> Tensor | None:
+def _join_masks(
+    tokens: Tensor, features: Mapping[str, EncoderFeatures], *, always: bool
+) -> Tensor | None:
     """One mask ``[b, s, n]`` over the features of all encoders; a stand-in is seen by nobody."""
-    if all(f.present and f.mask is None for f in features.values()):
+    if not always and all(f.present and f.mask is None for f in features.values()):
         return None
     joined = []
     for given in features.values():

@@ -58,6 +58,9 @@ class JointDecoderStrategy(ModalityStrategy):
                 f"encoder_token={self.encoder_token!r}."
             )
 
+    def extra_tokens(self, num_features: int) -> int:
+        return num_features if self.placement == "prefix" else 0
+
     def check_encoders(self, names: list[str]) -> None:
         if isinstance(self.encoder_token, Mapping):
             if set(self.encoder_token) != set(names):

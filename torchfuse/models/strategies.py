@@ -94,6 +94,10 @@ class ModalityStrategy(ABC):
         """
         return lambda: None
 
+    def extra_tokens(self, num_features: int) -> int:
+        """By how many positions that many features make the decoder's sequence longer."""
+        return 0
+
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
         """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
 

@@ -1,0 +1,1 @@
+"""From files to batches: questions about images, masks, collation."""

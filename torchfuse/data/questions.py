@@ -1,0 +1,265 @@
+"""Questions about images: a file of them, and what becomes of one on its way to the model.
+
+A question file has a JSON object a line::
+
+    {"question": "<image> which digit ?", "answer": "seven", "images": ["7.png"], "kind": "digit"}
+
+``<image>`` stands where an image is shown, once for each; left out, the images come first. Paths are
+relative to the file. ``answer`` may be missing where it is asked for, ``images`` where there are none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from torchfuse.data.images import ImageTransform, open_image
+from torchfuse.data.masks import ImageScope, image_mask
+from torchfuse.data.tokenizer import TextTokenizer
+
+__all__ = ["Question", "QuestionDataset", "QuestionTransform", "read_questions"]
+
+_MARKER: Final = "<image>"
+_FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
+_IGNORED: Final = -100
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its images and, where it is known, the answer."""
+
+    question: str
+    images: tuple[Path, ...] = ()
+    answer: str | None = None
+    kind: str = "question"
+
+    def __post_init__(self) -> None:
+        markers = self.question.count(_MARKER)
+        if not markers and self.images:
+            object.__setattr__(self, "question", f"{_MARKER} " * len(self.images) + self.question)
+        elif markers != len(self.images):
+            raise ValueError(
+                f"the question shows {_MARKER} {markers} times, but there are {len(self.images)} images"
+            )
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Read a question file, and see to it that every image in it opens.
+
+    Raises:
+        ValueError: naming the file and the line, for the first line that cannot be used; if there is
+            none at all.
+    """
+    path = Path(path)
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The question file {path} cannot be read: {error}.") from error
+    checked: set[Path] = set()
+    for number, line in enumerate(tqdm(lines, desc=f"check {path.name}", disable=None, leave=False), 1):
+        if not line.strip():
+            continue
+        try:
+            question = _parse(line, path.parent)
+            for image in set(question.images) - checked:
+                open_image(image)
+                checked.add(image)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"The question file {path} holds no question.")
+    return questions
+
+
+def _parse(line: str, folder: Path) -> Question:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got a {type(record).__name__}.")
+    return question_from(record, folder)
+
+
+def question_from(record: Mapping[str, Any], folder: Path) -> Question:
+    """Check one record of a question file, or of a prompt in a YAML.
+
+    Raises:
+        ValueError: if a field is missing, unknown or of the wrong type, or markers and images differ in
+            number.
+    """
+    unknown = sorted(set(record) - set(_FIELDS))
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
+    if not record.get("question"):
+        raise ValueError("the field question is missing.")
+    for name, kind in _FIELDS.items():
+        if name in record and not isinstance(record[name], kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
+    images = record.get("images", [])
+    if not all(isinstance(image, str) for image in images):
+        raise ValueError(f"images must be paths, got {images!r}.")
+    fields = {name: record[name] for name in ("question", "answer", "kind") if name in record}
+    return Question(images=tuple(folder / image for image in images), **fields)
+
+
+class QuestionTransform:
+    """A question as tokens, labels, pixels and the mask between them.
+
+    In a torchtune recipe it stands where the tokenizer does.
+
+    Args:
+        tokenizer: directory of the language model, with its ``tokenizer.json``.
+        image_token: id that marks images in the sequence; usually the first one behind the pretrained
+            vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` makes a row. None only for
+            ``layout="prefix"``.
+        features_per_image: features that an image has when it reaches the decoder.
+        image_transform: directory of the encoder, with its ``preprocessor_config.json``, or an
+            :class:`ImageTransform`.
+        layout: what stands for an image in the sequence. ``"marker"``: one ``image_token`` (for
+            cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: nothing.
+        scope: which images a token may attend to, see :func:`image_mask`; with ``"marker"``.
+        max_seq_len: the longest sequence that is let through; nothing is ever cut off.
+
+    Raises:
+        ValueError: if the options do not fit each other, or a directory lacks its file.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | Path,
+        *,
+        image_token: int | None,
+        features_per_image: int,
+        image_transform: str | Path | ImageTransform,
+        layout: Literal["marker", "placeholder", "prefix"] = "marker",
+        scope: ImageScope = "last",
+        max_seq_len: int | None = None,
+    ) -> None:
+        if layout not in ("marker", "placeholder", "prefix"):
+            raise ValueError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
+        if (image_token is None) != (layout == "prefix"):
+            raise ValueError(f"image_token={image_token} does not fit layout={layout!r}.")
+        self.tokenizer = TextTokenizer(tokenizer)
+        if isinstance(image_transform, ImageTransform):
+            self.image_transform = image_transform
+        else:
+            self.image_transform = ImageTransform.from_directory(image_transform)
+        self.image_token = image_token
+        self.features_per_image = features_per_image
+        self.markers_per_image = {"marker": 1, "placeholder": features_per_image, "prefix": 0}[layout]
+        self.scope: ImageScope = scope if layout == "marker" else "all"
+        self.max_seq_len = max_seq_len
+
+    @property
+    def pad_id(self) -> int:
+        """Id that pads sequences."""
+        return self.tokenizer.pad_id
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.tokenizer.eos_ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, up to the first that ends an answer; markers of images left out."""
+        text = []
+        for token in tokens:
+            if token in self.stop_tokens:
+                break
+            if token != self.image_token:
+                text.append(token)
+        return self.tokenizer.decode(text)
+
+    def __call__(self, question: Question, *, with_answer: bool = True) -> dict[str, Any]:
+        """Encode a question.
+
+        Args:
+            question: the question.
+            with_answer: whether the answer and the end of the sequence follow, and are to be learned.
+
+        Returns:
+            ``tokens`` (list), ``images`` ``[m, 3, h, w]``, ``encoder_mask`` (bool ``[s, m * n]``) and,
+            with the answer, ``labels`` (list, unshifted, -100 before the answer).
+
+        Raises:
+            ValueError: if the answer is wanted and missing, or the sequence is too long.
+        """
+        prompt = [self.tokenizer.bos_id]
+        for index, text in enumerate(question.question.split(_MARKER)):
+            if index and self.image_token is not None:
+                prompt += [self.image_token] * self.markers_per_image
+            prompt += self.tokenizer.encode(text)
+        answer: list[int] = []
+        if with_answer:
+            if question.answer is None:
+                raise ValueError(f"The question {question.question!r} has no answer to learn.")
+            answer = [*self.tokenizer.encode(question.answer), self.tokenizer.eos_id]
+        tokens = prompt + answer
+        if self.max_seq_len is not None and len(tokens) > self.max_seq_len:
+            raise ValueError(
+                f"The question {question.question!r} is {len(tokens)} tokens long with its answer, and "
+                f"max_seq_len is {self.max_seq_len}."
+            )
+        images = [self.image_transform(open_image(path)) for path in question.images]
+        size = self.image_transform.size
+        sample = {
+            "tokens": tokens,
+            "images": torch.stack(images) if images else torch.empty(0, 3, size, size),
+            "encoder_mask": self._mask(tokens, len(images)),
+        }
+        if with_answer:
+            sample["labels"] = [_IGNORED] * len(prompt) + answer
+        return sample
+
+    def _mask(self, tokens: list[int], num_images: int) -> Tensor:
+        if self.image_token is None:
+            shape = (len(tokens), num_images * self.features_per_image)
+            return torch.ones(shape, dtype=torch.bool)
+        return image_mask(
+            torch.tensor([tokens]),
+            self.image_token,
+            features_per_image=self.features_per_image,
+            num_images=num_images,
+            markers_per_image=self.markers_per_image,
+            scope=self.scope,
+        )[0]
+
+
+class QuestionDataset(Dataset[dict[str, Any]]):
+    """The questions of a file, encoded for training.
+
+    Args:
+        transform: turns a question into a sample; a torchtune recipe gives its tokenizer here.
+        path: the question file.
+        limit: how many of the file's questions to use, from its start; None: all.
+
+    Raises:
+        ValueError: if a line of the file cannot be used or has no answer, naming it.
+    """
+
+    def __init__(self, transform: QuestionTransform, path: str | Path, limit: int | None = None) -> None:
+        self.transform = transform
+        self.questions = read_questions(path)[:limit]
+        for question in self.questions:
+            if question.answer is None:
+                raise ValueError(f"{path}: the question {question.question!r} has no answer to learn.")
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.transform(self.questions[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))

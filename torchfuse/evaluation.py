@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import Question, QuestionTransform
 from torchfuse.generation import generate
 
-__all__ = ["Answered", "accuracy", "answer_questions"]
+__all__ = ["Answered", "accuracy", "answer_questions", "exchange_images"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,29 @@ def accuracy(answered: Sequence[Answered]) -> dict[str, float]:
         by_kind.setdefault(one.question.kind, []).append(one)
     groups = {**by_kind, "all": list(answered)}
     return {kind: sum(a.is_right for a in group) / len(group) for kind, group in groups.items()}
+
+
+def exchange_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+    """Show each question the images of another one with as many images.
+
+    A model that looks at its images gets most of these wrong: the check that features reach the answer.
+
+    Args:
+        questions: questions with images.
+        seed: of the order in which images are handed on.
+
+    Raises:
+        ValueError: if a question has no other with as many images.
+    """
+    by_number: dict[int, list[int]] = {}
+    for index, question in enumerate(questions):
+        by_number.setdefault(len(question.images), []).append(index)
+    exchanged = list(questions)
+    rng = random.Random(seed)
+    for number, indices in by_number.items():
+        if len(indices) < 2 or not number:
+            raise ValueError(f"There is no other question with {number} images to exchange with.")
+        rng.shuffle(indices)
+        for index, other in zip(indices, indices[1:] + indices[:1], strict=True):
+            exchanged[index] = replace(questions[index], images=questions[other].images)
+    return exchanged

@@ -25,6 +25,7 @@ __all__ = [
     "get_fusion_params",
     "param_groups",
     "partition",
+    "parts_of",
     "register_fusion_module",
     "set_trainable",
 ]
@@ -105,8 +106,8 @@ def fusion_buffers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The pretrained parts of a model; a model that does not name any is all decoder."""
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The pretrained parts of a model by name; a model that does not name any is all decoder."""
     inner = unwrap(model)
     parts = getattr(inner, "parts", None)
     return parts() if callable(parts) else {"decoder": inner}
@@ -121,7 +122,7 @@ def partition(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         wherever it stands.
     """
     fusion = _fusion_ids(model)
-    parts = _parts(model)
+    parts = parts_of(model)
     owner = {
         id(p): part for part, module in parts.items() if part != "decoder" for p in module.parameters()
     }

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from torchfuse.checkpoint.clip import CLIP
 from torchfuse.checkpoint.directory import CheckpointDirectory
 from torchfuse.checkpoint.key_table import Format, Match
 from torchfuse.checkpoint.llama import LLAMA
-from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params import get_fusion_params
+from torchfuse.naming import canonical_name
+from torchfuse.params import get_fusion_params, parts_of
 
 __all__ = ["load_pretrained"]
 
@@ -62,8 +62,7 @@ def load_pretrained(
         ValueError: with everything that does not fit: names missing or unexpected, shapes, settings.
             The model is as it was then.
     """
-    fused: Any = unwrap(model)
-    parts: dict[str, nn.Module] = fused.parts()
+    parts = parts_of(model)
     wanted = {"decoder": decoder} if decoder is not None else {}
     if isinstance(encoder, Mapping):
         wanted |= {f"encoder.{name}": path for name, path in encoder.items()}

@@ -13,7 +13,7 @@ from torchfuse.encoders.clip import ClipVisionEncoder, clip_vit_l_14_336
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
 
-__all__ = ["llama3_2_1b_clip_vit_l_14_336", "llama_clip"]
+__all__ = ["digits", "llama3_2_1b_clip_vit_l_14_336", "llama_clip"]
 
 
 def llama3_2_1b_clip_vit_l_14_336(
@@ -111,3 +111,39 @@ def llama_clip(
         keep_cls=keep_cls,
     )
     return fuse(decoder, encoder, arch=arch, **fuse_options)
+
+
+def digits(
+    *,
+    arch: str = "cross_attention",
+    feature_layer: int = -2,
+    keep_cls: bool = False,
+    **fuse_options: Any,
+) -> FusedModel:
+    """The two tiny checkpoints that ``torchfuse.recipes.prepare_digits`` makes, fused.
+
+    Args:
+        arch: ``"cross_attention"`` or ``"joint_decoder"``.
+        feature_layer: which hidden state of the tower the features are.
+        keep_cls: whether the tower's class token is a feature too.
+        **fuse_options: see :func:`torchfuse.fuse`.
+    """
+    return llama_clip(
+        vocab_size=40,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=128,
+        max_seq_len=128,
+        intermediate_dim=256,
+        image_size=16,
+        patch_size=4,
+        vision_embed_dim=96,
+        vision_num_layers=4,
+        vision_num_heads=4,
+        vision_hidden_dim=192,
+        feature_layer=feature_layer,
+        keep_cls=keep_cls,
+        arch=arch,
+        **fuse_options,
+    )

@@ -37,8 +37,9 @@ def cross_attention_layer(
         >>> layer = cross_attention_layer(
         ...     embed_dim=6, num_heads=3, num_kv_heads=1, head_dim=2, hidden_dim=7
         ... )
-        >>> float(layer.ca_scale.scale), float(layer.mlp_scale.scale)
-        (0.0, 0.0)
+        >>> x, features = torch.randn(1, 4, 6), torch.randn(1, 5, 6)
+        >>> torch.equal(layer(x, encoder_input=features), x)
+        True
     """
     attn = CrossAttention(
         num_heads=num_heads,

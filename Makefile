@@ -1,0 +1,51 @@
+# Every target sets up .venv itself when it is missing or older than pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+DEMO := demo
+TUNE := $(BIN)/tune run torchfuse/recipes
+CONFIGS := recipes/configs/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format docs clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make the virtual environment, with everything in it
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "torchfuse needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## make data and checkpoints, finetune two architectures, ask them, draw the answers
+	$(BIN)/python -m torchfuse.recipes.prepare_digits $(DEMO)
+	$(TUNE)/finetune.py --config $(CONFIGS)/cross_attention.yaml
+	$(TUNE)/finetune.py --config $(CONFIGS)/joint_decoder.yaml
+	$(TUNE)/generate.py --config $(CONFIGS)/generate.yaml
+	$(BIN)/python -m torchfuse.recipes.draw_digits $(DEMO)
+
+test: $(STAMP) ## run the tests, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+check: $(STAMP) ## lint, formatting, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_layers.py
+
+format: $(STAMP) ## format the code and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean: ## remove everything that was made, the virtual environment too
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,145 @@
+"""Draw what the digits runs learned: ``loss.png``, ``answers.png`` and ``metrics.json``.
+
+Launch, with the folder that holds the runs:  python -m torchfuse.recipes.draw_digits demo
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+
+from torchfuse.checkpoint.files import write_whole
+
+INK: Final = "#22252b"
+FAINT: Final = "#8a909c"
+RIGHT: Final = "#1b7f4d"
+WRONG: Final = "#c2342c"
+COLORS: Final = {"cross_attention": "#3d5a98", "joint_decoder": "#d1812c"}
+# The grid: for each row the kind of question and the number of cells.
+GRID: Final = (("one_image", 6), ("one_image", 6), ("two_images", 4), ("two_images", 4))
+
+
+def main() -> None:
+    """Draw the runs below the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the folder of the runs, for example demo")
+    folder: Path = parser.parse_args().folder
+    runs = {path.parent.name: path.parent for path in sorted(folder.glob("*/metrics.json"))}
+    if not runs:
+        parser.error(f"{folder} holds no finished run.")
+    metrics = {name: _read(run / "metrics.json") for name, run in runs.items()}
+    text = json.dumps(metrics, indent=2) + "\n"
+    write_whole(folder / "metrics.json", lambda file: file.write_text(text, encoding="utf-8"))
+    plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK})
+    draw_losses(folder / "loss.png", {name: _read(run / "losses.json") for name, run in runs.items()})
+    shown = "cross_attention" if "cross_attention" in runs else next(iter(runs))
+    draw_answers(folder / "answers.png", runs[shown], metrics[shown])
+    for name in ("metrics.json", "loss.png", "answers.png"):
+        print(f"wrote {folder / name}")
+
+
+def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
+    """Loss against steps, a line a run."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, history in losses.items():
+        steps, values = np.array(history).T
+        color = COLORS.get(name)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color=color, linewidth=2, label=name.replace("_", " "))
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_title("Finetuning on questions about digits", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="both", color="#e6e8ec", linewidth=0.6)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
+    """A grid of held-out images with question, answer and, where it differs, the truth."""
+    lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    waiting = {kind: _in_turn(records, kind) for kind, _ in GRID}
+    figure = plt.figure(figsize=(13, 2.6 * len(GRID)))
+    rows = figure.add_gridspec(len(GRID), 1, left=0.02, right=0.98, top=0.86, bottom=0.05, hspace=0.55)
+    for row, (kind, cells) in zip(rows, GRID, strict=True):
+        for cell in row.subgridspec(1, cells, wspace=0.12):
+            axes = figure.add_subplot(cell)
+            axes.axis("off")
+            for record in islice(waiting[kind], 1):
+                _draw_answer(axes, record, run)
+    after = metrics["after"]
+    shares = ", ".join(f"{kind.replace('_', ' ')} {after[kind]:.1%}" for kind in sorted(after))
+    title = f"What the fused model says ({run.name.replace('_', ' ')})"
+    figure.text(0.02, 0.965, title, fontsize=17, fontweight="bold")
+    figure.text(0.02, 0.938, f"held-out digits, right answers: {shares}", fontsize=11, color=FAINT)
+    _save(figure, path)
+
+
+def _in_turn(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
+    """Records of a kind in their order, its different questions in turn."""
+    by_text: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["kind"] == kind:
+            by_text.setdefault(record["question"], []).append(record)
+    for turn in zip(*by_text.values(), strict=False):
+        yield from turn
+
+
+def _draw_answer(axes: Axes, record: dict[str, Any], run: Path) -> None:
+    images = [np.asarray(Image.open(run / name).convert("L")) for name in record["images"]]
+    gap = np.zeros((images[0].shape[0], 2), dtype=np.uint8)
+    row = images[0]
+    for image in images[1:]:
+        row = np.concatenate([row, gap, image], axis=1)
+    axes.imshow(255 - row, cmap="gray", vmin=0, vmax=255, interpolation="lanczos")
+    question = record["question"].replace("<image>", "").strip().replace(" ?", "?")
+    right = record["said"].split() == record["answer"].split()
+    axes.set_title(question, fontsize=10, color=FAINT, pad=6)
+    said = record["said"] or "(nothing)"
+    axes.text(
+        0.5,
+        -0.07,
+        said if right else f"{said}  (it is {record['answer']})",
+        transform=axes.transAxes,
+        ha="center",
+        va="top",
+        fontsize=13 if right else 11,
+        fontweight="bold",
+        color=RIGHT if right else WRONG,
+    )
+
+
+def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
+    """Running mean over the last steps, shorter at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _save(figure: Any, path: Path) -> None:
+    def write(file: Path) -> None:
+        figure.savefig(file, dpi=150, facecolor="white", format="png")
+
+    write_whole(path, write)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

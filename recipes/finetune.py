@@ -1,0 +1,264 @@
+"""Finetune a fused model on questions about images.
+
+Fuses, loads both pretrained checkpoints unchanged, trains what the model's flags say (what fusion added,
+unless told otherwise), asks held-out questions, and saves what was learned.
+
+Launch on one device, or on several with FSDP2::
+
+    tune run torchfuse/recipes/finetune.py --config recipes/configs/digits/cross_attention.yaml
+    tune run --nproc_per_node 2 torchfuse/recipes/finetune.py --config ... model.on_missing=participate
+
+Any key can be overridden: ``train.lr=1e-3 model.every=2``.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING, OmegaConf
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler
+from torchtune import training
+from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
+from torchtune.utils import batch_to_device, get_device, get_world_size_and_rank
+from tqdm import tqdm
+
+from torchfuse import describe, load_pretrained, param_groups, save_fusion
+from torchfuse.checkpoint.files import write_whole
+from torchfuse.config import build, recipe
+from torchfuse.data.collate import padded_collate_images
+from torchfuse.data.questions import Question, QuestionDataset, QuestionTransform, read_questions
+from torchfuse.evaluation import Answered, accuracy, answer_questions, exchange_images
+from torchfuse.training import next_token_loss, shard
+
+
+@dataclass
+class Pretrained:
+    """Directories of pretrained checkpoints; an encoder's by name where encoders have names."""
+
+    decoder: str = MISSING
+    encoder: Any = MISSING
+
+
+@dataclass
+class Data:
+    """Question files."""
+
+    train: str = MISSING
+    test: str | None = None
+    limit: int | None = None
+
+
+@dataclass
+class Train:
+    """Optimisation; ``lr`` and ``weight_decay`` are numbers, or by part of the model."""
+
+    lr: Any = 1e-3
+    weight_decay: Any = 0.0
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 0
+    clip_grad_norm: float | None = 1.0
+
+
+@dataclass
+class Config:
+    """Everything that the recipe takes."""
+
+    output_dir: str = MISSING
+    model: dict[str, Any] = MISSING
+    pretrained: Pretrained = field(default_factory=Pretrained)
+    transform: dict[str, Any] = MISSING
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    device: str = "cpu"
+    dtype: str = "fp32"
+    seed: int = 0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    eval_batch_size: int = 128
+
+
+@recipe(Config)
+def main(config: Config) -> None:
+    """Finetune a fused model on questions about images."""
+    started = time.perf_counter()
+    distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if distributed_run:
+        distributed.init_process_group()
+    say = print if get_world_size_and_rank()[1] == 0 else _silent
+    training.set_seed(config.seed)
+    output = _output_dir(config.output_dir)
+
+    transform: QuestionTransform = build(config.transform, what="transform")
+    questions = QuestionDataset(transform, config.data.train, config.data.limit)
+    held_out = read_questions(config.data.test) if config.data.test else []
+    model = _build_model(config, shard_it=distributed_run)
+    say(f"\n{describe(model)}\n")
+
+    metrics: dict[str, Any] = {"before": _ask(model, transform, held_out, config, only="text")[0]}
+    history = _train(model, questions, config, say)
+    metrics["after"], answered = _ask(model, transform, held_out, config)
+    seeing = [question for question in held_out if question.images]
+    if seeing:
+        exchanged = exchange_images(seeing, config.seed)
+        metrics["images_exchanged"] = _ask(model, transform, exchanged, config)[0]
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    say(_table(metrics))
+
+    save_fusion(model, output / "fusion")
+    if get_world_size_and_rank()[1] == 0:
+        _write(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        _write(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        _write(output / "losses.json", json.dumps(history) + "\n")
+        _write(output / "answers.jsonl", "".join(_record(a, output) + "\n" for a in answered))
+    say(f"saved {output / 'fusion'}")
+    if distributed_run:
+        distributed.destroy_process_group()
+
+
+def _silent(*_: Any) -> None: ...
+
+
+def _output_dir(name: str) -> Path:
+    """The directory to write to at the end, known to be writable now."""
+    path = Path(name)
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir {path}: {existing} is no directory that can be written to.")
+    return path
+
+
+def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
+    device = get_device(config.device)
+    with training.set_default_dtype(training.get_dtype(config.dtype, device)), device:
+        model: nn.Module = build(config.model, what="model")
+    load_pretrained(model, decoder=config.pretrained.decoder, encoder=config.pretrained.encoder)
+    layers = {type(layer) for layer in model.layers}
+    if config.activation_checkpointing:
+        training.set_activation_checkpointing(model, auto_wrap_policy=layers)
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
+    if shard_it:
+        shard(model)
+    return model
+
+
+def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: Any) -> list[list[float]]:
+    """Train, and return step and loss of every step."""
+    options, device = config.train, get_device(config.device)
+    world_size, rank = get_world_size_and_rank()
+    sampler = DistributedSampler(questions, world_size, rank, seed=config.seed, drop_last=True)
+    loader = DataLoader(
+        questions,
+        batch_size=options.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=lambda samples: padded_collate_images(samples, questions.transform.pad_id),
+    )
+    steps_per_epoch = len(loader) // options.gradient_accumulation_steps
+    num_steps = steps_per_epoch * options.epochs
+    num_steps = min(num_steps, options.max_steps or num_steps)
+    if not num_steps:
+        raise ValueError(
+            f"{len(questions)} questions are too few for one step of {world_size} x "
+            f"{options.batch_size} x {options.gradient_accumulation_steps}."
+        )
+    optimizer = torch.optim.AdamW(param_groups(model, lr=options.lr, weight_decay=options.weight_decay))
+    schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, num_steps)
+    history: list[list[float]] = []
+    model.train()
+    with tqdm(total=num_steps, desc="finetune", disable=None if rank == 0 else True) as bar:
+        for epoch in range(options.epochs):
+            sampler.set_epoch(epoch)
+            batches = iter(loader)
+            while len(history) < num_steps:
+                step = list(islice(batches, options.gradient_accumulation_steps))
+                if len(step) < options.gradient_accumulation_steps:
+                    break
+                for batch in step:
+                    batch_to_device(batch, device)
+                loss = _backward(model, step, world_size)
+                if options.clip_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                history.append([len(history) + 1, loss])
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if bar.disable and len(history) % max(1, num_steps // 10) == 0:
+                    say(f"step {len(history)} of {num_steps}: loss {loss:.3f}")
+    return history
+
+
+def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> float:
+    """Gradients of one optimizer step; every supervised token in it weighs the same."""
+    labels = [batch.pop("labels") for batch in step]
+    count = sum(((label[:, 1:] != -100).sum() for label in labels), torch.zeros((), dtype=torch.long))
+    if world_size > 1:
+        distributed.all_reduce(count)
+    total: Tensor = torch.zeros(())
+    for batch, label in zip(step, labels, strict=True):
+        summed, _ = next_token_loss(model(**batch), label)
+        # FSDP averages gradients over ranks, and the count is of all ranks already.
+        (summed * world_size / count.clamp(min=1)).backward()
+        total = total + summed.detach()
+    if world_size > 1:
+        distributed.all_reduce(total)
+    return float(total / count.clamp(min=1))
+
+
+def _ask(
+    model: nn.Module,
+    transform: QuestionTransform,
+    questions: list[Question],
+    config: Config,
+    only: str | None = None,
+) -> tuple[dict[str, float], list[Answered]]:
+    """Accuracy by kind of question. Sharded ranks all ask everything: they must run the same steps."""
+    asked = [question for question in questions if only in (None, question.kind)]
+    if not asked:
+        return {}, []
+    answered = answer_questions(model, transform, asked, batch_size=config.eval_batch_size)
+    return {kind: round(share, 4) for kind, share in accuracy(answered).items()}, answered
+
+
+def _table(metrics: dict[str, Any]) -> str:
+    columns = [name for name, value in metrics.items() if isinstance(value, dict) and value]
+    kinds = list(dict.fromkeys(kind for name in columns for kind in metrics[name]))
+    width = max(map(len, ["accuracy", *kinds]), default=0)
+    lines = [f"{'accuracy':<{width}}" + "".join(f"  {name:>16}" for name in columns)]
+    for kind in kinds:
+        cells = [f"{metrics[n][kind]:.1%}" if kind in metrics[n] else "" for n in columns]
+        lines.append(f"{kind:<{width}}" + "".join(f"  {cell:>16}" for cell in cells))
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _record(answered: Answered, folder: Path) -> str:
+    question = answered.question
+    return json.dumps(
+        {
+            "kind": question.kind,
+            "question": question.question,
+            "images": [os.path.relpath(image, folder) for image in question.images],
+            "answer": question.answer,
+            "said": answered.said,
+        }
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Make real, small data and two pretrained checkpoints for the digits recipes.
+
+scikit-learn carries 1,797 handwritten digits. They are split once: no test image is seen in any
+training, neither the vision tower's nor the fused model's. From them this makes, below one folder,
+
+* ``llama/``: a Llama that was trained on text alone, as transformers saves it, with its tokenizer;
+* ``clip/``: a CLIP that was trained on training images and captions, as transformers saves it;
+* ``images/`` and ``questions/{train,test}.jsonl``: questions about one image, two images or none;
+* ``prompt.yaml``: a few test questions for the generate recipe.
+
+Launch: ``python -m torchfuse.recipes.prepare_digits demo``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+WORDS: Final = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen"
+).split()
+SPECIAL: Final = ["<pad>", "<bos>", "<unk>", "<eos>"]  # transformers reads an end with id 2 differently
+VOCABULARY: Final = [
+    *SPECIAL,
+    *WORDS,
+    *"? plus which digit even odd or what comes next is larger the sum a photo of".split(),
+]
+IMAGE_SIZE: Final = 16
+MEAN: Final = [0.305, 0.305, 0.305]
+STD: Final = [0.376, 0.376, 0.376]
+TEST_SHARE: Final = 0.25
+
+# How training images are moved, in pixels down and right: the hand does not always hit the middle.
+SHIFTS: Final = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
+
+# Questions and, for digits a and b, their answers.
+Ask = tuple[str, Callable[[int, int], str]]
+ONE_IMAGE: Final[tuple[Ask, ...]] = (
+    ("which digit ?", lambda a, _: WORDS[a]),
+    ("even or odd ?", lambda a, _: "odd" if a % 2 else "even"),
+    ("what comes next ?", lambda a, _: WORDS[a + 1]),
+)
+TWO_IMAGES: Final[tuple[Ask, ...]] = (
+    ("which is larger ?", lambda a, b: WORDS[max(a, b)]),
+    ("what is the sum ?", lambda a, b: WORDS[a + b]),
+)
+TEXT: Final[tuple[Ask, ...]] = (("{a} plus {b} ?", lambda a, b: WORDS[a + b]),)
+
+
+def main() -> None:
+    """Make everything below the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to put it, for example demo")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--llama-steps", type=int, default=1000)
+    parser.add_argument("--clip-steps", type=int, default=800)
+    options = parser.parse_args()
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as temporary:
+        made = Path(temporary)
+        pixels, labels, train, test = split_digits(options.seed)
+        tokenizer = make_tokenizer()
+        make_llama(made / "llama", tokenizer, options.llama_steps)
+        make_clip(made / "clip", tokenizer, pixels, labels, train, test, options.clip_steps)
+        make_questions(made, pixels, labels, train, test, options.seed)
+        for part in sorted(made.iterdir()):
+            place = folder / part.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            part.replace(place)
+
+
+# --- digits --------------------------------------------------------------------------------------
+
+
+def split_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels ``[n, 16, 16]`` (bytes), labels, and the indices of training and test images."""
+    digits = load_digits()
+    small = (digits.images / 16 * 255).round().astype(np.uint8)
+    side = (IMAGE_SIZE, IMAGE_SIZE)
+    pixels = np.stack([np.asarray(Image.fromarray(i).resize(side, Image.BICUBIC)) for i in small])
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    num_test = int(len(pixels) * TEST_SHARE)
+    return pixels, digits.target, np.sort(order[num_test:]), np.sort(order[:num_test])
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> Tokenizer:
+    """A tokenizer of whole words."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """All that the language model ever reads: questions about number words, and answers."""
+    for a in range(10):
+        for text, answer in ONE_IMAGE:
+            yield f"{WORDS[a]} {text}", answer(a, a)
+        for b in range(10):
+            for text, answer in TWO_IMAGES:
+                yield f"{WORDS[a]} {WORDS[b]} {text}", answer(a, b)
+            for text, answer in TEXT:
+                yield text.format(a=WORDS[a], b=WORDS[b]), answer(a, b)
+
+
+def make_llama(folder: Path, tokenizer: Tokenizer, steps: int) -> None:
+    """Train a Llama on sentences, every token of them, and save it as transformers does."""
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        pad_token_id=VOCABULARY.index("<pad>"),
+        bos_token_id=VOCABULARY.index("<bos>"),
+        eos_token_id=VOCABULARY.index("<eos>"),
+    )
+    model = LlamaForCausalLM(config)
+    rows = [
+        [config.bos_token_id, *tokenizer.encode(f"{question} {answer}").ids, config.eos_token_id]
+        for question, answer in sentences()
+    ]
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    labels = tokens.masked_fill(tokens == config.pad_token_id, -100)
+
+    def loss(batch: Tensor) -> Tensor:
+        return model(tokens[batch], labels=labels[batch]).loss
+
+    train("llama", model, loss, len(rows), batch_size=64, steps=steps, lr=2e-3)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def make_clip(
+    folder: Path,
+    tokenizer: Tokenizer,
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    train_indices: np.ndarray,
+    test_indices: np.ndarray,
+    steps: int,
+) -> None:
+    """Train a CLIP on training images and captions, and save it as transformers does."""
+    eos = VOCABULARY.index("<eos>")
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=CLIPTextConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=16,
+                bos_token_id=VOCABULARY.index("<bos>"),
+                eos_token_id=eos,
+                pad_token_id=VOCABULARY.index("<pad>"),
+            ).to_dict(),
+            vision_config=CLIPVisionConfig(
+                hidden_size=96,
+                intermediate_size=192,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                image_size=IMAGE_SIZE,
+                patch_size=4,
+            ).to_dict(),
+            projection_dim=64,
+        )
+    )
+    captions = torch.tensor(
+        [tokenizer.encode(f"<bos> a photo of the digit {WORDS[d]} <eos>").ids for d in range(10)]
+    )
+    images, targets = normalise(pixels), torch.from_numpy(labels)
+    train_images, train_targets = images[train_indices], targets[train_indices]
+
+    def loss(batch: Tensor) -> Tensor:
+        # All ten captions stand against the batch; images of one digit share theirs.
+        out = model(input_ids=captions, pixel_values=shift(train_images[batch]))
+        return F.cross_entropy(out.logits_per_image, train_targets[batch])
+
+    train("clip", model, loss, len(train_images), batch_size=128, steps=steps, lr=1e-3)
+    with torch.no_grad():
+        out = model.eval()(input_ids=captions, pixel_values=images[test_indices])
+        right = (out.logits_per_image.argmax(dim=1) == targets[test_indices]).float().mean()
+    print(f"clip: {right:.1%} of {len(test_indices)} test images match their caption best")
+    model.save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessor(size=size, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+
+
+def normalise(pixels: np.ndarray) -> Tensor:
+    """Bytes ``[n, 16, 16]`` to what the tower takes, ``[n, 3, 16, 16]``."""
+    values = torch.from_numpy(pixels).float().div(255)[:, None].expand(-1, 3, -1, -1)
+    return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def shift(images: Tensor) -> Tensor:
+    """Move a batch of images."""
+    return torch.roll(images, random.choice(SHIFTS), dims=(-2, -1))
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+def make_questions(
+    folder: Path,
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    train_indices: np.ndarray,
+    test_indices: np.ndarray,
+    seed: int,
+) -> None:
+    """Write the images, and questions about those of each split."""
+    (folder / "images").mkdir()
+    (folder / "questions").mkdir()
+    rng = random.Random(seed)
+    splits = {"train": (train_indices, 4, SHIFTS), "test": (test_indices, 1, SHIFTS[:1])}
+    for split, (indices, rounds, shifts) in splits.items():
+        for index, (number, by) in product(indices, enumerate(shifts)):
+            picture = np.roll(pixels[index], by, axis=(0, 1))
+            Image.fromarray(picture).save(folder / "images" / image_name(int(index), number))
+        asked = [ask_about(list(indices), labels, len(shifts), rng) for _ in range(rounds)]
+        records = [record for round_ in asked for record in round_]
+        rng.shuffle(records)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "questions" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    shown = [image_name(int(index), 0) for index in test_indices[:2]]
+    (folder / "prompt.yaml").write_text(prompt_yaml(*shown), encoding="utf-8")
+
+
+def ask_about(
+    indices: list[int], labels: np.ndarray, num_shifts: int, rng: random.Random
+) -> list[dict[str, Any]]:
+    """Every kind of question, each image once in each."""
+    records = []
+
+    def ask(kind: str, question: str, answer: str, *shown: int) -> None:
+        names = [image_name(int(index), rng.randrange(num_shifts)) for index in shown]
+        images = [f"../images/{name}" for name in names]
+        records.append({"kind": kind, "question": question, "answer": answer, "images": images})
+
+    for text, answer in ONE_IMAGE:
+        for i in indices:
+            ask("one_image", f"<image> {text}", answer(labels[i], labels[i]), i)
+    partners = indices.copy()
+    for text, answer in TWO_IMAGES:
+        rng.shuffle(partners)
+        for i, j in zip(indices, partners, strict=True):
+            ask("two_images", f"<image> <image> {text}", answer(labels[i], labels[j]), i, j)
+    for text, answer in TEXT:
+        for _ in range(len(indices) // 2):
+            a, b = rng.randrange(10), rng.randrange(10)
+            ask("text", text.format(a=WORDS[a], b=WORDS[b]), answer(a, b))
+    return records
+
+
+def image_name(index: int, shift: int) -> str:
+    """File of a digit, moved by one of the shifts."""
+    return f"{index:04d}.png" if shift == 0 else f"{index:04d}-{shift}.png"
+
+
+def prompt_yaml(first: str, second: str) -> str:
+    """Prompts for the generate recipe."""
+    return (
+        "# Prompts for torchfuse/recipes/generate.py; paths are relative to this file.\n"
+        f'- question: "<image> which digit ?"\n  images: [images/{first}]\n'
+        f'- question: "<image> even or odd ?"\n  images: [images/{second}]\n'
+        f'- question: "<image> <image> what is the sum ?"\n'
+        f"  images: [images/{first}, images/{second}]\n"
+        '- question: "two plus three ?"\n'
+    )
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    num_rows: int,
+    *,
+    batch_size: int,
+    steps: int,
+    lr: float,
+) -> None:
+    """Train all of a model on random batches of rows."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    model.train()
+    with tqdm(range(steps), desc=f"train {name}", disable=None) as bar:
+        for _ in bar:
+            value = loss(torch.randint(num_rows, (batch_size,)))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{value.item():.3f}")
+    print(f"{name}: loss {value.item():.3f} after {steps} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+import pytest
+import torch
+from support import FEATURE_DIM, IMAGE, WIDTH, TinyEncoder, inputs, text, text_with_image, tiny_decoder
+from torch import nn
+
+from torchfuse import DeepFusionModel, EarlyFusionModel, FusionEmbedding, FusionLayer, fuse
+from torchfuse.modules.adapters import LinearAdapter
+
+
+@pytest.mark.parametrize(("every", "fused"), [(1, [0, 1, 2]), (2, [1]), (3, [2])])
+def test_every(every, fused):
+    model = fuse(tiny_decoder(), TinyEncoder(), every=every)
+    assert [i for i, layer in enumerate(model.layers) if isinstance(layer, FusionLayer)] == fused
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 1},
+        {"every": 2, "fusion_first": False},
+        {"arch": "joint_decoder", "encoder_token": IMAGE},
+        {"arch": "joint_decoder", "placement": "prefix"},
+    ],
+    ids=str,
+)
+def test_text_is_scored_as_before_to_the_bit(options, vocab, tied):
+    expected = tiny_decoder(tied=tied)(text())
+    model = fuse(tiny_decoder(tied=tied), TinyEncoder(), fusion_vocab_size=vocab, **options)
+    assert torch.equal(model(text()), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 2},
+        {"arch": "joint_decoder", "encoder_token": IMAGE},
+        {"arch": "joint_decoder", "placement": "prefix"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adapter", ["linear", "mlp_2layer", nn.Linear(FEATURE_DIM, WIDTH)], ids=str)
+def test_features_reach_the_logits_and_gradients_the_adapter(options, adapter):
+    model = fuse(tiny_decoder(), TinyEncoder(), adapter=adapter, **options)
+    for name, p in model.named_parameters():
+        if name.endswith("_scale.scale"):
+            p.detach().fill_(0.7)
+    tokens = text_with_image() if "encoder_token" in options else text()
+    out = model(tokens, encoder_input=inputs())
+    assert out.shape == (2, 13, 37)
+    assert not torch.allclose(out, model(tokens, encoder_input=inputs(seed=9)))
+    out.square().mean().backward()
+    assert all(p.grad.any() for p in model.adapter.parameters())
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_parts_become_parts_of_the_model_themselves():
+    decoder, encoder = tiny_decoder(), TinyEncoder()
+    decoders, encoders = dict(decoder.named_parameters()), dict(encoder.named_parameters())
+    values = {name: p.clone() for name, p in decoders.items()}
+    model = fuse(decoder, encoder, every=2, fusion_vocab_size=2)
+    own = dict(model.named_parameters())
+    assert all(own[f"decoder.{name}"] is p for name, p in decoders.items())
+    assert all(own[f"encoder.{name}"] is p for name, p in encoders.items())
+    assert all(torch.equal(values[name], p) for name, p in decoders.items())
+    assert {name.split(".")[0] for name in own} == {"decoder", "encoder", "adapter"}
+
+
+def test_named_encoders_and_their_keys():
+    model = fuse(
+        tiny_decoder(),
+        {"eye": TinyEncoder(), "ear": TinyEncoder(in_dim=3)},
+        every=3,
+        adapter={"eye": "linear", "ear": "mlp_2layer"},
+    )
+    heads = {".".join(name.split(".")[:2]) for name in model.state_dict() if name[0] in "ea"}
+    assert heads == {"encoders.eye", "encoders.ear", "adapters.eye", "adapters.ear"}
+    assert isinstance(model.adapters["eye"], LinearAdapter)
+    given = {"eye": inputs(), "ear": inputs(num=3, in_dim=3)}
+    assert model(text(), encoder_input=given).shape == (2, 13, 37)
+
+
+def test_without_an_adapter_the_encoder_has_the_decoders_width():
+    model = fuse(tiny_decoder(), nn.Linear(5, WIDTH), every=3, adapter=None)
+    assert model(text(), encoder_input={"input": inputs()["x"]}).shape == (2, 13, 37)
+    model = fuse(tiny_decoder(), TinyEncoder(), every=3, adapter=None)
+    with pytest.raises(
+        ValueError, match=r"must have shape \[b, n, 18\].*got \[2, 7, 11\]. Is an adapter"
+    ):
+        model(text(), encoder_input=inputs())
+
+
+def test_new_parts_have_the_decoders_dtype_and_device():
+    model = fuse(tiny_decoder().bfloat16(), TinyEncoder(), every=2, fusion_vocab_size=2)
+    assert {p.dtype for n, p in model.named_parameters() if not n.startswith("encoder")} == {
+        torch.bfloat16
+    }
+    assert model(text(), encoder_input=inputs()).shape == (2, 13, 37)
+    with torch.device("meta"):
+        decoder = tiny_decoder()
+    model = fuse(decoder, TinyEncoder(), every=2, fusion_vocab_size=2)
+    assert {p.device.type for n, p in model.named_parameters() if not n.startswith("encoder")} == {
+        "meta"
+    }
+
+
+def test_a_tied_head_is_tied_to_the_embedding_in_place():
+    model = fuse(tiny_decoder(), TinyEncoder(), every=2, fusion_vocab_size=2)
+    assert isinstance(model.tok_embeddings, FusionEmbedding)
+    assert model.output.tied_module is model.tok_embeddings
+    with torch.no_grad():
+        model.tok_embeddings.weight = nn.Parameter(torch.zeros(37, WIDTH))
+    assert not model(text()).any()
+
+
+def test_classes_and_options():
+    deep = fuse(
+        tiny_decoder(), TinyEncoder(), every=3, num_heads=9, num_kv_heads=3, hidden_dim=5, qk_norm=False
+    )
+    new = deep.layers[2].fusion_layer
+    assert isinstance(deep, DeepFusionModel)
+    assert (new.attn.num_heads, new.attn.num_kv_heads, new.attn.head_dim) == (9, 3, 2)
+    assert new.mlp.w1.out_features == 5
+    assert new.attn.q_norm is None
+    assert deep.strategy.options()["num_heads"] == 9
+    early = fuse(tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=IMAGE)
+    assert isinstance(early, EarlyFusionModel)
+    assert early.encoder_tokens == IMAGE
+
+
+def structure(decoder):
+    return [id(m) for m in decoder.modules()], [p.requires_grad for p in decoder.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"every": 4}, "every=4 fuses no layer of this decoder, which has 3.*between 1 and 3"),
+        ({"every": 0}, "every=0 fuses no layer"),
+        (
+            {"arch": "crossattention"},
+            "Unknown architecture 'crossattention'; there are cross_attention, joint",
+        ),
+        (
+            {"nm_heads": 3},
+            "architecture 'cross_attention': unknown option 'nm_heads'; it takes num_heads",
+        ),
+        ({"num_heads": 7}, "num_heads=7 must divide the attention width 18"),
+        ({"num_heads": 3, "num_kv_heads": 2}, "num_kv_heads must divide num_heads, got 2 and 3"),
+        ({"adapter": "conv"}, "Unknown adapter 'conv'; there are linear, mlp_2layer"),
+        ({"adapter": {"eye": "linear"}}, "adapter must have the names of the encoders"),
+        ({"fusion_vocab_size": 2, "fusion_init": "zero"}, "init must be"),
+        ({"fusion_vocab_size": -1}, "num_new must be at least 1"),
+        ({"encoder_trainable": {"eye": True}}, "No encoder named eye; there are encoder"),
+        ({"on_missing": "wait"}, 'on_missing must be "skip" or "participate"'),
+        ({"arch": "joint_decoder"}, "needs encoder_token"),
+        (
+            {"arch": "joint_decoder", "placement": "prefix", "encoder_token": 3},
+            '"prefix" has no use for one',
+        ),
+        ({"arch": "joint_decoder", "placement": "behind"}, "placement must be"),
+        (
+            {"arch": "joint_decoder", "encoder_token": {"eye": 3}},
+            "names of the encoders, encoder; got eye",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
+    decoder, encoder = tiny_decoder(), TinyEncoder()
+    before = structure(decoder), structure(encoder)
+    head = decoder.output.tied_module
+    options = {"every": 1, "fusion_vocab_size": 1} | options
+    with pytest.raises(ValueError, match=complaint):
+        fuse(decoder, encoder, **options)
+    assert (structure(decoder), structure(encoder)) == before
+    assert decoder.output.tied_module is head
+    assert torch.equal(decoder(text()), tiny_decoder()(text()))
+
+
+def test_width_of_the_features_is_asked_of_the_encoder():
+    class Config:
+        hidden_size = FEATURE_DIM
+
+    class Foreign(nn.Module):
+        config = Config()
+
+        def forward(self, x):
+            return x
+
+    assert fuse(tiny_decoder(), Foreign(), every=3).adapter.in_dim == FEATURE_DIM
+    with pytest.raises(ValueError, match=r"Linear has no feature_dim, embed_dim or config\.hidden_size"):
+        fuse(tiny_decoder(), nn.Linear(5, FEATURE_DIM), every=3)
+
+
+def test_fusing_twice_is_refused():
+    decoder = fuse(tiny_decoder(), TinyEncoder(), every=2).decoder
+    with pytest.raises(ValueError, match="fusion_layer would be hidden"):
+        fuse(decoder, TinyEncoder(), every=2)
+
+
+def test_a_decoder_of_another_make_is_named():
+    with pytest.raises(ValueError, match="needs a decoder with tok_embeddings.*got a Linear"):
+        fuse(nn.Linear(3, 5), TinyEncoder())
+    decoder = tiny_decoder()
+    decoder.layers[0] = nn.Linear(3, 5)
+    with pytest.raises(
+        ValueError, match="Layer 0 is a Linear without what torchtune's decoder layers have"
+    ):
+        fuse(decoder, TinyEncoder(), every=1)
+    with pytest.raises(ValueError, match="at least one encoder"):
+        fuse(tiny_decoder(), {}, every=1)
+
+
+def test_encoders_with_and_without_adapters_do_not_mix():
+    with pytest.raises(ValueError, match="an adapter to all encoders or to none"):
+        fuse(
+            tiny_decoder(),
+            {"a": TinyEncoder(), "b": TinyEncoder()},
+            every=1,
+            adapter={"a": "linear", "b": None},
+        )

@@ -1,0 +1,78 @@
+"""What a training loop needs around a fused model: the loss, and sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from torchfuse.naming import unwrap
+from torchfuse.params import parts_of
+
+__all__ = ["next_token_loss", "shard"]
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of next-token prediction, as a sum and the number of tokens in it.
+
+    Logits at position ``t`` score the label at ``t + 1``: the shift happens here, once. Divide the sum
+    by the number of tokens of the whole optimizer step, over micro-batches and ranks, so that every
+    token weighs the same.
+
+    Args:
+        logits: ``[b, s, v]``.
+        labels: ids aligned with the tokens, ``[b, s]``; ``ignore_index`` where nothing is to be learned.
+        ignore_index: the label that does not count.
+
+    Returns:
+        The sum, and the number of labels in it. Both are zero, with a gradient of zero, where no label
+        counts.
+
+    Example:
+        >>> import torch
+        >>> total, count = next_token_loss(torch.zeros(1, 3, 7), torch.tensor([[-100, 2, 5]]))
+        >>> round(float(total / count), 4), int(count)  # ln 7
+        (1.9459, 2)
+    """
+    targets = labels[:, 1:].flatten()
+    scores = logits[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="sum")
+    return total, (targets != ignore_index).sum()
+
+
+def shard(model: nn.Module, **options: Any) -> None:
+    """Shard a fused model by FSDP2: each transformer layer of decoder and encoders, then the rest.
+
+    Under FSDP2 every rank must run the same modules in every step, so fuse with
+    ``on_missing="participate"`` if a rank's batch may be without images.
+
+    Args:
+        model: a fused model, before its optimizer is built.
+        **options: for ``torch.distributed.fsdp.fully_shard``, such as ``mesh`` and ``mp_policy``.
+
+    Raises:
+        ValueError: if there is no layer to shard, or a batch without images would stop the ranks.
+    """
+    layers = [layer for part in parts_of(model).values() for layer in _layers(part)]
+    if not layers:
+        raise ValueError("There is no layer to shard: no part of the model has an nn.ModuleList.")
+    if getattr(unwrap(model), "on_missing", "participate") != "participate":
+        raise ValueError(
+            'A sharded model needs on_missing="participate": without it a rank whose batch has no image '
+            "runs fewer modules than the others, and all wait for ever."
+        )
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def _layers(part: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost module lists of a part."""
+    for child in part.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _layers(child)

@@ -18,7 +18,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +51,7 @@ VOCABULARY: Final = [
     *WORDS,
     *"? plus which digit even odd or what comes next is larger the sum a photo of".split(),
 ]
+FILLERS: Final = "a photo of the digit is".split()
 IMAGE_SIZE: Final = 16
 MEAN: Final = [0.305, 0.305, 0.305]
 STD: Final = [0.376, 0.376, 0.376]
@@ -124,20 +125,32 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def sentences() -> Iterator[tuple[str, str]]:
-    """All that the language model ever reads: questions about number words, and answers."""
-    for a in range(10):
-        for text, answer in ONE_IMAGE:
-            yield f"{WORDS[a]} {text}", answer(a, a)
-        for b in range(10):
-            for text, answer in TWO_IMAGES:
-                yield f"{WORDS[a]} {WORDS[b]} {text}", answer(a, b)
-            for text, answer in TEXT:
-                yield text.format(a=WORDS[a], b=WORDS[b]), answer(a, b)
+def sentences() -> list[tuple[list[str], str, str]]:
+    """All that the language model reads: what a text is about, a question, and the answer."""
+    single = [([a], text, answer(a, a)) for a in range(10) for text, answer in ONE_IMAGE]
+    pairs = list(product(range(10), range(10)))
+    double = [([a, b], text, answer(a, b)) for a, b in pairs for text, answer in TWO_IMAGES]
+    plain = [
+        ([], text.format(a=WORDS[a], b=WORDS[b]), answer(a, b))
+        for a, b in pairs
+        for text, answer in TEXT
+    ]
+    return [
+        ([WORDS[d] for d in digits], text, answer) for digits, text, answer in single + double + plain
+    ]
+
+
+def wordy(digits: list[str], question: str) -> str:
+    """A text that mentions digits among other words, then the question: ``a photo six is ...``."""
+    parts = []
+    for digit in digits:
+        parts += [*random.choices(FILLERS, k=random.randrange(3)), digit]
+    parts += random.choices(FILLERS, k=random.randrange(3)) if digits else []
+    return " ".join([*parts, question])
 
 
 def make_llama(folder: Path, tokenizer: Tokenizer, steps: int) -> None:
-    """Train a Llama on sentences, every token of them, and save it as transformers does."""
+    """Train a Llama on text alone, every token of it, and save it as transformers does."""
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=128,
@@ -153,17 +166,18 @@ def make_llama(folder: Path, tokenizer: Tokenizer, steps: int) -> None:
         eos_token_id=VOCABULARY.index("<eos>"),
     )
     model = LlamaForCausalLM(config)
-    rows = [
-        [config.bos_token_id, *tokenizer.encode(f"{question} {answer}").ids, config.eos_token_id]
-        for question, answer in sentences()
-    ]
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    labels = tokens.masked_fill(tokens == config.pad_token_id, -100)
+    known = sentences()
 
     def loss(batch: Tensor) -> Tensor:
-        return model(tokens[batch], labels=labels[batch]).loss
+        texts = [
+            f"<bos> {wordy(digits, question)} {answer} <eos>"
+            for digits, question, answer in (known[i] for i in batch.tolist())
+        ]
+        rows = [torch.tensor(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return model(tokens, labels=tokens.masked_fill(tokens == config.pad_token_id, -100)).loss
 
-    train("llama", model, loss, len(rows), batch_size=64, steps=steps, lr=2e-3)
+    train("llama", model, loss, len(known), batch_size=64, steps=steps, lr=2e-3)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -201,7 +215,7 @@ def make_clip(
                 num_hidden_layers=4,
                 num_attention_heads=4,
                 image_size=IMAGE_SIZE,
-                patch_size=4,
+                patch_size=8,
             ).to_dict(),
             projection_dim=64,
         )

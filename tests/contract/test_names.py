@@ -14,6 +14,6 @@ from torchfuse.naming import unwrap
 def test_names(wrap, view, train_base):
     torch._dynamo.reset()
     model = open_gates(views.fused_model(train_base=train_base))
-    reference = tiny_decoder()
+    reference = tiny_decoder(tied=True)
     view(wrap(model), wrap(reference))
     assert unwrap(model) is not None

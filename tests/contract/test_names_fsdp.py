@@ -52,7 +52,7 @@ def check(rank, train_base):
     for view in VIEWS:
         torch.manual_seed(17)
         model = open_gates(views.fused_model(train_base=train_base))
-        reference = tiny_decoder()
+        reference = tiny_decoder(tied=True)
         shard(model)
         for layer in reference.layers:
             fully_shard(layer)

@@ -31,7 +31,7 @@ PREFIX = "decoder."
 
 def fused_model(*, train_base: bool, seed: int = 0, **options: Any) -> nn.Module:
     return fuse(
-        tiny_decoder(seed),
+        tiny_decoder(seed, tied=True),
         TinyEncoder(),
         every=2,
         fusion_vocab_size=2,

@@ -106,7 +106,7 @@ def test_new_parts_have_the_decoders_dtype_and_device():
 
 
 def test_a_tied_head_is_tied_to_the_embedding_in_place():
-    model = fuse(tiny_decoder(), TinyEncoder(), every=2, fusion_vocab_size=2)
+    model = fuse(tiny_decoder(tied=True), TinyEncoder(), every=2, fusion_vocab_size=2)
     assert isinstance(model.tok_embeddings, FusionEmbedding)
     assert model.output.tied_module is model.tok_embeddings
     with torch.no_grad():
@@ -168,7 +168,7 @@ def structure(decoder):
     ids=str,
 )
 def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
-    decoder, encoder = tiny_decoder(), TinyEncoder()
+    decoder, encoder = tiny_decoder(tied=True), TinyEncoder()
     before = structure(decoder), structure(encoder)
     head = decoder.output.tied_module
     options = {"every": 1, "fusion_vocab_size": 1} | options
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
         fuse(decoder, encoder, **options)
     assert (structure(decoder), structure(encoder)) == before
     assert decoder.output.tied_module is head
-    assert torch.equal(decoder(text()), tiny_decoder()(text()))
+    assert torch.equal(decoder(text()), tiny_decoder(tied=True)(text()))
 
 
 def test_width_of_the_features_is_asked_of_the_encoder():

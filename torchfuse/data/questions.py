@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -130,6 +131,7 @@ class QuestionTransform:
             cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: nothing.
         scope: which images a token may attend to, see :func:`image_mask`; with ``"marker"``.
         max_seq_len: the longest sequence that is let through; nothing is ever cut off.
+        cache_images: how many images' pixels to keep in memory, for data that is small.
 
     Raises:
         ValueError: if the options do not fit each other, or a directory lacks its file.
@@ -145,6 +147,7 @@ class QuestionTransform:
         layout: Literal["marker", "placeholder", "prefix"] = "marker",
         scope: ImageScope = "last",
         max_seq_len: int | None = None,
+        cache_images: int = 0,
     ) -> None:
         if layout not in ("marker", "placeholder", "prefix"):
             raise ValueError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
@@ -160,6 +163,10 @@ class QuestionTransform:
         self.markers_per_image = {"marker": 1, "placeholder": features_per_image, "prefix": 0}[layout]
         self.scope: ImageScope = scope if layout == "marker" else "all"
         self.max_seq_len = max_seq_len
+        self._pixels = lru_cache(cache_images)(self._read_pixels)
+
+    def _read_pixels(self, path: Path) -> Tensor:
+        return self.image_transform(open_image(path))
 
     @property
     def pad_id(self) -> int:
@@ -211,7 +218,7 @@ class QuestionTransform:
                 f"The question {question.question!r} is {len(tokens)} tokens long with its answer, and "
                 f"max_seq_len is {self.max_seq_len}."
             )
-        images = [self.image_transform(open_image(path)) for path in question.images]
+        images = [self._pixels(path) for path in question.images]
         size = self.image_transform.size
         sample = {
             "tokens": tokens,

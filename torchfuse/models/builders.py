@@ -116,8 +116,8 @@ def llama_clip(
 def digits(
     *,
     arch: str = "cross_attention",
-    feature_layer: int = -2,
-    keep_cls: bool = False,
+    feature_layer: int = -1,
+    keep_cls: bool = True,
     **fuse_options: Any,
 ) -> FusedModel:
     """The two tiny checkpoints that ``torchfuse.recipes.prepare_digits`` makes, fused.
@@ -137,7 +137,7 @@ def digits(
         max_seq_len=128,
         intermediate_dim=256,
         image_size=16,
-        patch_size=4,
+        patch_size=8,
         vision_embed_dim=96,
         vision_num_layers=4,
         vision_num_heads=4,

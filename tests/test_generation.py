@@ -1,0 +1,195 @@
+import pytest
+import torch
+from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, open_gates, text, tiny_decoder
+
+from torchfuse import fuse, generate
+from torchfuse.generation import sample
+
+ARCHS = {
+    "cross_attention": {"every": 2},
+    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
+    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
+}
+
+
+def make(name):
+    model = fuse(tiny_decoder(), TinyEncoder(), **ARCHS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.mul_(9)  # features that outweigh the embeddings, so that they change the answer
+    return open_gates(model) if name == "cross_attention" else model
+
+
+def prompt(name, batch=2, length=11, seed=3):
+    tokens = text(batch, length, seed)
+    if name == "placeholder":
+        tokens[:, 1 : 1 + FEATURES] = IMAGE
+    return tokens
+
+
+def without_caches(model, tokens, steps, **given):
+    """The likeliest continuation, everything run again at every step."""
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(tokens, **given)
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        if given.get("encoder_mask") is not None and given["encoder_mask"].dim() == 3:
+            mask = given["encoder_mask"]
+            given["encoder_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_equals_the_model_without_caches(name):
+    model, tokens = make(name), prompt(name)
+    got = generate(model, tokens, encoder_input=inputs(), max_new_tokens=9, temperature=0)
+    assert torch.equal(got, without_caches(model, tokens, 9, encoder_input=inputs()))
+    assert not model.caches_are_setup()
+    changed = generate(model, tokens, encoder_input=inputs(seed=9), max_new_tokens=9, temperature=0)
+    assert not torch.equal(got, changed)
+
+
+def test_new_tokens_see_what_the_last_prompt_token_sees():
+    model, tokens = make("cross_attention"), prompt("cross_attention")
+    mask = torch.rand(2, 11, FEATURES) < 0.5
+    given = {"encoder_input": inputs(), "encoder_mask": mask}
+    got = generate(model, tokens, **given, max_new_tokens=7, temperature=0)
+    assert torch.equal(got, without_caches(model, tokens, 7, **given))
+
+
+def test_named_encoders_and_their_masks():
+    encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
+    model = open_gates(fuse(tiny_decoder(), encoders, every=1)).eval()
+    given = {"eye": inputs(), "ear": inputs(num=3)}
+    masks = {"eye": torch.rand(2, 11, 7) < 0.5, "ear": torch.rand(2, 11, 3) < 0.5}
+    joined = torch.cat([masks["eye"], masks["ear"]], dim=-1)
+    tokens = text(2, 11)
+    expected = without_caches(model, tokens, 6, encoder_input=given, encoder_mask=joined)
+    for mask in (masks, joined):
+        got = generate(
+            model, tokens, encoder_input=given, encoder_mask=mask, max_new_tokens=6, temperature=0
+        )
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_rows_of_any_length_with_and_without_image_equal_rows_alone(name):
+    model = make(name)
+    rows = [text(1, 6), prompt(name, 1, 13), prompt(name, 1, 9, seed=5)]
+    x = inputs(3)
+    valid = torch.tensor([[False] * FEATURES, [True] * FEATURES, [True] * FEATURES])
+    batch = torch.cat([torch.nn.functional.pad(row, (13 - row.shape[1], 0)) for row in rows])
+    together = generate(
+        model, batch, encoder_input=x, encoder_mask=valid, max_new_tokens=8, temperature=0
+    )
+    for index, row in enumerate(rows):
+        given = {"encoder_input": {"x": x["x"][index : index + 1]}} if index else {}
+        alone = generate(model, row, **given, max_new_tokens=8, temperature=0)
+        assert torch.equal(together[index, 13 - row.shape[1] :], alone[0]), index
+
+
+def test_stop_tokens_end_rows_and_then_everything():
+    model, tokens = make("cross_attention"), text(2, 5)
+    free = generate(model, tokens, max_new_tokens=12, temperature=0)[:, 5:]
+    stop = [int(free[0, 2]), int(free[1, 4])]
+    ended = generate(model, tokens, max_new_tokens=12, temperature=0, stop_tokens=stop, pad_id=0)[:, 5:]
+    ends = [min(free[row].tolist().index(s) for s in stop if s in free[row].tolist()) for row in (0, 1)]
+    assert ended.shape[1] == max(ends) + 1
+    for row, end in enumerate(ends):
+        assert torch.equal(ended[row, : end + 1], free[row, : end + 1])
+        assert not ended[row, end + 1 :].any()
+
+
+def test_a_plain_decoder_generates_too():
+    decoder = tiny_decoder().eval()
+    got = generate(decoder, text(), max_new_tokens=5, temperature=0)
+    assert torch.equal(got, without_caches(decoder, text(), 5))
+
+
+def test_a_seed_repeats_and_the_stream_is_the_result():
+    model, heard = make("cross_attention"), []
+    runs = [
+        generate(
+            model,
+            text(),
+            max_new_tokens=9,
+            temperature=0.9,
+            top_k=11,
+            generator=torch.Generator().manual_seed(5),
+            stream=heard.append if turn else None,
+        )
+        for turn in range(2)
+    ]
+    assert torch.equal(*runs)
+    assert torch.equal(torch.stack(heard, dim=1), runs[1][:, 13:])
+    other = generate(model, text(), max_new_tokens=9, generator=torch.Generator().manual_seed(6))
+    assert not torch.equal(other, runs[0])
+
+
+def test_modes_and_gradients_are_left_alone():
+    model = make("cross_attention").train()
+    before = [m.training for m in model.modules()]
+    out = generate(model, text(), max_new_tokens=2)
+    assert [m.training for m in model.modules()] == before
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        (
+            {"max_new_tokens": 41},
+            "13 prompt tokens, 0 encoder tokens and 41 new ones.*max_seq_len of 53",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_named_before_anything_runs(call, complaint):
+    model = make("cross_attention")
+    ran = []
+    model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match=complaint):
+        generate(model, text(), **{"max_new_tokens": 3} | call)
+    assert ran == []
+    assert not model.caches_are_setup()
+
+
+def test_other_bad_calls():
+    model = make("prefix")
+    with pytest.raises(ValueError, match="7 encoder tokens and 34 new ones"):
+        generate(model, text(), encoder_input=inputs(), max_new_tokens=34)
+    with pytest.raises(ValueError, match=r"tokens must be ids \[b, s\]"):
+        generate(model, torch.ones(3), max_new_tokens=1)
+    model.setup_caches(2, torch.float32)
+    with pytest.raises(ValueError, match="caches are set up already"):
+        generate(model, text(), max_new_tokens=1)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def frequencies(logits, **options):
+    generator = torch.Generator().manual_seed(3)
+    drawn = sample(logits.expand(20_000, -1), generator=generator, **options)
+    return torch.bincount(drawn, minlength=logits.shape[-1]) / 20_000
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.randn(7)
+    torch.testing.assert_close(frequencies(logits), logits.softmax(-1), rtol=0, atol=0.015)
+    torch.testing.assert_close(
+        frequencies(logits, temperature=0.5), (2 * logits).softmax(-1), rtol=0, atol=0.015
+    )
+
+
+def test_top_k_and_top_p():
+    logits = torch.tensor([0.5, 0.1, 0.25, 0.15]).log()
+    assert frequencies(logits, top_k=2).nonzero().flatten().tolist() == [0, 2]
+    assert frequencies(logits, top_p=0.7).nonzero().flatten().tolist() == [0, 2]
+    assert frequencies(logits, top_p=0.76).nonzero().flatten().tolist() == [0, 2, 3]
+    assert frequencies(logits, top_p=0.01).nonzero().flatten().tolist() == [0]
+    assert frequencies(logits, top_k=99, top_p=1.0).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert sample(torch.randn(3, VOCAB), temperature=0).shape == (3,)

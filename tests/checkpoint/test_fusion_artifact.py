@@ -1,0 +1,181 @@
+import json
+import os
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors import safe_open
+from support import IMAGE, TinyEncoder, inputs, open_gates, same_state, state, text, tiny_decoder
+from torch import nn
+
+from torchfuse import (
+    fuse,
+    fusion_state_dict,
+    get_fusion_params,
+    load_fusion,
+    load_fusion_state_dict,
+    save_fusion,
+)
+from torchfuse.checkpoint import files
+from torchfuse.training import shard
+
+
+def make(every=2, **options):
+    return fuse(tiny_decoder(), TinyEncoder(), every=every, fusion_vocab_size=2, **options)
+
+
+def learned():
+    model = open_gates(make())
+    with torch.no_grad():
+        for parameter in get_fusion_params(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def test_only_what_fusion_added_and_all_of_it(tmp_path):
+    model = learned()
+    save_fusion(model, tmp_path / "deep" / "er")
+    file = tmp_path / "deep" / "er" / "fusion.safetensors"
+    with safe_open(file, framework="pt") as reader:
+        assert set(reader.keys()) == set(get_fusion_params(model)) == set(fusion_state_dict(model))
+    other = make()
+    assert not any(load_fusion(other, tmp_path / "deep" / "er"))
+    assert torch.equal(other(text(), encoder_input=inputs()), model(text(), encoder_input=inputs()))
+    described = json.loads((file.parent / "fusion.json").read_text())
+    assert described["architecture"] == "cross_attention"
+    assert described["options"]["fusion_first"] is True
+
+
+def test_wrapped_and_plain_models_share_artifacts(tmp_path):
+    model = learned()
+    save_fusion(torch.compile(model, backend="eager"), tmp_path)
+    other = make()
+    load_fusion(torch.compile(other, backend="eager"), tmp_path)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            fusion_state_dict(model).values(), fusion_state_dict(other).values(), strict=True
+        )
+    )
+
+
+def test_what_does_not_fit_is_one_error_and_nothing_changes(tmp_path):
+    save_fusion(learned(), tmp_path)
+    model = make(every=3, num_kv_heads=3)
+    before = state(model)
+    with pytest.raises(ValueError) as info:
+        load_fusion(model, tmp_path)
+    for part in (
+        "missing: decoder.layers.2.fusion_layer.attn.q_proj.weight",
+        "unexpected: decoder.layers.1.fusion_layer.attn.q_proj.weight",
+        "nothing was loaded",
+    ):
+        assert part in str(info.value)
+    assert same_state(before, model)
+    skipped = load_fusion(model, tmp_path, strict=False)
+    assert all("layers.2" in name for name in skipped.missing)
+    assert all("layers.1" in name for name in skipped.unexpected)
+    assert not same_state(before, model)
+
+
+def test_shapes_and_empty_matches():
+    model, given = make(), fusion_state_dict(learned())
+    given = {name: value[:1] for name, value in given.items()}
+    with pytest.raises(
+        ValueError, match=r"shape: adapter\.linear_1\.weight is \[1, 11\], the model's is \[18, 11\]"
+    ):
+        load_fusion_state_dict(model, given)
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        load_fusion_state_dict(model, {"other": torch.zeros(1)}, strict=False)
+    with pytest.raises(ValueError, match="has no fusion parameters"):
+        fusion_state_dict(tiny_decoder())
+
+
+def test_another_architecture_is_refused(tmp_path):
+    save_fusion(learned(), tmp_path)
+    model = fuse(
+        tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=IMAGE, fusion_vocab_size=2
+    )
+    with pytest.raises(
+        ValueError, match="for architecture 'cross_attention', the model is 'joint_decoder'"
+    ):
+        load_fusion(model, tmp_path)
+    # Asked to, it takes what fits: the adapter and the new tokens.
+    skipped = load_fusion(model, tmp_path, strict=False)
+    assert skipped.missing == []
+    assert not any(name.startswith("adapter") for name in skipped.unexpected)
+
+
+def test_buffers_of_fusion_modules_travel(tmp_path):
+    def model_with_norm():
+        adapter = nn.Sequential(nn.Linear(11, 18), nn.BatchNorm1d(7))
+        return fuse(tiny_decoder(), TinyEncoder(), every=3, adapter=adapter)
+
+    model = model_with_norm()
+    model(text(), encoder_input=inputs())  # moves the running mean
+    save_fusion(model, tmp_path)
+    other = model_with_norm()
+    load_fusion(other, tmp_path)
+    assert torch.equal(other.adapter[1].running_mean, model.adapter[1].running_mean)
+    assert model.adapter[1].running_mean.any()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda file: file.unlink(), "is no artifact of save_fusion: it has no fusion.safetensors"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "or damaged"),
+        (lambda file: file.write_bytes(b""), "or damaged"),
+    ],
+)
+def test_a_damaged_artifact_is_named(tmp_path, damage, complaint):
+    save_fusion(learned(), tmp_path)
+    damage(tmp_path / "fusion.safetensors")
+    model = make()
+    before = state(model)
+    with pytest.raises(ValueError, match=complaint):
+        load_fusion(model, tmp_path)
+    assert same_state(before, model)
+
+
+def test_a_failed_save_leaves_the_old_artifact(tmp_path, monkeypatch):
+    model = learned()
+    save_fusion(model, tmp_path)
+    before = sorted(os.listdir(tmp_path)), (tmp_path / "fusion.safetensors").read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_fusion(learned(), tmp_path)
+    assert (sorted(os.listdir(tmp_path)), (tmp_path / "fusion.safetensors").read_bytes()) == before
+
+
+def test_a_path_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ValueError, match="x is a file; an artifact is a directory"):
+        save_fusion(learned(), tmp_path / "x")
+
+
+def sharded_round_trip(rank, folder):
+    torch.manual_seed(17)
+    model = fuse(tiny_decoder(), TinyEncoder(), every=2, on_missing="participate")
+    open_gates(model)
+    whole = {name: tensor.clone() for name, tensor in fusion_state_dict(model).items()}
+    shard(model)
+    save_fusion(model, folder)
+    torch.distributed.barrier()
+    with torch.no_grad():
+        for parameter in get_fusion_params(model).values():
+            parameter.zero_()
+    load_fusion(model, folder)
+    for name, tensor in fusion_state_dict(model).items():
+        assert torch.equal(tensor.full_tensor(), whole[name]), name
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_saves_whole_tensors_and_loads_them(tmp_path):
+    run_on_ranks(sharded_round_trip, str(tmp_path))
+    model = fuse(tiny_decoder(), TinyEncoder(), every=2)
+    load_fusion(model, tmp_path)

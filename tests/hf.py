@@ -1,0 +1,116 @@
+"""Small checkpoints, as transformers saves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from torchfuse.models.builders import llama_clip
+
+LLAMA = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 41,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 61,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 43,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "image_size": 12,
+    "patch_size": 4,
+    "initializer_range": 0.3,
+}
+# The same numbers as torchfuse's builder has them.
+OURS = {
+    "vocab_size": 37,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "embed_dim": 24,
+    "max_seq_len": 61,
+    "intermediate_dim": 41,
+    "tie_word_embeddings": False,
+    "image_size": 12,
+    "patch_size": 4,
+    "vision_embed_dim": 20,
+    "vision_num_layers": 3,
+    "vision_num_heads": 5,
+    "vision_hidden_dim": 43,
+    "every": 2,
+}
+
+
+def ours(**changes: Any) -> Any:
+    return llama_clip(**OURS | changes)
+
+
+def llama(folder: Path, *, shard: str = "5GB", **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(23)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | changes)).eval()
+    _shake_norms(model)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def clip_tower(folder: Path, *, old: bool = False, **changes: Any) -> CLIPVisionModel:
+    torch.manual_seed(29)
+    model = CLIPVisionModel(CLIPVisionConfig(**VISION | changes)).eval()
+    _shake_norms(model)
+    model.save_pretrained(folder)
+    if old:  # the spelling of older files, which also held a buffer
+        rename(folder, lambda key: f"vision_model.{key}", extra="vision_model.embeddings.position_ids")
+    return model
+
+
+def whole_clip(folder: Path, **changes: Any) -> CLIPModel:
+    torch.manual_seed(31)
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=19, num_hidden_layers=1, num_attention_heads=2
+    )
+    vision = CLIPVisionConfig(**VISION | changes)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    _shake_norms(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def _shake_norms(model: Any) -> None:
+    """Norms start at one and zero, which hides a swapped pair."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def rename(folder: Path, new: Any, extra: str | None = None) -> None:
+    file = folder / "model.safetensors"
+    tensors = {new(key): value for key, value in load_file(file).items()}
+    if extra:
+        tensors[extra] = torch.arange(10)
+    save_file(tensors, file)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | changes))

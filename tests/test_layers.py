@@ -24,6 +24,7 @@ LAYERS = [
     "evaluation",
     "training",
     "config",
+    "runs",
     "recipes",
 ]
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 from torchfuse.naming import unwrap
-from torchfuse.params import parts_of
+from torchfuse.params import fusion_buffers, get_fusion_params, parts_of
 
 __all__ = ["next_token_loss", "shard"]
 
@@ -47,7 +47,8 @@ def shard(model: nn.Module, **options: Any) -> None:
     """Shard a fused model by FSDP2: each transformer layer of decoder and encoders, then the rest.
 
     Under FSDP2 every rank must run the same modules in every step, so fuse with
-    ``on_missing="participate"`` if a rank's batch may be without images.
+    ``on_missing="participate"``. What fusion added starts with rank zero's values on every rank,
+    whatever each was seeded with.
 
     Args:
         model: a fused model, before its optimizer is built.
@@ -64,6 +65,9 @@ def shard(model: nn.Module, **options: Any) -> None:
             'A sharded model needs on_missing="participate": without it a rank whose batch has no image '
             "runs fewer modules than the others, and all wait for ever."
         )
+    for tensor in [*get_fusion_params(model).values(), *fusion_buffers(model).values()]:
+        if not tensor.is_meta:
+            distributed.broadcast(tensor.detach(), src=0)
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)

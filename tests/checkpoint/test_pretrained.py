@@ -173,9 +173,7 @@ def test_a_llama_without_its_head_prefix(folders):
 
 def test_named_encoders(tmp_path, folders):
     clip_tower(tmp_path / "other")
-    model = fuse(
-        ours().decoder.__class__ and tiny_decoder(), {"a": ours().encoder, "b": ours().encoder}, every=3
-    )
+    model = fuse(tiny_decoder(), {"a": ours().encoder, "b": ours().encoder}, every=3)
     before = state(model)
     load_pretrained(model, encoder={"a": folders["encoder"]})
     assert not torch.equal(model.encoders["a"].conv.weight, before["encoders.a.conv.weight"])

@@ -24,10 +24,12 @@ from torchfuse.params import fusion_buffers, get_fusion_params
 
 __all__ = [
     "FusionMismatch",
+    "describe_fusion",
     "fusion_state_dict",
     "load_fusion",
     "load_fusion_state_dict",
     "save_fusion",
+    "write_artifact",
 ]
 
 _TENSORS: Final = "fusion.safetensors"
@@ -129,17 +131,32 @@ def save_fusion(model: nn.Module, path: str | Path) -> None:
         ValueError: if fusion added nothing to this model, or the path is no directory.
     """
     tensors = {name: _whole(tensor) for name, tensor in fusion_state_dict(model).items()}
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        write_artifact(path, tensors, describe_fusion(model))
+
+
+def write_artifact(
+    path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Write an artifact from its parts.
+
+    Args:
+        path: directory of the artifact, made if need be.
+        tensors: what :func:`fusion_state_dict` returned.
+        description: what :func:`describe_fusion` returned.
+
+    Raises:
+        ValueError: if the path is no directory.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; an artifact is a directory.")
-    description = json.dumps(_describe(model), indent=2, sort_keys=True)
+    text = json.dumps(description, indent=2, sort_keys=True)
     # Tensors that share memory cannot stand in one file.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / _TENSORS, lambda file: save_file(tensors, file, {_KEY: description}))
-    write_whole(path / _DESCRIPTION, lambda file: _write_text(file, description + "\n"))
+    write_whole(path / _TENSORS, lambda file: save_file(whole, file, {_KEY: text}))
+    write_whole(path / _DESCRIPTION, lambda file: _write_text(file, text + "\n"))
 
 
 def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> FusionMismatch:
@@ -166,7 +183,7 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    ours = _describe(model)
+    ours = describe_fusion(model)
     for what in ("format", "architecture"):
         if strict and description.get(what) != ours[what]:
             raise ValueError(
@@ -175,7 +192,8 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
     return load_fusion_state_dict(model, tensors, strict)
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
+def describe_fusion(model: nn.Module) -> dict[str, Any]:
+    """What an artifact says of the model that it is for."""
     strategy = getattr(unwrap(model), "strategy", None)
     return {
         "format": _FORMAT,
@@ -185,7 +203,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from torchfuse.data.images import ImageTransform, open_image
 from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.tokenizer import TextTokenizer
 
-__all__ = ["Question", "QuestionDataset", "QuestionTransform", "read_questions"]
+__all__ = ["Question", "QuestionDataset", "QuestionTransform", "question_from", "read_questions"]
 
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}

@@ -1,0 +1,179 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from torchfuse.data.images import ImageTransform
+from torchfuse.data.questions import Question, QuestionDataset, QuestionTransform, read_questions
+from torchfuse.data.tokenizer import TextTokenizer
+
+WORDS = ["<pad>", "<bos>", "<unk>", "<eos>", "which", "digit", "?", "one", "two", "and"]
+PAD, BOS, _, EOS, WHICH, DIGIT, ASK, ONE, TWO, AND = range(10)
+MARK = 10
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(WORDS[:4])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name, value in (("a.png", 40), ("b.png", 200)):
+        Image.new("L", (8, 8), value).save(tmp_path / name)
+    return tmp_path
+
+
+def transform(folder, **options):
+    defaults = {"image_token": MARK, "features_per_image": 2, "image_transform": ImageTransform(8)}
+    return QuestionTransform(folder, **defaults | options)
+
+
+def two_images(folder):
+    return Question("<image> and <image> which digit ?", (folder / "a.png", folder / "b.png"), "two")
+
+
+def test_tokens_labels_and_pixels(folder):
+    sample = transform(folder)(two_images(folder))
+    assert sample["tokens"] == [BOS, MARK, AND, MARK, WHICH, DIGIT, ASK, TWO, EOS]
+    assert sample["labels"] == [-100] * 7 + [TWO, EOS]  # unshifted, the end is learned
+    assert sample["images"].shape == (2, 3, 8, 8)
+    assert not torch.equal(sample["images"][0], sample["images"][1])
+    prompt = transform(folder)(two_images(folder), with_answer=False)
+    assert prompt["tokens"] == sample["tokens"][:7]
+    assert "labels" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "markers", "seen"),
+    [
+        ({"scope": "all"}, 1, [0, 2, 2, 4, 4]),
+        ({"scope": "last"}, 1, [0, 2, 2, 2, 2]),
+        ({"layout": "placeholder"}, 2, [0, 2, 2, 2, 4]),
+        ({"layout": "prefix", "image_token": None}, 0, [4, 4, 4, 4, 4]),
+    ],
+    ids=str,
+)
+def test_layouts(folder, options, markers, seen):
+    sample = transform(folder, **options)(two_images(folder))
+    assert sample["tokens"].count(MARK) == 2 * markers
+    assert sample["encoder_mask"].shape == (len(sample["tokens"]), 4)
+    assert sample["encoder_mask"].sum(dim=1)[:5].tolist() == seen
+    assert sample["encoder_mask"][-1].sum() == seen[-1]
+
+
+def test_text_alone(folder):
+    sample = transform(folder)(Question("one and two ?", answer="two"))
+    assert sample["images"].shape == (0, 3, 8, 8)
+    assert sample["encoder_mask"].shape == (7, 0)
+
+
+def test_decode_ends_at_the_end(folder):
+    assert transform(folder).decode([TWO, MARK, ONE, EOS, DIGIT]) == "two one"
+    assert transform(folder).stop_tokens == (EOS,)
+    assert transform(folder).pad_id == PAD
+
+
+def test_images_without_markers_come_first(folder):
+    assert Question("which ?", (folder / "a.png",) * 2).question == "<image> <image> which ?"
+    with pytest.raises(ValueError, match="shows <image> 1 times, but there are 2 images"):
+        Question("<image> which ?", (folder / "a.png",) * 2)
+
+
+def test_nothing_is_ever_cut_off(folder):
+    with pytest.raises(ValueError, match="is 9 tokens long with its answer, and max_seq_len is 8"):
+        transform(folder, max_seq_len=8)(two_images(folder))
+    assert transform(folder, max_seq_len=9)(two_images(folder))
+
+
+def test_cached_pixels_are_the_same(folder):
+    cached = transform(folder, cache_images=1)
+    for _ in range(2):
+        got = cached(two_images(folder))
+        assert torch.equal(got["images"], transform(folder)(two_images(folder))["images"])
+
+
+def test_bad_options(folder):
+    with pytest.raises(ValueError, match='layout must be "marker"'):
+        transform(folder, layout="infix")
+    with pytest.raises(ValueError, match="image_token=10 does not fit layout='prefix'"):
+        transform(folder, layout="prefix")
+    with pytest.raises(ValueError, match="image_token=None does not fit"):
+        transform(folder, image_token=None)
+
+
+def write(folder, *lines):
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return file
+
+
+GOOD = {"question": "<image> which ?", "answer": "one", "images": ["a.png"], "kind": "k"}
+
+
+def test_a_file_of_questions(folder):
+    file = write(folder, GOOD, "", {"question": "one ?", "answer": "one"})
+    first, second = read_questions(file)
+    assert first == Question("<image> which ?", (folder / "a.png",), "one", "k")
+    assert second.images == ()
+    dataset = QuestionDataset(transform(folder), file)
+    assert len(dataset) == 2
+    assert [len(s["images"]) for s in dataset] == [1, 0]
+    assert len(QuestionDataset(transform(folder), file, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "line 2: no JSON"),
+        ("[1]", "line 2: expected a JSON object, got a list"),
+        (GOOD | {"anser": "x"}, "line 2: unknown field anser; there are question, answer, images, kind"),
+        ({"answer": "x"}, "line 2: the field question is missing"),
+        (GOOD | {"question": 3}, "line 2: question must be a str, got 3"),
+        (GOOD | {"images": "a.png"}, "line 2: images must be a list"),
+        (GOOD | {"images": [3]}, "line 2: images must be paths"),
+        (GOOD | {"images": []}, "line 2: the question shows <image> 1 times, but there are 0 images"),
+        (GOOD | {"images": ["c.png"]}, "line 2: The image .*c.png cannot be opened"),
+        (GOOD | {"images": ["tokenizer.json"]}, "line 2: .*tokenizer.json is no image"),
+    ],
+    ids=str,
+)
+def test_a_broken_line_is_named(folder, line, complaint):
+    file = write(folder, GOOD, line)
+    with pytest.raises(ValueError, match=complaint) as info:
+        read_questions(file)
+    assert str(info.value).startswith(str(file))
+
+
+def test_files_without_questions_or_answers(folder):
+    with pytest.raises(ValueError, match="holds no question"):
+        read_questions(write(folder, ""))
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read"):
+        read_questions(folder / "none.jsonl")
+    file = write(folder, {"question": "one ?"})
+    with pytest.raises(ValueError, match="'one \\?' has no answer to learn"):
+        QuestionDataset(transform(folder), file)
+    with pytest.raises(ValueError, match="has no answer to learn"):
+        transform(folder)(read_questions(file)[0])
+
+
+def test_tokenizers_and_their_special_tokens(folder):
+    tokenizer = TextTokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("which one")) == "which one"
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [3, 7]}))
+    several = TextTokenizer(folder)
+    assert (several.eos_id, several.eos_ids, several.pad_id) == (3, (3, 7), 3)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "pad_token_id": None}))
+    assert TextTokenizer(folder).eos_ids == (5,)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not configure bos_token_id"):
+        TextTokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no tokenizer"):
+        TextTokenizer(folder)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        TextTokenizer(Path(folder) / "elsewhere")

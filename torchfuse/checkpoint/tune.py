@@ -1,0 +1,134 @@
+"""A checkpointer for torchtune's own recipes.
+
+torchtune's recipes load one state dict that holds every parameter of the model and save one that does.
+This checkpointer makes the first from two pretrained directories and, of the second, keeps what was
+trained: usually the fusion-only artifact alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from torchfuse.checkpoint.files import write_whole
+from torchfuse.checkpoint.fusion_artifact import (
+    describe_fusion,
+    fusion_state_dict,
+    load_fusion,
+    write_artifact,
+)
+from torchfuse.checkpoint.pretrained import load_pretrained
+
+__all__ = ["FusionCheckpointer"]
+
+_MODEL: Final = "model"  # torchtune.training.MODEL_KEY, without importing torchtune
+_WHOLE: Final = "model.safetensors"
+_RECIPE_STATE: Final = "recipe_state.pt"
+
+
+class FusionCheckpointer:
+    """Pretrained directories in, the fusion-only artifact out, for torchtune's own recipes.
+
+    In a configuration, ``model: ${model}`` hands it the recipe's own model section.
+
+    Each epoch is saved in ``<output_dir>/epoch_<n>``: the artifact, the whole model too if a pretrained
+    part trains, and the recipe's state while more epochs follow.
+
+    Args:
+        model: the recipe's model section, ``_component_`` and keywords.
+        output_dir: where epochs are saved.
+        decoder: directory of the pretrained decoder.
+        encoder: directory of the pretrained encoder; by name for named encoders.
+        fusion: an artifact to start from; None: fusion starts fresh.
+        should_load_recipe_state: continue after the last epoch in ``output_dir``.
+        model_type: torchtune's recipes ask for it; it has no effect here.
+
+    Raises:
+        ValueError: if a run is to be continued that saved no recipe state.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Mapping[str, Any],
+        output_dir: str | Path,
+        decoder: str | Path | None = None,
+        encoder: str | Path | Mapping[str, str | Path] | None = None,
+        fusion: str | Path | None = None,
+        should_load_recipe_state: bool = False,
+        model_type: str | None = None,
+    ) -> None:
+        self._model = OmegaConf.create(dict(model))
+        self._output_dir = Path(output_dir)
+        self._decoder, self._encoder = decoder, encoder
+        self._fusion = fusion
+        self._resume_from = self._last_epoch() if should_load_recipe_state else None
+        self._description: dict[str, Any] = {}
+        self._fusion_names: list[str] = []
+        self._trains_pretrained = False
+
+    def _last_epoch(self) -> Path:
+        epochs = {
+            int(found[1]): path
+            for path in self._output_dir.glob("epoch_*")
+            if (found := re.fullmatch(r"epoch_(\d+)", path.name)) and (path / _RECIPE_STATE).is_file()
+        }
+        if not epochs:
+            raise ValueError(
+                f"There is no epoch with a recipe state in {self._output_dir} to continue from."
+            )
+        return epochs[max(epochs)]
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Every parameter of the model, and the recipe's state if a run is continued."""
+        from torchtune import config
+
+        model: nn.Module = config.instantiate(self._model)
+        load_pretrained(model, decoder=self._decoder, encoder=self._encoder)
+        self._description = describe_fusion(model)
+        self._fusion_names = list(fusion_state_dict(model))
+        self._trains_pretrained = any(
+            p.requires_grad and name not in self._fusion_names for name, p in model.named_parameters()
+        )
+        recipe_state: dict[str, Any] = {}
+        if self._resume_from is not None:
+            recipe_state = torch.load(self._resume_from / _RECIPE_STATE, weights_only=True)
+            if self._trains_pretrained:
+                model.load_state_dict(load_file(self._resume_from / _WHOLE))
+            load_fusion(model, self._resume_from)
+        elif self._fusion is not None:
+            load_fusion(model, self._fusion)
+        return {_MODEL: model.state_dict(), **recipe_state}
+
+    def save_checkpoint(
+        self,
+        state_dict: dict[str, Any],
+        epoch: int,
+        intermediate_checkpoint: bool = False,
+        adapter_only: bool = False,
+    ) -> None:
+        """Save an epoch.
+
+        Args:
+            state_dict: what the recipe wants saved; its model state has every parameter.
+            epoch: number of the epoch.
+            intermediate_checkpoint: whether more epochs follow, so that the recipe's state is kept.
+            adapter_only: has no effect: only what was trained is saved in any case.
+        """
+        folder = self._output_dir / f"epoch_{epoch}"
+        model_state: dict[str, Tensor] = state_dict[_MODEL]
+        fusion = {name: model_state[name] for name in self._fusion_names}
+        write_artifact(folder, fusion, self._description)
+        if self._trains_pretrained:
+            whole = {name: t.cpu().contiguous().clone() for name, t in model_state.items()}
+            write_whole(folder / _WHOLE, lambda file: save_file(whole, file))
+        if intermediate_checkpoint:
+            rest = {key: value for key, value in state_dict.items() if key != _MODEL}
+            write_whole(folder / _RECIPE_STATE, lambda file: torch.save(rest, file))

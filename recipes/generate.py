@@ -18,20 +18,17 @@ was started if that configuration holds relative paths.
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from omegaconf import MISSING
-from torch import nn
-from torchtune import training
 from torchtune.utils import batch_to_device, get_device
 
-from torchfuse import generate, load_fusion, load_pretrained
-from torchfuse.config import build, recipe
+from torchfuse import generate
+from torchfuse.config import recipe
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.images import open_image
-from torchfuse.data.questions import Question, QuestionTransform, question_from
+from torchfuse.data.questions import Question, question_from
+from torchfuse.runs import load_run, read_yaml
 
 
 @dataclass
@@ -60,13 +57,8 @@ class Config:
 def main(config: Config) -> None:
     """Ask a finetuned model questions, and print what it says."""
     questions = _read_prompts(Path(config.prompts))
-    run = _read_yaml(Path(config.run) / "config.yaml", "It is written by the finetune recipe.")
-    transform: QuestionTransform = build(run["transform"], what="transform")
+    model, transform = load_run(config.run, device=config.device, dtype=config.dtype)
     device = get_device(config.device)
-    with training.set_default_dtype(training.get_dtype(config.dtype, device)), device:
-        model: nn.Module = build(run["model"], what="model")
-    load_pretrained(model, **run["pretrained"])
-    load_fusion(model, Path(config.run) / "fusion")
 
     samples = [transform(question, with_answer=False) for question in questions]
     batch = padded_collate_images(samples, transform.pad_id, pad_left=True)
@@ -93,7 +85,7 @@ def main(config: Config) -> None:
 
 
 def _read_prompts(path: Path) -> list[Question]:
-    prompts = _read_yaml(path, "It is a list of questions.")
+    prompts = read_yaml(path, "it is a list of prompts")
     if not isinstance(prompts, list) or not all(isinstance(p, dict) for p in prompts) or not prompts:
         raise ValueError(f"{path} must hold a list of prompts, each with a question.")
     questions = []
@@ -105,15 +97,6 @@ def _read_prompts(path: Path) -> list[Question]:
         except ValueError as error:
             raise ValueError(f"{path}, prompt {number}: {error}") from error
     return questions
-
-
-def _read_yaml(path: Path, hint: str) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}). {hint}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ def test_equals_the_model_without_caches(name):
     got = generate(model, tokens, encoder_input=inputs(), max_new_tokens=9, temperature=0)
     assert torch.equal(got, without_caches(model, tokens, 9, encoder_input=inputs()))
     assert not model.caches_are_setup()
-    changed = generate(model, tokens, encoder_input=inputs(seed=9), max_new_tokens=9, temperature=0)
-    assert not torch.equal(got, changed)
+    with torch.no_grad():
+        logits = [model(tokens, encoder_input=inputs(seed=seed))[:, -1] for seed in (2, 9)]
+    assert not torch.allclose(*logits, rtol=0.01)  # the features matter to what was compared
 
 
 def test_new_tokens_see_what_the_last_prompt_token_sees():

@@ -105,6 +105,22 @@ def test_two_ranks_one_image(name):
     run_on_ranks(step, name)
 
 
+def seeded_apart(rank):
+    torch.manual_seed(rank)
+    model = fuse(tiny_decoder(), TinyEncoder(seed=1), every=1, on_missing="participate")
+    torch.manual_seed(rank)
+    model.adapter.linear_1.reset_parameters()
+    shard(model)
+    torch.manual_seed(0)
+    expected = torch.nn.Linear(11, 18)
+    assert torch.equal(model.adapter.linear_1.weight.full_tensor(), expected.weight)
+
+
+@pytest.mark.distributed
+def test_fresh_weights_are_rank_zeros_everywhere():
+    run_on_ranks(seeded_apart)
+
+
 def refuse(rank):
     with pytest.raises(ValueError, match='needs on_missing="participate"'):
         shard(make("cross_attention"))

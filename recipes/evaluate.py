@@ -1,0 +1,53 @@
+"""Ask a finetuned model the questions of a file, and print how many it answers right.
+
+Launch, with the output directory of a finetuning run::
+
+    tune run torchfuse/recipes/evaluate.py --config recipes/configs/digits/evaluate.yaml
+
+The run's own configuration says which model, checkpoints and transform are used; start it where the run
+was started if that configuration holds relative paths.
+"""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from torchfuse.config import recipe
+from torchfuse.data.questions import read_questions
+from torchfuse.evaluation import accuracy, answer_questions
+from torchfuse.runs import load_run
+
+
+@dataclass
+class Config:
+    """Everything that the recipe takes."""
+
+    run: str = MISSING
+    questions: str = MISSING
+    batch_size: int = 128
+    max_new_tokens: int = 8
+    device: str = "cpu"
+    dtype: str = "fp32"
+
+
+@recipe(Config)
+def main(config: Config) -> None:
+    """Ask a finetuned model the questions of a file, and print how many it answers right."""
+    questions = read_questions(config.questions)
+    model, transform = load_run(config.run, device=config.device, dtype=config.dtype)
+    answered = answer_questions(
+        model,
+        transform,
+        questions,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    shares = accuracy(answered)
+    width = max(map(len, shares))
+    for kind, share in shares.items():
+        asked = len(answered) if kind == "all" else sum(a.question.kind == kind for a in answered)
+        print(f"{kind:<{width}}  {share:>6.1%}  of {asked}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Every YAML is run, by the command that its header gives."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from torchfuse import recipes
+
+CONFIGS = Path(recipes.__file__).parent / "configs"
+TUNE = str(Path(sys.executable).parent / "tune")
+
+
+def tune(folder, *arguments, **environment):
+    """``tune run`` in a folder beside ``demo``; the recipe comes from the installed package."""
+    return subprocess.run(
+        [TUNE, "run", *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def finetune(digits, arch, output, *overrides):
+    return tune(
+        digits.parent,
+        "torchfuse/recipes/finetune.py",
+        "--config",
+        CONFIGS / "digits" / f"{arch}.yaml",
+        f"output_dir={output}",
+        "train.max_steps=2",
+        "train.batch_size=16",
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_of(digits):
+    made = {}
+
+    def run(arch):
+        if arch not in made:
+            output = digits / f"run_{arch}"
+            done = finetune(digits, arch, output)
+            assert done.returncode == 0, done.stderr
+            made[arch] = (output, done.stdout)
+        return made[arch]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["cross_attention", "joint_decoder"])
+def test_finetune(run_of, arch):
+    output, said = run_of(arch)
+    assert re.search(r"decoder +38 +596,096 +0 ", said)
+    assert re.search(r"fusion +\d+ +([\d,]+) +\1 \(100\.0 %\)", said)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["after"]) == {"one_image", "two_images", "text", "all"}
+    assert metrics["before"]["text"] == metrics["after"]["text"]
+    assert set(metrics["images_exchanged"]) == {"one_image", "two_images", "all"}
+    losses = json.loads((output / "losses.json").read_text())
+    assert [step for step, _ in losses] == [1, 2]
+    assert all(1 < loss < 6 for _, loss in losses)
+    answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 48
+    assert all((output / image).is_file() for answer in answers for image in answer["images"])
+    with safe_open(output / "fusion" / "fusion.safetensors", framework="pt") as reader:
+        names = list(reader.keys())
+    assert names
+    assert not any(name.startswith("encoder") for name in names)
+
+
+@pytest.mark.slow
+def test_generate(digits, run_of):
+    output, _ = run_of("cross_attention")
+    done = tune(
+        digits.parent,
+        "torchfuse/recipes/generate.py",
+        "--config",
+        CONFIGS / "digits" / "generate.yaml",
+        f"run={output}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "<image> which digit ?  [0" in done.stdout
+    assert "two plus three ?\n    " in done.stdout
+    assert re.search(r"\d+ tokens for 4 prompts in", done.stdout)
+
+
+@pytest.mark.slow
+def test_evaluate(digits, run_of):
+    output, _ = run_of("joint_decoder")
+    done = tune(
+        digits.parent,
+        "torchfuse/recipes/evaluate.py",
+        "--config",
+        CONFIGS / "digits" / "evaluate.yaml",
+        f"run={output}",
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "metrics.json").read_text())["after"]
+    for kind, share in metrics.items():
+        assert re.search(rf"{kind} +{share:.1%}  of \d+", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("arch", ["cross_attention"])
+def test_finetune_on_two_ranks_learns_what_one_learns(digits, tmp_path, arch):
+    """Half the batch on each of two sharded ranks is one step of the whole batch."""
+    common = ["model.on_missing=participate", "train.max_steps=1", "train.epochs=1", "data.test=null"]
+    alone = finetune(
+        digits, arch, tmp_path / "alone", *common, "train.batch_size=64", "train.warmup_steps=0"
+    )
+    assert alone.returncode == 0, alone.stderr
+    ranks = tune(
+        digits.parent,
+        "--nproc_per_node",
+        "2",
+        "torchfuse/recipes/finetune.py",
+        "--config",
+        CONFIGS / "digits" / f"{arch}.yaml",
+        f"output_dir={tmp_path / 'ranks'}",
+        *common,
+        "train.batch_size=32",
+        "train.warmup_steps=0",
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("alone", "ranks")]
+    assert losses[0][0][1] == pytest.approx(losses[1][0][1], rel=1e-5)
+    tensors = []
+    for name in ("alone", "ranks"):
+        with safe_open(tmp_path / name / "fusion" / "fusion.safetensors", framework="pt") as reader:
+            tensors.append({key: reader.get_tensor(key) for key in reader.keys()})  # noqa: SIM118
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, value in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], value, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_torchtunes_own_recipe_trains_and_continues(digits, tmp_path):
+    """``tune run full_finetune_single_device``, unmodified, for two steps an epoch."""
+    config = CONFIGS / "digits" / "torchtune_full_finetune.yaml"
+    common = [
+        "full_finetune_single_device",
+        "--config",
+        config,
+        f"output_dir={tmp_path}",
+        "max_steps_per_epoch=2",
+        "batch_size=16",
+    ]
+    done = tune(digits.parent, *common)
+    assert done.returncode == 0, done.stderr
+    epochs = [tmp_path / f"epoch_{n}" / "fusion.safetensors" for n in (0, 1)]
+    tensors = []
+    for file in epochs:
+        with safe_open(file, framework="pt") as reader:
+            tensors.append({key: reader.get_tensor(key) for key in reader.keys()})  # noqa: SIM118
+    name = "decoder.layers.0.fusion_layer.ca_scale.scale"
+    assert tensors[0][name].abs() > 0  # the gate starts at zero
+    assert not torch.equal(tensors[0][name], tensors[1][name])
+    more = tune(digits.parent, *common, "resume_from_checkpoint=True", "epochs=2")
+    assert more.returncode == 0, more.stderr
+    with safe_open(epochs[1], framework="pt") as reader:
+        assert torch.allclose(reader.get_tensor(name), tensors[1][name], rtol=1e-4)
+
+
+def test_every_yaml_is_run_by_a_test():
+    run = {"cross_attention", "joint_decoder", "generate", "evaluate", "torchtune_full_finetune"}
+    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == run
+
+
+def test_headers_say_how_to_make_the_data_and_how_to_launch():
+    for path in CONFIGS.rglob("*.yaml"):
+        header = path.read_text().split("\n\n")[0] + path.read_text().split("\n\n")[1]
+        assert "tune run " in header, path
+        assert path.name in header, path

@@ -11,9 +11,10 @@ import statistics
 import time
 
 import torch
-from torchfuse import FusionEmbedding
 from torchtune.modules.model_fusion import FusionEmbedding as TorchtuneFusionEmbedding
 from tqdm import tqdm
+
+from torchfuse import FusionEmbedding
 
 
 def time_once(module, ids, gradient):

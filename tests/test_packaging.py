@@ -18,15 +18,34 @@ def test_wheel(tmp_path):
         if name.split("/")[0] in ("torchfuse", "recipes", "pyproject.toml", "README.md", "LICENSE"):
             (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / "src" / name)
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", ".."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        "..",
+    ]
     subprocess.run(command, cwd=tmp_path / "src", check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names} == {"torchfuse", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    expected = {f"torchfuse/{p.relative_to(ROOT / 'torchfuse')}" for p in (ROOT / "torchfuse").rglob("*.py")}
-    expected |= {f"torchfuse/recipes/{p.relative_to(ROOT / 'recipes')}" for p in (ROOT / "recipes").rglob("*.py")}
+    assert {name.split("/")[0] for name in names} == {
+        "torchfuse",
+        f"{wheel.name.split('-py3')[0]}.dist-info",
+    }
+    expected = {
+        f"torchfuse/{p.relative_to(ROOT / 'torchfuse')}" for p in (ROOT / "torchfuse").rglob("*.py")
+    }
     expected |= {
-        f"torchfuse/recipes/{p.relative_to(ROOT / 'recipes')}" for p in (ROOT / "recipes").rglob("*.yaml")
+        f"torchfuse/recipes/{p.relative_to(ROOT / 'recipes')}" for p in (ROOT / "recipes").rglob("*.py")
+    }
+    expected |= {
+        f"torchfuse/recipes/{p.relative_to(ROOT / 'recipes')}"
+        for p in (ROOT / "recipes").rglob("*.yaml")
     }
     assert expected <= names
     assert "torchfuse/py.typed" in names

@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torchtune.models.convert_weights import hf_to_tune
+from torchtune.models.llama3_2 import llama3_2
 
-from torchfuse import recipes
+from torchfuse import get_fusion_params, recipes
+from torchfuse.data.questions import read_questions
+from torchfuse.runs import load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs"
 TUNE = str(Path(sys.executable).parent / "tune")
@@ -77,6 +82,47 @@ def test_finetune(run_of, arch):
         names = list(reader.keys())
     assert names
     assert not any(name.startswith("encoder") for name in names)
+
+
+@pytest.mark.slow
+def test_text_alone_is_answered_by_the_language_model_after_training_too(digits, run_of, monkeypatch):
+    """The logits of torchtune's decoder, its weights converted by torchtune, to the last bit."""
+    output, _ = run_of("cross_attention")
+    monkeypatch.chdir(digits.parent)  # the run's configuration holds relative paths
+    model, transform = load_run(output, device="cpu", dtype="fp32")
+    gates = [p for name, p in get_fusion_params(model).items() if name.endswith("_scale.scale")]
+    assert gates
+    assert all(gate.abs() > 1e-5 for gate in gates)
+    sizes = json.loads((digits / "llama" / "config.json").read_text())
+    alone = llama3_2(
+        vocab_size=sizes["vocab_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        num_kv_heads=sizes["num_key_value_heads"],
+        embed_dim=sizes["hidden_size"],
+        max_seq_len=sizes["max_position_embeddings"],
+        intermediate_dim=sizes["intermediate_size"],
+        rope_base=int(sizes["rope_parameters"]["rope_theta"]),
+        scale_factor=1,
+        norm_eps=sizes["rms_norm_eps"],
+    )
+    weights = hf_to_tune(
+        load_file(digits / "llama" / "model.safetensors"),
+        num_heads=sizes["num_attention_heads"],
+        num_kv_heads=sizes["num_key_value_heads"],
+        dim=sizes["hidden_size"],
+    )
+    alone.load_state_dict({name: value for name, value in weights.items() if name != "output.weight"})
+    asked = [
+        question
+        for question in read_questions(digits / "questions" / "test_all.jsonl")
+        if not question.images
+    ]
+    assert len(asked) > 3
+    for question in asked:
+        tokens = torch.tensor([transform(question)["tokens"]])
+        with torch.no_grad():
+            assert torch.equal(model.eval()(tokens), alone.eval()(tokens)), question.question
 
 
 @pytest.mark.slow

@@ -25,8 +25,13 @@ FAINT: Final = "#8a909c"
 RIGHT: Final = "#1b7f4d"
 WRONG: Final = "#c2342c"
 COLORS: Final = {"cross_attention": "#3d5a98", "joint_decoder": "#d1812c"}
-# The grid: for each row the kind of question and the number of cells.
-GRID: Final = (("one_image", 6), ("one_image", 6), ("two_images", 4), ("two_images", 4))
+# The grid: for each row its title, the kind of question and the number of cells.
+GRID: Final = (
+    ("one image", "one_image", 6),
+    ("", "one_image", 6),
+    ("two images", "two_images", 4),
+)
+NUM_MISTAKES: Final = 4
 
 
 def main() -> None:
@@ -67,23 +72,33 @@ def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
 
 
 def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
-    """A grid of held-out images with question, answer and, where it differs, the truth."""
+    """A grid of held-out images with question, answer and truth, and a last row of mistakes."""
     lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    waiting = {kind: _in_turn(records, kind) for kind, _ in GRID}
-    figure = plt.figure(figsize=(13, 2.6 * len(GRID)))
-    rows = figure.add_gridspec(len(GRID), 1, left=0.02, right=0.98, top=0.86, bottom=0.05, hspace=0.55)
-    for row, (kind, cells) in zip(rows, GRID, strict=True):
-        for cell in row.subgridspec(1, cells, wspace=0.12):
-            axes = figure.add_subplot(cell)
-            axes.axis("off")
-            for record in islice(waiting[kind], 1):
-                _draw_answer(axes, record, run)
+    waiting = {kind: _in_turn(records, kind) for _, kind, _ in GRID}
+    grid = [(title, list(islice(waiting[kind], cells)), cells) for title, kind, cells in GRID]
+    wrong = [record for record in records if record["images"] and not _is_right(record)]
+    if wrong:
+        title = f"what it gets wrong ({len(wrong)} of {sum(bool(r['images']) for r in records)})"
+        grid.append((title, wrong[:NUM_MISTAKES], NUM_MISTAKES))
+
+    height = 2.7 * len(grid)
+    figure = plt.figure(figsize=(13, height))
+    rows = figure.add_gridspec(
+        len(grid), 1, left=0.02, right=0.98, top=1 - 1.45 / height, bottom=0.65 / height, hspace=0.95
+    )
+    for row, (title, shown, cells) in zip(rows, grid, strict=True):
+        for cell, record in zip(row.subgridspec(1, cells, wspace=0.12), shown, strict=False):
+            _draw_answer(figure.add_subplot(cell), record, run)
+        if title:
+            above = row.get_position(figure).y1 + 0.38 / height
+            figure.text(0.02, above, title, fontsize=12, fontweight="bold")
     after = metrics["after"]
     shares = ", ".join(f"{kind.replace('_', ' ')} {after[kind]:.1%}" for kind in sorted(after))
     title = f"What the fused model says ({run.name.replace('_', ' ')})"
-    figure.text(0.02, 0.965, title, fontsize=17, fontweight="bold")
-    figure.text(0.02, 0.938, f"held-out digits, right answers: {shares}", fontsize=11, color=FAINT)
+    figure.text(0.02, 1 - 0.42 / height, title, fontsize=17, fontweight="bold")
+    subtitle = f"held-out digits, right answers: {shares}"
+    figure.text(0.02, 1 - 0.7 / height, subtitle, fontsize=11, color=FAINT)
     _save(figure, path)
 
 
@@ -97,27 +112,36 @@ def _in_turn(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any
         yield from turn
 
 
+def _is_right(record: dict[str, Any]) -> bool:
+    return record["said"].split() == record["answer"].split()
+
+
 def _draw_answer(axes: Axes, record: dict[str, Any], run: Path) -> None:
     images = [np.asarray(Image.open(run / name).convert("L")) for name in record["images"]]
     gap = np.zeros((images[0].shape[0], 2), dtype=np.uint8)
     row = images[0]
     for image in images[1:]:
         row = np.concatenate([row, gap, image], axis=1)
+    axes.axis("off")
     axes.imshow(255 - row, cmap="gray", vmin=0, vmax=255, interpolation="lanczos")
     question = record["question"].replace("<image>", "").strip().replace(" ?", "?")
-    right = record["said"].split() == record["answer"].split()
-    axes.set_title(question, fontsize=10, color=FAINT, pad=6)
+    axes.set_title(question, fontsize=10, color=INK, pad=6)
     said = record["said"] or "(nothing)"
-    axes.text(
-        0.5,
-        -0.07,
-        said if right else f"{said}  (it is {record['answer']})",
-        transform=axes.transAxes,
+    color = RIGHT if _is_right(record) else WRONG
+    _write_below(axes, said, 6, fontsize=14, fontweight="bold", color=color)
+    _write_below(axes, f"truth: {record['answer']}", 25, fontsize=9, color=FAINT)
+
+
+def _write_below(axes: Axes, text: str, points: int, **style: Any) -> None:
+    axes.annotate(
+        text,
+        (0.5, 0),
+        (0, -points),
+        xycoords="axes fraction",
+        textcoords="offset points",
         ha="center",
         va="top",
-        fontsize=13 if right else 11,
-        fontweight="bold",
-        color=RIGHT if right else WRONG,
+        **style,
     )
 
 
@@ -135,7 +159,7 @@ def _read(path: Path) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     def write(file: Path) -> None:
-        figure.savefig(file, dpi=150, facecolor="white", format="png")
+        figure.savefig(file, dpi=120, facecolor="white", format="png")
 
     write_whole(path, write)
     plt.close(figure)

@@ -1,6 +1,6 @@
 """Ask a finetuned model the questions of a file, and print how many it answers right.
 
-Launch, with the output directory of a finetuning run::
+Launch, with the output directory of a finetuning run:
 
     tune run torchfuse/recipes/evaluate.py --config recipes/configs/digits/evaluate.yaml
 

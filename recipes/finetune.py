@@ -3,7 +3,7 @@
 Fuses, loads both pretrained checkpoints unchanged, trains what the model's flags say (what fusion added,
 unless told otherwise), asks held-out questions, and saves what was learned.
 
-Launch on one device, or on several with FSDP2::
+Launch on one device, or on several with FSDP2:
 
     tune run torchfuse/recipes/finetune.py --config recipes/configs/digits/cross_attention.yaml
     tune run --nproc_per_node 2 torchfuse/recipes/finetune.py --config ... model.on_missing=participate

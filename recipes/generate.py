@@ -1,12 +1,12 @@
 """Ask a finetuned model questions, and print what it says.
 
 Prompts come from a YAML: a list of ``question``, with ``<image>`` where an image is shown, and
-``images``, paths relative to that file::
+``images``, paths relative to that file:
 
     - question: "<image> which digit ?"
       images: [images/0012.png]
 
-Launch, with the output directory of a finetuning run::
+Launch, with the output directory of a finetuning run:
 
     tune run torchfuse/recipes/generate.py --config recipes/configs/digits/generate.yaml \
         run=demo/cross_attention prompts=demo/prompt.yaml

@@ -52,7 +52,7 @@ class TinyEncoder(nn.Module):
 
 
 def inputs(batch: int = 2, num: int = FEATURES, in_dim: int = 5, seed: int = 2) -> dict[str, Tensor]:
-    """Input for a :class:`TinyEncoder`, ``num`` tokens a row."""
+    """Input for a ``TinyEncoder``, ``num`` tokens a row."""
     generator = torch.Generator().manual_seed(seed)
     return {"x": torch.randn(batch, num, in_dim, generator=generator)}
 

@@ -105,7 +105,7 @@ def sample(
     Returns:
         Ids, ``[b]``.
 
-    Example:
+    Examples:
         >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0)
         tensor([1])
     """

@@ -4,7 +4,7 @@ Two things live here and nowhere else: the code that renames the keys of our own
 helpers that undo what other wrappers (activation checkpointing, ``torch.compile``, DDP) add to a
 name.
 
-:class:`TransparentWrapper` puts a module around another one without leaving a trace in any name.
+``TransparentWrapper`` puts a module around another one without leaving a trace in any name.
 Hooks on the state dict alone are not enough for that: ``named_parameters`` would still show the
 wrapper, and everything that compares the two views (distributed checkpoints, optimizers keyed by
 name, adapters) would break. So the wrapper speaks for itself in each view that PyTorch has.
@@ -33,7 +33,7 @@ _FALLBACK_CHILD: Final = "_pretrained"
 def canonical_name(name: str) -> str:
     """The name that a parameter or module has without any wrapper around it.
 
-    Example:
+    Examples:
         >>> canonical_name("decoder.layers.0._checkpoint_wrapped_module.attn.q_proj.weight")
         'decoder.layers.0.attn.q_proj.weight'
     """
@@ -43,7 +43,7 @@ def canonical_name(name: str) -> str:
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``, activation-checkpoint and data-parallel wrappers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> linear = nn.Linear(3, 5)
         >>> unwrap(torch.compile(linear)) is linear
@@ -62,7 +62,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a model under their canonical names, in ``named_parameters`` order.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [name for name, _ in named_parameters(torch.compile(nn.Linear(3, 5)))]
         ['weight', 'bias']
@@ -85,7 +85,7 @@ class TransparentWrapper(nn.Module):
     attribute access and ``torch.distributed.checkpoint``. The wrapper survives ``pickle`` and
     ``deepcopy``.
 
-    A subclass calls :meth:`wrap` once, after it has set all of its own attributes.
+    A subclass calls ``wrap`` once, after it has set all of its own attributes.
     """
 
     _wrapped_child: str

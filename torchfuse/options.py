@@ -26,7 +26,7 @@ def call_with_options(
         ValueError: naming every option that ``target`` does not take, every one it lacks, and those
             there are.
 
-    Example:
+    Examples:
         >>> call_with_options(int, "ff", what="number", options={"base": 16})
         255
     """

@@ -1,7 +1,7 @@
 """Which parameters fusion added, which of all train, and in which group.
 
 A module says what fusion added by a method ``fusion_params()`` that names parameters relative to
-itself; :func:`register_fusion_module` gives any module that method. Everything here goes by the
+itself; ``register_fusion_module`` gives any module that method. Everything here goes by the
 identity of parameters and reports canonical names, so that it says the same before and after
 ``torch.compile``, activation checkpointing and sharding.
 """
@@ -39,7 +39,7 @@ def register_fusion_module(module: nn.Module) -> None:
     Args:
         module: a layer or a whole model, for example a projection behind an encoder.
 
-    Example:
+    Examples:
         >>> projection = nn.Linear(3, 5)
         >>> register_fusion_module(projection)
         >>> sorted(get_fusion_params(nn.Sequential(nn.Linear(2, 3), projection)))
@@ -152,7 +152,7 @@ def set_trainable(
     Raises:
         ValueError: if something is to train that the model does not have; nothing has changed then.
 
-    Example:
+    Examples:
         >>> from torchfuse import FusionEmbedding
         >>> model = nn.Sequential(FusionEmbedding(11, 2, 3), nn.Linear(3, 11))
         >>> set_trainable(model)
@@ -217,7 +217,7 @@ def param_groups(
         ValueError: if nothing trains, a part that trains has no learning rate, or a mapping names a
             part that does not train.
 
-    Example:
+    Examples:
         >>> from torchfuse import FusionEmbedding
         >>> model = FusionEmbedding(11, 2, 3)
         >>> [(g["name"], g["lr"]) for g in param_groups(model, lr={"fusion": 1e-3, "decoder": 1e-5})]
@@ -304,7 +304,7 @@ def describe(model: nn.Module) -> Description:
     Returns:
         Rows for every part and a last one, ``"total"``; ``print(describe(model))`` shows them.
 
-    Example:
+    Examples:
         >>> from torchfuse import FusionEmbedding
         >>> describe(FusionEmbedding(11, 2, 3))["fusion"].parameters
         6

@@ -31,7 +31,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
         The sum, and the number of labels in it. Both are zero, with a gradient of zero, where no label
         counts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> total, count = next_token_loss(torch.zeros(1, 3, 7), torch.tensor([[-100, 2, 5]]))
         >>> round(float(total / count), 4), int(count)  # ln 7

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torchtune.models.convert_weights import hf_to_tune
@@ -155,6 +156,28 @@ def test_evaluate(digits, run_of):
     metrics = json.loads((output / "metrics.json").read_text())["after"]
     for kind, share in metrics.items():
         assert re.search(rf"{kind} +{share:.1%}  of \d+", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_draw(digits, run_of, tmp_path):
+    command = [sys.executable, "-m", "torchfuse.recipes.draw_digits"]
+    runs = {arch: run_of(arch)[0] for arch in ("cross_attention", "joint_decoder")}
+    folder = digits.parent / "drawn"
+    folder.mkdir()
+    for arch, output in runs.items():
+        (folder / arch).symlink_to(output)
+    done = subprocess.run([*command, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for arch, output in runs.items():
+        assert metrics[arch] == json.loads((output / "metrics.json").read_text())
+    for name, at_least in (("loss.png", 400), ("answers.png", 1000)):
+        with Image.open(folder / name) as image:
+            assert min(image.size) >= at_least
+            assert len(image.convert("L").getcolors()) > 100  # something is drawn
+    empty = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    assert empty.returncode == 2
+    assert "holds no finished run" in empty.stderr
 
 
 @pytest.mark.slow

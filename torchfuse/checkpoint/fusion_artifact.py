@@ -75,7 +75,7 @@ def load_fusion_state_dict(
 
     Args:
         model: a fused model, sharded or not.
-        state_dict: what :func:`fusion_state_dict` returned.
+        state_dict: what ``fusion_state_dict`` returned.
         strict: whether every tensor must fit. If not, what fits is loaded.
 
     Returns:
@@ -142,8 +142,8 @@ def write_artifact(
 
     Args:
         path: directory of the artifact, made if need be.
-        tensors: what :func:`fusion_state_dict` returned.
-        description: what :func:`describe_fusion` returned.
+        tensors: what ``fusion_state_dict`` returned.
+        description: what ``describe_fusion`` returned.
 
     Raises:
         ValueError: if the path is no directory.
@@ -160,12 +160,12 @@ def write_artifact(
 
 
 def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> FusionMismatch:
-    """Load an artifact that :func:`save_fusion` wrote into a model fused in the same way.
+    """Load an artifact that ``save_fusion`` wrote into a model fused in the same way.
 
     Args:
         model: a fused model, with its pretrained parts loaded.
         path: directory of the artifact.
-        strict: as in :func:`load_fusion_state_dict`.
+        strict: as in ``load_fusion_state_dict``.
 
     Returns:
         What was passed over: all empty if ``strict``.

@@ -52,7 +52,7 @@ class ImageTransform:
     Raises:
         ValueError: if a number or a name is out of range.
 
-    Example:
+    Examples:
         >>> ImageTransform(8)(Image.new("RGB", (20, 10))).shape
         torch.Size([3, 8, 8])
     """

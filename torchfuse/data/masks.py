@@ -26,7 +26,7 @@ def left_padding(tokens: Tensor, pad_id: int) -> Tensor:
     Returns:
         Bool ``[b, s]``, True from the first token that is no padding on.
 
-    Example:
+    Examples:
         >>> left_padding(torch.tensor([[0, 0, 5, 0]]), pad_id=0).tolist()
         [[False, False, True, True]]
     """
@@ -63,7 +63,7 @@ def causal_mask(
     Raises:
         ValueError: if there are fewer slots than tokens.
 
-    Example:
+    Examples:
         >>> causal_mask(torch.tensor([[False, True, True]])).int().tolist()
         [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]
     """
@@ -109,7 +109,7 @@ def image_mask(
     Raises:
         ValueError: for an unknown scope or a number below one.
 
-    Example:
+    Examples:
         >>> tokens = torch.tensor([[9, 1, 9, 2]])  # image, text, image, text
         >>> image_mask(tokens, 9, features_per_image=1, num_images=2).int().tolist()
         [[[1, 0], [1, 0], [1, 1], [1, 1]]]

@@ -1,6 +1,6 @@
 """Questions about images: a file of them, and what becomes of one on its way to the model.
 
-A question file has a JSON object a line::
+A question file has a JSON object a line:
 
     {"question": "<image> which digit ?", "answer": "seven", "images": ["7.png"], "kind": "digit"}
 
@@ -126,10 +126,10 @@ class QuestionTransform:
             ``layout="prefix"``.
         features_per_image: features that an image has when it reaches the decoder.
         image_transform: directory of the encoder, with its ``preprocessor_config.json``, or an
-            :class:`ImageTransform`.
+            ``ImageTransform``.
         layout: what stands for an image in the sequence. ``"marker"``: one ``image_token`` (for
             cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: nothing.
-        scope: which images a token may attend to, see :func:`image_mask`; with ``"marker"``.
+        scope: which images a token may attend to, see ``image_mask``; with ``"marker"``.
         max_seq_len: the longest sequence that is let through; nothing is ever cut off.
         cache_images: how many images' pixels to keep in memory, for data that is small.
 

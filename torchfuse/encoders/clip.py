@@ -47,7 +47,7 @@ class ClipVisionEncoder(VisionTransformer):
     Raises:
         ValueError: if the numbers do not fit each other.
 
-    Example:
+    Examples:
         >>> encoder = ClipVisionEncoder(
         ...     image_size=8, patch_size=4, embed_dim=6, num_layers=3, num_heads=2
         ... )
@@ -159,7 +159,7 @@ def clip_vit_l_14_336(feature_layer: int = -2, keep_cls: bool = False) -> ClipVi
     """The vision tower of ``openai/clip-vit-large-patch14-336``, 304 M parameters, 576 patches.
 
     Args:
-        feature_layer: which hidden state the features are, see :class:`ClipVisionEncoder`.
+        feature_layer: which hidden state the features are, see ``ClipVisionEncoder``.
         keep_cls: whether the class token stays in front of the patch tokens.
     """
     return ClipVisionEncoder(

@@ -1,7 +1,7 @@
 """The fused model as the decoder's callers see it.
 
-:class:`FusedModel` is called as a ``TransformerDecoder`` is. What makes one architecture differ from
-another is the strategy's business: it turns a call into a :class:`ModalityContext`, and the decoder runs
+``FusedModel`` is called as a ``TransformerDecoder`` is. What makes one architecture differ from
+another is the strategy's business: it turns a call into a ``ModalityContext``, and the decoder runs
 on that.
 """
 
@@ -109,7 +109,7 @@ class FusedModel(DecoderSurface, EncoderOwner):
                 attend to feature ``n``, or ``[b, n]``, True where feature ``n`` belongs to the row. Over
                 the features of all encoders one behind the other, or by name. None: all count.
             input_pos: positions, ``[b, s]`` or ``[s]``. None: ``0 .. s - 1``. Needed with caches.
-            encoder_embeds: what :meth:`encode` returned, in place of ``encoder_input``.
+            encoder_embeds: what ``encode`` returned, in place of ``encoder_input``.
 
         Returns:
             Logits ``[b, s, v]``, aligned with ``tokens``; a list of chunks, or of hidden states and the

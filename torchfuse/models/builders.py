@@ -29,7 +29,7 @@ def llama3_2_1b_clip_vit_l_14_336(
         arch: ``"cross_attention"`` or ``"joint_decoder"``.
         feature_layer: which hidden state of CLIP the features are.
         keep_cls: whether CLIP's class token is a feature too.
-        **fuse_options: see :func:`torchfuse.fuse`.
+        **fuse_options: see ``torchfuse.fuse``.
     """
     encoder = clip_vit_l_14_336(feature_layer=feature_layer, keep_cls=keep_cls)
     return fuse(llama3_2_1b(), encoder, arch=arch, **fuse_options)
@@ -84,7 +84,7 @@ def llama_clip(
         feature_layer: which hidden state of the tower the features are.
         keep_cls: whether the tower's class token is a feature too.
         arch: ``"cross_attention"`` or ``"joint_decoder"``.
-        **fuse_options: see :func:`torchfuse.fuse`.
+        **fuse_options: see ``torchfuse.fuse``.
     """
     decoder = llama3_2(
         vocab_size=vocab_size,
@@ -126,7 +126,7 @@ def digits(
         arch: ``"cross_attention"`` or ``"joint_decoder"``.
         feature_layer: which hidden state of the tower the features are.
         keep_cls: whether the tower's class token is a feature too.
-        **fuse_options: see :func:`torchfuse.fuse`.
+        **fuse_options: see ``torchfuse.fuse``.
     """
     return llama_clip(
         vocab_size=40,

@@ -161,7 +161,7 @@ class DeepFusionModel(FusedModel):
 
     Signature and methods are torchtune 0.6.1's; more than it had: several encoders, an adapter,
     ``encode()`` and ``encoder_embeds=``, stand-ins for batches without images, and everything that a
-    ``TransformerDecoder`` has. :func:`torchfuse.fuse` builds one from a plain decoder.
+    ``TransformerDecoder`` has. ``torchfuse.fuse`` builds one from a plain decoder.
 
     Args:
         decoder: a ``TransformerDecoder`` with fusion layers in it.
@@ -170,8 +170,8 @@ class DeepFusionModel(FusedModel):
         encoder_trainable: whether the encoder trains; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
         adapter: what maps features to the decoder's width. None: the encoder does.
-        on_missing: see :class:`FusedModel`.
-        example_input: see :class:`FusedModel`.
+        on_missing: see ``FusedModel``.
+        example_input: see ``FusedModel``.
         strategy: options of the architecture, for the record; ``fuse`` gives them.
     """
 

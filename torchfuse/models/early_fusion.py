@@ -184,9 +184,9 @@ class EarlyFusionModel(FusedModel):
         encoders_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
         adapter: what maps features to the decoder's width. None: the encoders do.
-        placement: ``"placeholder"`` or ``"prefix"``, see :class:`JointDecoderStrategy`.
-        on_missing: see :class:`FusedModel`.
-        example_input: see :class:`FusedModel`.
+        placement: ``"placeholder"`` or ``"prefix"``, see ``JointDecoderStrategy``.
+        on_missing: see ``FusedModel``.
+        example_input: see ``FusedModel``.
 
     Raises:
         ValueError: if the names of encoders, tokens and flags do not agree.

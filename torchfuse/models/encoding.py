@@ -83,7 +83,7 @@ class EncoderOwner(nn.Module):
         return list(self.encoders) if self._named else [_UNNAMED]
 
     def get_encoder(self, name: str) -> nn.Module:
-        """The encoder of a name in :attr:`encoder_names`."""
+        """The encoder of a name in ``encoder_names``."""
         return self.encoders[name] if self._named else self.encoder
 
     def get_adapter(self, name: str) -> nn.Module | None:

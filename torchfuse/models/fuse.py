@@ -53,22 +53,22 @@ def fuse(
         encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
             ``config.hidden_size``.
         fusion_vocab_size: number of new tokens to embed beside the pretrained table.
-        fusion_init: first values of their embeddings, see :meth:`FusionEmbedding.from_pretrained`.
+        fusion_init: first values of their embeddings, see ``FusionEmbedding.from_pretrained``.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
-        on_missing: ``"skip"`` or ``"participate"``, see :class:`FusedModel`.
-        example_input: see :class:`FusedModel`.
-        **arch_options: the architecture's own, see :class:`CrossAttentionStrategy` and
-            :class:`JointDecoderStrategy` (``placement=``, ``encoder_token=``).
+        on_missing: ``"skip"`` or ``"participate"``, see ``FusedModel``.
+        example_input: see ``FusedModel``.
+        **arch_options: the architecture's own, see ``CrossAttentionStrategy`` and
+            ``JointDecoderStrategy`` (``placement=``, ``encoder_token=``).
 
     Returns:
-        A :class:`DeepFusionModel` or :class:`EarlyFusionModel`, or what another architecture builds.
+        A ``DeepFusionModel`` or ``EarlyFusionModel``, or what another architecture builds.
 
     Raises:
         ValueError: for anything that does not fit; decoder and encoder are as they were then.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from torchtune.models.llama3_2 import llama3_2
         >>> decoder = llama3_2(

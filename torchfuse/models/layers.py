@@ -33,7 +33,7 @@ def cross_attention_layer(
         qk_norm: whether queries and keys are normalised per head.
         attn_dropout: probability of dropping an attention weight in training.
 
-    Example:
+    Examples:
         >>> layer = cross_attention_layer(
         ...     embed_dim=6, num_heads=3, num_kv_heads=1, head_dim=2, hidden_dim=7
         ... )

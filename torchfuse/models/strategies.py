@@ -1,9 +1,9 @@
 """One strategy an architecture, behind one interface.
 
 A strategy turns tokens and encoder features into what the decoder consumes, a
-:class:`ModalityContext`. It holds options but no parameters, and is no submodule: sharding,
+``ModalityContext``. It holds options but no parameters, and is no submodule: sharding,
 checkpoints and freezing never see it. A new architecture is one class with
-:func:`register_modality_strategy` on it.
+``register_modality_strategy`` on it.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
 
     Args:
         arch: ``"cross_attention"``, ``"joint_decoder"`` or what
-            :func:`register_modality_strategy` added.
+            ``register_modality_strategy`` added.
         **options: the architecture's options.
 
     Raises:

@@ -1,7 +1,7 @@
 """A model that has everything its decoder has, without owning it twice.
 
 Callers of a ``TransformerDecoder`` read attributes, assign some, and call methods for chunked output and
-caches. :class:`DecoderSurface` hands all of that to ``self.decoder``, the one owner.
+caches. ``DecoderSurface`` hands all of that to ``self.decoder``, the one owner.
 """
 
 from __future__ import annotations

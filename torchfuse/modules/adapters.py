@@ -57,7 +57,7 @@ class Adapter(nn.Module, ABC):
 
 
 def register_adapter(name: str) -> Callable[[_AdapterType], _AdapterType]:
-    """Make an :class:`Adapter` class available to :func:`build_adapter` and ``fuse`` by name."""
+    """Make an ``Adapter`` class available to ``build_adapter`` and ``fuse`` by name."""
 
     def register(cls: _AdapterType) -> _AdapterType:
         if name in _REGISTRY:
@@ -72,7 +72,7 @@ def build_adapter(name: str, in_dim: int, out_dim: int, **options: Any) -> Adapt
     """Build a registered adapter.
 
     Args:
-        name: ``"linear"``, ``"mlp_2layer"`` or what :func:`register_adapter` added.
+        name: ``"linear"``, ``"mlp_2layer"`` or what ``register_adapter`` added.
         in_dim: width of the encoder's features.
         out_dim: width of the decoder.
         **options: what else the adapter takes.
@@ -80,7 +80,7 @@ def build_adapter(name: str, in_dim: int, out_dim: int, **options: Any) -> Adapt
     Raises:
         ValueError: for an unknown name or option.
 
-    Example:
+    Examples:
         >>> build_adapter("linear", 5, 7).output_num_tokens(11)
         11
     """

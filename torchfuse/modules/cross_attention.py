@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
         return self.cache_enabled and self.kv_cache is not None and self.kv_cache.is_filled
 
     def effective_mask(self, y: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """The mask over what :meth:`forward` will attend to: ``y``, or every slot of the cache.
+        """The mask over what ``forward`` will attend to: ``y``, or every slot of the cache.
 
         Args:
             y: features, ``[b, n, d]``; None: those in the cache.
@@ -143,7 +143,7 @@ class CrossAttention(nn.Module):
             x: queries, ``[b, s, d]``.
             y: what is attended to, ``[b, n, d]``; None: what the cache holds.
             mask: bool over what is attended to, True: may attend; every row must have a True. With a
-                cache that is every slot, see :meth:`effective_mask`. None: everything there is.
+                cache that is every slot, see ``effective_mask``. None: everything there is.
 
         Returns:
             ``[b, s, d]``.
@@ -187,7 +187,7 @@ class CrossAttention(nn.Module):
 class GatedCrossAttentionLayer(nn.Module):
     """``x + gate(attn(norm(x), features))``, then ``x + gate(mlp(norm(x)))``.
 
-    Parts come in built; :func:`torchfuse.models.layers.cross_attention_layer` builds them from
+    Parts come in built; ``torchfuse.models.layers.cross_attention_layer`` builds them from
     numbers. A drop-in for torchtune's ``TransformerCrossAttentionLayer`` with the same key names.
 
     Args:

@@ -38,7 +38,7 @@ class FusionEmbedding(nn.Embedding):
     Raises:
         ValueError: if a size is not positive.
 
-    Example:
+    Examples:
         >>> embedding = FusionEmbedding(vocab_size=11, fusion_vocab_size=2, embed_dim=3)
         >>> embedding(torch.tensor([[0, 10, 11, 12]])).shape
         torch.Size([1, 4, 3])
@@ -101,7 +101,7 @@ class FusionEmbedding(nn.Embedding):
                 of the right shape, or the embedding does something that a second table would break
                 (a subclass with its own forward, ``max_norm``, ``scale_grad_by_freq``, hooks).
 
-        Example:
+        Examples:
             >>> base = nn.Embedding(11, 3)
             >>> fused = FusionEmbedding.from_pretrained(base, 2)
             >>> fused.weight is base.weight
@@ -127,13 +127,13 @@ class FusionEmbedding(nn.Embedding):
 
         Args:
             num_new: number of tokens to add.
-            init: as in :meth:`from_pretrained`.
+            init: as in ``from_pretrained``.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: as in :meth:`from_pretrained`; nothing has changed then.
+            ValueError: as in ``from_pretrained``; nothing has changed then.
         """
         if num_new < 1:
             raise ValueError(f"num_new must be at least 1, got {num_new}.")
@@ -219,7 +219,9 @@ def _refuse_what_would_break(embedding: nn.Embedding) -> None:
             f"{type(embedding).__name__} has a forward of its own, which a second table beside it "
             "would bypass. Give the plain nn.Embedding."
         )
-    faults = [f"{name}={value}" for name, value in [("max_norm", embedding.max_norm)] if value]
+    faults = []
+    if embedding.max_norm is not None:
+        faults.append(f"max_norm={embedding.max_norm}")
     if embedding.scale_grad_by_freq:
         faults.append("scale_grad_by_freq=True")
     if embedding._forward_hooks or embedding._forward_pre_hooks:

@@ -1,7 +1,7 @@
 """A new layer beside a pretrained one, under the pretrained one's names.
 
 Flamingo (https://arxiv.org/abs/2204.14198) puts a gated cross-attention layer in front of every k-th
-layer of a frozen language model. :class:`FusionLayer` is that seam: it runs the two layers one after
+layer of a frozen language model. ``FusionLayer`` is that seam: it runs the two layers one after
 the other and leaves every name of the pretrained one as it was, so that its checkpoint still fits.
 """
 
@@ -21,8 +21,8 @@ class FusionLayer(TransparentWrapper):
     """Runs a new layer before or after a pretrained layer; names are the pretrained layer's.
 
     A parameter ``attn.q_proj.weight`` of ``layer`` is ``attn.q_proj.weight`` here too, in every view
-    (see :class:`torchfuse.naming.TransparentWrapper`). The parameters of the new layer stand beside
-    it under ``fusion_layer.`` and are what :meth:`fusion_params` names.
+    (see ``torchfuse.naming.TransparentWrapper``). The parameters of the new layer stand beside
+    it under ``fusion_layer.`` and are what ``fusion_params`` names.
 
     Signature, attributes and key names are those of torchtune 0.6.1's ``FusionLayer``.
 
@@ -35,7 +35,7 @@ class FusionLayer(TransparentWrapper):
         ValueError: if ``layer`` has a member whose name would be hidden, such as ``fusion_layer``
             (a ``FusionLayer`` in a ``FusionLayer`` among them).
 
-    Example:
+    Examples:
         >>> fused = FusionLayer(nn.Linear(3, 3), nn.Linear(3, 3))
         >>> list(fused.state_dict())
         ['weight', 'bias', 'fusion_layer.weight', 'fusion_layer.bias']
@@ -106,7 +106,7 @@ class FusionLayer(TransparentWrapper):
         encoder_max_seq_len: int | None,
         decoder_max_seq_len: int | None,
     ) -> None:
-        """The older spelling of :meth:`setup_caches`."""
+        """The older spelling of ``setup_caches``."""
         self.setup_caches(
             batch_size,
             dtype,
@@ -124,7 +124,7 @@ class FusionLayer(TransparentWrapper):
 
     @property
     def cache_enabled(self) -> bool:
-        """The older spelling of :meth:`caches_are_enabled`."""
+        """The older spelling of ``caches_are_enabled``."""
         return self.caches_are_enabled()
 
     def reset_cache(self) -> None:
@@ -133,7 +133,7 @@ class FusionLayer(TransparentWrapper):
             reset()
 
     def reset_caches(self) -> None:
-        """The decoder's spelling of :meth:`reset_cache`."""
+        """The decoder's spelling of ``reset_cache``."""
         self.reset_cache()
 
     def _cache_state(self, question: str) -> bool:

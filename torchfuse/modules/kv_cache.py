@@ -17,7 +17,7 @@ class EncoderKVCache(nn.Module):
     """Keys and values of encoder features, with the number of slots that hold any.
 
     For inference only; never part of a state dict. ``valid`` (bool ``[max_seq_len]``) marks the slots
-    that hold a feature. :attr:`is_filled` is an ordinary Python value, so
+    that hold a feature. ``is_filled`` is an ordinary Python value, so
     asking for it neither waits for the device nor depends on data.
 
     Args:
@@ -27,7 +27,7 @@ class EncoderKVCache(nn.Module):
         head_dim: width of a head.
         dtype: dtype of keys and values.
 
-    Example:
+    Examples:
         >>> cache = EncoderKVCache(2, 7, num_kv_heads=1, head_dim=3, dtype=torch.float32)
         >>> keys, values = cache.fill(torch.ones(2, 1, 5, 3), torch.ones(2, 1, 5, 3))
         >>> cache.valid.tolist()
@@ -67,7 +67,7 @@ class EncoderKVCache(nn.Module):
             values: as ``keys``.
 
         Returns:
-            All keys and all values, ``[b, h, max_seq_len, d]``; :attr:`valid` says which slots count.
+            All keys and all values, ``[b, h, max_seq_len, d]``; ``valid`` says which slots count.
 
         Raises:
             ValueError: if the batch or the length does not fit; the cache is as it was then.

@@ -1,0 +1,79 @@
+"""What README and docs show runs, and what they name exists."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchfuse
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page, language):
+    return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_python_blocks_run_in_order_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace, printed = {}, ""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        for kind, text in BLOCK.findall(page.read_text()):
+            if kind == "python":
+                said = io.StringIO()
+                with contextlib.redirect_stdout(said):
+                    exec(compile(text, name_of(page), "exec"), namespace)
+                printed += said.getvalue()
+            elif kind == "text" and printed:
+                assert text in printed
+
+
+def test_there_is_code_to_run():
+    with_code = {page.name for page in PAGES if blocks(page, "python")}
+    assert {"README.md", "quickstart.md", "names.md", "masks.md", "fusion_parameters.md"} <= with_code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_name_what_exists(page):
+    targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = page.read_text()
+    shell = "\n".join(blocks(page, "bash"))
+    made = re.findall(r"^make (\w+)", shell, re.MULTILINE) + re.findall(r"`make (\w+)`", text)
+    assert set(made) <= set(targets)
+    for path in re.findall(r"recipes/configs/[\w/]+\.yaml", text):
+        assert (ROOT / path).is_file(), path
+    for recipe in re.findall(r"torchfuse/recipes/(\w+\.py)|torchfuse\.recipes\.(\w+) ", text):
+        file = recipe[0] or f"{recipe[1]}.py"
+        assert (ROOT / "recipes" / file).is_file(), file
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_site_builds_and_shows_every_public_name(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={"NO_MKDOCS_2_WARNING": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "reference" / "torchfuse" / "index.html").read_text()
+    for name in torchfuse.__all__:
+        assert f'id="torchfuse.{name}"' in reference, name
+    for module in ("models.strategies", "modules.fusion_layer", "data.masks", "training"):
+        assert (tmp_path / "reference" / f"torchfuse.{module}" / "index.html").is_file()

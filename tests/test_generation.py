@@ -194,3 +194,72 @@ def test_top_k_and_top_p():
     assert frequencies(logits, top_p=0.01).nonzero().flatten().tolist() == [0]
     assert frequencies(logits, top_k=99, top_p=1.0).nonzero().flatten().tolist() == [0, 1, 2, 3]
     assert sample(torch.randn(3, VOCAB), temperature=0).shape == (3,)
+
+
+def test_new_tokens_see_of_a_prefix_what_the_last_prompt_token_sees():
+    model, tokens = make("prefix"), prompt("prefix")
+    mask = torch.ones(2, 11, FEATURES, dtype=torch.bool)
+    mask[:, -1, :4] = False
+    given = {"encoder_input": inputs(), "encoder_mask": mask}
+    got = generate(model, tokens, **given, max_new_tokens=7, temperature=0)
+    assert torch.equal(got, without_caches(model, tokens, 7, **given))
+    everything = generate(model, tokens, encoder_input=inputs(), max_new_tokens=7, temperature=0)
+    assert not torch.equal(got, everything)
+
+
+@pytest.mark.parametrize("case", ["one of two inputs", "one of two masks", "two shapes of mask", "none"])
+def test_masks_by_name_in_every_form_that_the_model_takes(case):
+    encoders = {"a": TinyEncoder(), "b": TinyEncoder(seed=4)}
+    model = open_gates(fuse(tiny_decoder(), encoders, every=1)).eval()
+    rows, positions = torch.rand(2, FEATURES) < 0.5, torch.rand(2, 11, FEATURES) < 0.5
+    both = {"a": inputs(), "b": inputs(seed=7)}
+    inputs_, mask = {
+        "one of two inputs": ({"a": inputs()}, {"a": rows}),
+        "one of two masks": (both, {"a": positions}),
+        "two shapes of mask": (both, {"a": rows, "b": positions}),
+        "none": (both, {"a": positions, "b": None}),
+    }[case]
+    tokens = text(2, 11)
+    got = generate(
+        model, tokens, encoder_input=inputs_, encoder_mask=mask, max_new_tokens=5, temperature=0
+    )
+    for _ in range(5):
+        with torch.no_grad():
+            logits = model(tokens, encoder_input=inputs_, encoder_mask=mask)
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        mask = {
+            name: m if m is None or m.dim() == 2 else torch.cat([m, m[:, -1:]], dim=1)
+            for name, m in mask.items()
+        }
+    assert torch.equal(got, tokens)
+
+
+def test_a_token_that_stands_for_features_is_never_said():
+    model = fuse(tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=5)
+    tokens = text(2, 11).masked_fill(text(2, 11) == 5, 6)
+    tokens[:, 1 : 1 + FEATURES] = 5
+    generator = torch.Generator().manual_seed(0)
+    got = generate(
+        model, tokens, encoder_input=inputs(), max_new_tokens=40, temperature=9.0, generator=generator
+    )
+    new = got[:, 11:]
+    assert not (new == 5).any()
+    assert len(new.unique()) > VOCAB - 6  # at this temperature nearly everything else is said
+
+
+def test_chunked_output_and_hidden_states_do_not_disturb():
+    model, tokens = make("cross_attention"), prompt("cross_attention")
+    given = {"encoder_input": inputs(), "max_new_tokens": 6, "temperature": 0}
+    expected = generate(model, tokens, **given)
+    model.set_num_output_chunks(4)
+    assert torch.equal(generate(model, tokens, **given), expected)
+    model.output_hidden_states = [1]
+    assert torch.equal(generate(model, tokens, **given), expected)
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_under_autocast(name):
+    model, tokens = make(name), prompt(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = generate(model, tokens, encoder_input=inputs(), max_new_tokens=4, temperature=0)
+    assert got.shape == (2, 15)

@@ -56,8 +56,8 @@ def generate(
         Prompts and new tokens, ``[b, s + n]`` with ``n <= max_new_tokens``.
 
     Raises:
-        ValueError: if the arguments are out of range or the sequence does not fit the model; nothing has
-            run then.
+        ValueError: if the arguments are out of range or the sequence does not fit the model; nothing but
+            the encoders has run then.
     """
     _check(model, tokens, max_new_tokens, temperature, top_k, top_p)
     modes = [(module, module.training) for module in model.modules()]
@@ -155,7 +155,8 @@ class _Steps:
                 f"{tokens.shape[1]} prompt tokens, {extra} encoder tokens and {max_new_tokens} new ones "
                 f"are more than the model's max_seq_len of {model.max_seq_len}."
             )
-        self.caches_features = bool(getattr(strategy, "caches_features", False)) and num_features > 0
+        special = () if strategy is None else strategy.special_tokens()
+        self.special = torch.tensor(special, dtype=torch.long, device=tokens.device)
         valid = left_padding(tokens, pad_id)
         valid = torch.cat([valid, valid.new_ones(tokens.shape[0], max_new_tokens)], dim=1)
         self.mask = causal_mask(valid, slots=self.slots)
@@ -165,44 +166,37 @@ class _Steps:
     def caches(self) -> Any:
         from torchtune.modules.common_utils import local_kv_cache
 
-        weight = next(self.model.parameters())
+        table = next(self.model.tok_embeddings.parameters())
+        kind = table.device.type
+        autocast = torch.is_autocast_enabled(kind)
         return local_kv_cache(
             self.model,
             batch_size=self.tokens.shape[0],
-            device=weight.device,
-            dtype=self.model.tok_embeddings.weight.dtype,
+            device=table.device,
+            dtype=torch.get_autocast_dtype(kind) if autocast else table.dtype,
             encoder_max_seq_len=self.num_features or 1,
             decoder_max_seq_len=self.slots,
         )
 
     def prefill(self) -> Tensor:
         """Logits ``[b, v]`` of the first new token."""
-        s = self.column
-        logits = self.model(
-            self.tokens, mask=self.mask[:, :s], input_pos=self.positions[:, :s], **self.given
-        )
-        # What the features' keys and values are for the prompt they are for every new token.
-        self.given = {"encoder_mask": self._last_row()} if self.caches_features else {}
-        return logits[:, -1]
+        at = slice(0, self.column)
+        return self._score(self.tokens, at, **self.given)
 
     def step(self, token: Tensor) -> Tensor:
-        """Logits ``[b, v]`` of the token after this one."""
+        """Logits ``[b, v]`` of the token after this one, which sees what the last prompt token saw."""
         at = slice(self.column, self.column + 1)
         self.column += 1
-        logits = self.model(
-            token[:, None], mask=self.mask[:, at], input_pos=self.positions[:, at], **self.given
-        )
-        return logits[:, -1]
+        return self._score(token[:, None], at)
 
-    def _last_row(self) -> Any:
-        mask = self.given["encoder_mask"]
-        if isinstance(mask, Mapping):
-            return {name: _last(part) for name, part in mask.items()}
-        return None if mask is None else _last(mask)
-
-
-def _last(mask: Tensor) -> Tensor:
-    return mask if mask.dim() == 2 else mask[:, -1:]
+    def _score(self, tokens: Tensor, at: slice, **given: Any) -> Tensor:
+        output = self.model(tokens, mask=self.mask[:, at], input_pos=self.positions[:, at], **given)
+        while isinstance(output, list):  # hidden states in front, or chunks of the sequence
+            output = output[-1]
+        logits: Tensor = output[:, -1]
+        # A token that stands for a feature is nothing to say; many lie outside the vocabulary.
+        banned = torch.isin(torch.arange(logits.shape[-1], device=logits.device), self.special)
+        return logits.masked_fill(banned, -torch.inf)
 
 
 def _check(

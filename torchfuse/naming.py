@@ -206,7 +206,7 @@ def _add_child_to_keys(
 ) -> None:
     """Before ``load_state_dict()``: whatever is not a child of the wrapper is the wrapped module's."""
     assert isinstance(module, TransparentWrapper)
-    beside = module._modules.keys() - {module._wrapped_child}
+    beside = _members(module) - {module._wrapped_child}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         local = key.removeprefix(prefix)
         if local.split(".", 1)[0] not in beside:

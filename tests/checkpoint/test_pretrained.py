@@ -29,7 +29,7 @@ def refused(model, *complaints, **folders):
 
 
 def test_only_what_was_asked_for_changes(folders):
-    model = ours(fusion_vocab_size=2)
+    model = ours(fusion_vocab_size=2, fusion_init=torch.randn(2, 24))
     before = state(model)
     load_pretrained(model, decoder=folders["decoder"])
     changed = {
@@ -257,3 +257,18 @@ def test_a_damaged_directory_is_named(folders, kind, complaint):
 
 def test_numbers_of_the_reference():
     assert LLAMA["num_attention_heads"] % LLAMA["num_key_value_heads"] == 0
+
+
+def test_new_tokens_that_are_means_are_means_of_the_loaded_table(folders):
+    model = ours(fusion_vocab_size=2)
+    embedding = model.tok_embeddings
+    assert embedding.new_rows_are_means()
+    load_pretrained(model, encoder=folders["encoder"])
+    load_pretrained(model, decoder=folders["decoder"])
+    expected = load_file(folders["decoder"] / "model.safetensors")["model.embed_tokens.weight"].mean(0)
+    torch.testing.assert_close(embedding.fusion_embedding.weight, expected.expand(2, -1))
+    with torch.no_grad():  # as training would
+        embedding.fusion_embedding.weight[1] += 1e-3
+    trained = embedding.fusion_embedding.weight.clone()
+    load_pretrained(model, decoder=folders["decoder"])
+    assert torch.equal(embedding.fusion_embedding.weight, trained)

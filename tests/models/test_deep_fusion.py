@@ -2,8 +2,21 @@ import pytest
 import torch
 from support import FEATURES, TinyEncoder, inputs, open_gates, text, tiny_decoder
 from torch import nn
+from torchtune.models.llama3_2_vision import llama3_2_vision_decoder, llama3_2_vision_encoder
+from torchtune.modules import MultiHeadAttention, TransformerCrossAttentionLayer
+from torchtune.modules.common_utils import disable_kv_cache
+from torchtune.modules.model_fusion import DeepFusionModel as TorchtuneDeepFusionModel
+from torchtune.training import compile_model
 
-from torchfuse import DeepFusionModel, fuse
+from torchfuse import (
+    DeepFusionModel,
+    EarlyFusionModel,
+    FusionLayer,
+    fuse,
+    fusion_state_dict,
+    generate,
+    set_trainable,
+)
 
 
 def make(encoder=None, **options):
@@ -207,3 +220,146 @@ def test_fusion_behind_the_layer():
     torch.testing.assert_close(
         model.unembed(hidden), model(x, encoder_input=inputs()), rtol=1e-5, atol=1e-5
     )
+
+
+def test_an_adapter_given_to_the_model_itself_is_what_trains_and_what_is_saved():
+    decoder = fuse(tiny_decoder(), TinyEncoder(), every=2).decoder
+    model = DeepFusionModel(decoder, TinyEncoder(), adapter=nn.Linear(11, 18))
+    assert {"adapter.weight", "adapter.bias"} <= fusion_state_dict(model).keys()
+    assert model.adapter.weight.requires_grad
+    early = EarlyFusionModel(tiny_decoder(), TinyEncoder(), 41, adapter=nn.Linear(11, 18))
+    assert [n for n, p in early.named_parameters() if p.requires_grad] == [
+        "adapter.weight",
+        "adapter.bias",
+    ]
+
+
+def test_a_frozen_adapter_stays_in_evaluation_mode():
+    adapter = nn.Sequential(nn.Linear(11, 18), nn.Dropout(0.5))
+    model = make(adapter=adapter, fusion_trainable=False).train()
+    assert torch.equal(model.encode(inputs()), model.encode(inputs()))
+    set_trainable(model)
+    assert model.train().adapter.training
+
+
+def test_caches_that_are_set_up_but_disabled_change_nothing():
+    model = make().eval()
+    expected = model(text(), encoder_input=inputs())
+    model.setup_caches(2, torch.float32)
+    with disable_kv_cache(model):
+        got = model(text(), encoder_input=inputs())
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("width", ["none", "features", "slots"])
+def test_a_cache_wider_than_the_features_for_whosever_layers(theirs, width):
+    """Our layers and torchtune's, masks of both widths: cached steps equal the full forward."""
+    model = make().eval()
+    if theirs:
+        for layer in model.layers:
+            if isinstance(layer, FusionLayer):
+                layer.fusion_layer = torchtunes(layer.fusion_layer)
+    tokens, s = text(2, 13), 13
+    mask = torch.rand(2, s, FEATURES, generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[:, 3] = False
+    mask[:, 9:] = mask[:, 9:10]  # new tokens see what the one before saw
+    mask = None if width == "none" else mask
+    expected = model(tokens, encoder_input=inputs(), encoder_mask=mask)
+    slots = FEATURES + 5
+    model.setup_caches(2, torch.float32, encoder_max_seq_len=slots, decoder_max_seq_len=s)
+    wide = nn.functional.pad(mask, (0, 5)) if width == "slots" else mask
+    causal = torch.ones(s, s, dtype=torch.bool).tril().expand(2, s, s)
+    pos = torch.arange(s).expand(2, s)
+    at = slice(0, 10)
+    given = {"encoder_input": inputs(), "encoder_mask": None if wide is None else wide[:, at]}
+    got = [model(tokens[:, at], mask=causal[:, at], input_pos=pos[:, at], **given)]
+    for t in range(10, s):
+        at = slice(t, t + 1)
+        step = {} if t < 12 else {"encoder_mask": None if wide is None else wide[:, at]}
+        got.append(model(tokens[:, at], mask=causal[:, at], input_pos=pos[:, at], **step))
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def torchtunes(layer):
+    """torchtune's cross-attention layer with the weights of ours."""
+    attn = layer.attn
+    theirs = TransformerCrossAttentionLayer(
+        MultiHeadAttention(
+            embed_dim=18,
+            num_heads=attn.num_heads,
+            num_kv_heads=attn.num_kv_heads,
+            head_dim=attn.head_dim,
+            q_proj=attn.q_proj,
+            k_proj=attn.k_proj,
+            v_proj=attn.v_proj,
+            output_proj=attn.output_proj,
+            q_norm=attn.q_norm,
+            k_norm=attn.k_norm,
+            pos_embeddings=None,
+            is_causal=False,
+        ),
+        layer.mlp,
+        ca_norm=layer.ca_norm,
+        mlp_norm=layer.mlp_norm,
+        ca_scale=layer.ca_scale,
+        mlp_scale=layer.mlp_scale,
+    )
+    assert theirs.state_dict().keys() == layer.state_dict().keys()
+    return theirs
+
+
+def test_a_decoder_of_torchtunes_with_torchtunes_fusion_embedding():
+    """A drop-in: torchtune's own Llama 3.2 Vision parts, in its model and in ours."""
+    sizes = {"num_heads": 4, "num_layers": 2, "embed_dim": 32, "num_kv_heads": 2, "max_seq_len": 40}
+    torch.manual_seed(0)
+    decoder = llama3_2_vision_decoder(
+        vocab_size=37, fusion_interval=2, num_special_tokens=3, encoder_max_seq_len=20, **sizes
+    )
+    encoder = llama3_2_vision_encoder(
+        patch_size=4,
+        num_heads=2,
+        clip_embed_dim=16,
+        clip_num_layers=2,
+        clip_hidden_states=[1],
+        num_layers_projection=1,
+        decoder_embed_dim=32,
+        tile_size=8,
+        max_num_tiles=2,
+    )
+    with torch.no_grad():
+        for name, parameter in (*decoder.named_parameters(), *encoder.named_parameters()):
+            if "scale" in name or "gate" in name:
+                parameter.add_(0.3)
+    images = {
+        "images": torch.randn(2, 1, 2, 3, 8, 8),
+        "aspect_ratio": torch.tensor([[[1, 2]], [[2, 1]]]),
+    }
+    mask = torch.rand(2, 9, 10) < 0.6
+    tokens = text(2, 9)
+    expected = TorchtuneDeepFusionModel(decoder, encoder)(
+        tokens, encoder_input=images, encoder_mask=mask
+    )
+    model = DeepFusionModel(decoder, encoder)
+    got = model(tokens, encoder_input=images, encoder_mask=mask)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    cached = generate(
+        model, tokens, encoder_input=images, encoder_mask=mask, max_new_tokens=5, temperature=0
+    )
+    grown, sees = tokens, mask
+    for _ in range(5):
+        with torch.no_grad():
+            last = model(grown, encoder_input=images, encoder_mask=sees)[:, -1]
+        grown = torch.cat([grown, last.argmax(-1, keepdim=True)], dim=1)
+        sees = torch.cat([sees, sees[:, -1:]], dim=1)
+    assert torch.equal(cached, grown)
+
+
+def test_torchtunes_helpers_know_our_layers():
+    model = make()
+    model.decoder.setup_caches(2, torch.float32, encoder_max_seq_len=7, decoder_max_seq_len=20)
+    assert all(layer.caches_are_setup() for layer in model.layers)
+    assert model.layers[1].fusion_layer.attn.kv_cache.max_seq_len == 7
+    model = make()
+    compile_model(model, verbose=False)
+    assert model.layers[1].fusion_layer._compiled_call_impl is not None

@@ -229,3 +229,26 @@ def test_compiles_to_one_graph_and_checkpoints(make):
 def test_tokens_of_several_encoders(tokens, complaint):
     with pytest.raises(ValueError, match=complaint):
         EarlyFusionModel(tiny_decoder(), {"eye": TinyEncoder(), "ear": TinyEncoder()}, tokens)
+
+
+def test_a_mask_over_flat_features_says_nothing_and_is_refused():
+    model = fuse(tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=IMAGE)
+    tokens = text(3, 13)
+    tokens[0, :FEATURES] = IMAGE
+    model(tokens, encoder_input=inputs(1))
+    with pytest.raises(ValueError, match="have 1 rows, the tokens 3.*or no mask"):
+        model(tokens, encoder_input=inputs(1), encoder_mask=torch.zeros(3, FEATURES, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("first", ["image", "text"])
+def test_a_prefix_stands_in_front_of_everything_or_is_refused(first):
+    model = fuse(tiny_decoder(), TinyEncoder(), arch="joint_decoder", placement="prefix").eval()
+    model.setup_caches(2, torch.float32, decoder_max_seq_len=40)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, 40, 40)
+    pos = torch.arange(40).expand(2, 40)
+    given = {"encoder_input": inputs()} if first == "image" else {}
+    model(text(2, 5), mask=mask[:, :5], input_pos=pos[:, :5], **given)
+    with pytest.raises(ValueError, match=r"hold a sequence already.*reset_caches"):
+        model(text(2, 3), mask=mask[:, 5:8], input_pos=pos[:, 5:8], encoder_input=inputs())
+    model.reset_caches()
+    model(text(2, 3), mask=mask[:, :3], input_pos=pos[:, :3], encoder_input=inputs())

@@ -221,3 +221,71 @@ def test_encoders_with_and_without_adapters_do_not_mix():
             every=1,
             adapter={"a": "linear", "b": None},
         )
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 1}, {"arch": "joint_decoder", "placement": "prefix"}], ids=str
+)
+def test_a_fused_model_is_no_decoder(options):
+    vision = TinyEncoder()
+    model = fuse(tiny_decoder(), vision, every=2)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="a DeepFusionModel, fused already.*encoder={name: module}"):
+        fuse(model, TinyEncoder(seed=9), **options)
+    with pytest.raises(ValueError, match="fused already"):
+        EarlyFusionModel(model, TinyEncoder(seed=9), IMAGE)
+    assert model.encoder is vision
+    assert list(model.state_dict()) == before
+
+
+def test_a_decoder_keeps_its_own_attributes_of_the_same_names():
+    decoder = tiny_decoder()
+    decoder.adapter, decoder.strategy = "theirs", "theirs too"
+    model = fuse(decoder, TinyEncoder(), every=2)
+    assert set(model._modules) == {"decoder", "encoder", "adapter"}
+    assert (decoder.adapter, decoder.strategy) == ("theirs", "theirs too")
+
+
+def test_caches_before_fusion_are_refused():
+    decoder = tiny_decoder()
+    decoder.setup_caches(2, torch.float32)
+    with pytest.raises(ValueError, match="The decoder has caches.*delete_kv_caches"):
+        fuse(decoder, TinyEncoder(), every=2)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys"])
+def test_names_that_no_parameter_can_have_are_refused(name):
+    with pytest.raises(ValueError, match="Names of encoders become parts of parameter names"):
+        fuse(tiny_decoder(), {name: TinyEncoder()}, every=2)
+
+
+def test_a_refused_fusion_leaves_the_adapter_as_it_was():
+    adapter = nn.Linear(FEATURE_DIM, WIDTH)
+    with pytest.raises(ValueError, match="every=99"):
+        fuse(tiny_decoder(), TinyEncoder(), adapter=adapter, every=99)
+    with pytest.raises(ValueError, match="No encoder named nobody"):
+        fuse(tiny_decoder(), TinyEncoder(), adapter=adapter, every=1, encoder_trainable={"nobody": True})
+    assert not hasattr(adapter, "fusion_params")
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_decoder_with_lora_everywhere(quantize):
+    from torchtune.models.llama3_2 import lora_llama3_2
+
+    decoder = lora_llama3_2(
+        ["q_proj", "v_proj"],
+        apply_lora_to_mlp=True,
+        vocab_size=37,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        embed_dim=128,  # the smallest that NF4's blocks fit
+        intermediate_dim=256,
+        max_seq_len=29,
+        lora_rank=3,
+        lora_alpha=5,
+        quantize_base=quantize,
+    )
+    model = fuse(decoder, TinyEncoder(), every=2)
+    assert model.layers[1].fusion_layer.mlp.w1.weight.shape == (256, 128)
+    assert model(text(), encoder_input=inputs()).shape == (2, 13, 37)

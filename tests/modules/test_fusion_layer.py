@@ -3,10 +3,10 @@ import pickle
 
 import pytest
 import torch
-from support import tiny_decoder
+from support import TinyEncoder, tiny_decoder
 from torch import nn
 
-from torchfuse import FusionLayer, get_fusion_params
+from torchfuse import FusionLayer, fuse, get_fusion_params
 
 
 class Block(nn.Module):
@@ -233,3 +233,30 @@ def test_a_layer_without_caches_is_named_and_nothing_is_set_up():
             2, torch.float32, encoder_max_seq_len=5, decoder_max_seq_len=7
         )
     assert layer.calls == []
+
+
+def test_own_parameters_and_buffers_of_a_subclass_are_saved_and_loaded():
+    class Counting(FusionLayer):
+        def __init__(self, layer, new):
+            super().__init__(layer, new)
+            self.amount = nn.Parameter(torch.tensor(3.0))
+
+    def make(value):
+        fused = Counting(nn.Linear(3, 3), nn.Linear(3, 3))
+        fused.register_buffer("steps", torch.tensor(value))
+        return fused
+
+    source, target = make(7), make(0)
+    with torch.no_grad():
+        source.amount.fill_(5)
+    result = target.load_state_dict(source.state_dict())
+    assert not result.missing_keys
+    assert (target.amount.item(), target.steps.item()) == (5, 7)
+    assert torch.equal(target.wrapped.weight, source.wrapped.weight)
+
+
+def test_a_refused_cache_leaves_no_cache_behind():
+    model = fuse(tiny_decoder(), TinyEncoder(), every=2)
+    with pytest.raises(ValueError, match="needs encoder_max_seq_len"):
+        model.layers[1].setup_caches(2, torch.float32, encoder_max_seq_len=None, decoder_max_seq_len=9)
+    assert not model.layers[1].caches_are_setup()

@@ -21,6 +21,7 @@ from torchfuse.checkpoint.clip import CLIP
 from torchfuse.checkpoint.directory import CheckpointDirectory
 from torchfuse.checkpoint.key_table import Format, Match
 from torchfuse.checkpoint.llama import LLAMA
+from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.naming import canonical_name
 from torchfuse.params import get_fusion_params, parts_of
 
@@ -51,6 +52,9 @@ def load_pretrained(
     encoder: PathLike | Mapping[str, PathLike] | None = None,
 ) -> None:
     """Load pretrained parts of a fused model from Hugging Face directories.
+
+    New tokens that ``fusion_init="mean"`` gave the mean of the table as it was, and that nothing has
+    changed since, get the mean of the loaded table.
 
     Args:
         model: a fused model.
@@ -86,7 +90,18 @@ def load_pretrained(
             faults += [f"{part} from {directory.path}:\n  " + "\n  ".join(wrong)] if wrong else []
         if faults:
             raise ValueError("Nothing was loaded, because not everything fits.\n" + "\n".join(faults))
+        # New tokens that start as the mean of the table shall be the mean of the table that is loaded.
+        loaded = {id(source.parameter) for source in sources}
+        means = [
+            module
+            for module in model.modules()
+            if isinstance(module, FusionEmbedding)
+            and id(module.weight) in loaded
+            and module.new_rows_are_means()
+        ]
         _copy(sources)
+        for module in means:
+            module.reset_new_rows("mean")
 
 
 def _match(

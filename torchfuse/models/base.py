@@ -8,16 +8,18 @@ on that.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from torchfuse.models.encoding import EncoderInput, EncoderMask, EncoderOwner, OnMissing
 from torchfuse.models.strategies import ModalityContext, ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
-from torchfuse.params import get_fusion_params, set_trainable
+from torchfuse.naming import unwrap
+from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
 
-__all__ = ["FusedModel"]
+__all__ = ["FusedModel", "refuse_fused"]
 
 
 class FusedModel(DecoderSurface, EncoderOwner):
@@ -30,7 +32,8 @@ class FusedModel(DecoderSurface, EncoderOwner):
         decoder: a ``TransformerDecoder``, with fusion layers in it where the strategy wants any.
         encoder: one module, or modules by name. An encoder returns features ``[b, n, d_e]``.
         strategy: how features reach the decoder.
-        adapter: what maps features to the decoder's width, for each encoder. None: the encoder does.
+        adapter: what maps features to the decoder's width, for each encoder. None: the encoder does. Its
+            parameters are fusion parameters, unless its own ``fusion_params()`` says otherwise.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
@@ -42,8 +45,13 @@ class FusedModel(DecoderSurface, EncoderOwner):
             smallest size that it accepts. None: its ``example_input()`` is asked.
 
     Raises:
-        ValueError: if names do not agree, or ``"participate"`` has no example input.
+        ValueError: if names do not agree, ``"participate"`` has no example input, or the decoder is a
+            fused model already.
     """
+
+    own_attributes: ClassVar[frozenset[str]] = frozenset(
+        "strategy encoder encoders adapter adapters on_missing example_input encoder_tokens".split()
+    )
 
     def __init__(
         self,
@@ -59,17 +67,27 @@ class FusedModel(DecoderSurface, EncoderOwner):
         example_input: EncoderInput | None = None,
     ) -> None:
         super().__init__()
+        refuse_fused(decoder)
         self.decoder = decoder
         self._own_encoders(encoder, adapter, on_missing, example_input)
         strategy.check_encoders(self.encoder_names)
         self.strategy = strategy
-        set_trainable(
-            self,
-            decoder=decoder_trainable,
-            encoder=encoder_trainable,
-            # A model without any fusion parameter is allowed; the default must not refuse it.
-            fusion=fusion_trainable and bool(get_fusion_params(self)),
-        )
+        adapters = [self.get_adapter(name) for name in self.encoder_names]
+        unmarked = [a for a in adapters if a is not None and not hasattr(a, "fusion_params")]
+        for module in unmarked:
+            register_fusion_module(module)
+        try:
+            set_trainable(
+                self,
+                decoder=decoder_trainable,
+                encoder=encoder_trainable,
+                # A model without any fusion parameter is allowed; the default must not refuse it.
+                fusion=fusion_trainable and bool(get_fusion_params(self)),
+            )
+        except BaseException:
+            for module in unmarked:
+                del module.fusion_params
+            raise
 
     @property
     def _caches_features(self) -> bool:  # type: ignore[override]
@@ -83,8 +101,8 @@ class FusedModel(DecoderSurface, EncoderOwner):
         """As ``nn.Module.train``, except that modules with only frozen parameters stay in ``eval``."""
         super().train(mode)
         if mode:
-            for part in self.parts().values():
-                _evaluate_frozen(part)
+            for child in self.children():
+                _evaluate_frozen(child)
         return self
 
     def forward(
@@ -107,7 +125,9 @@ class FusedModel(DecoderSurface, EncoderOwner):
                 a name may be left out. None: a batch of text, or a step whose features are cached.
             encoder_mask: which features count: bool ``[b, s, n]``, True where text position ``s`` may
                 attend to feature ``n``, or ``[b, n]``, True where feature ``n`` belongs to the row. Over
-                the features of all encoders one behind the other, or by name. None: all count.
+                the features of all encoders one behind the other, or by name. None: all count; in a step
+                whose features are cached, those that the last token of the call before could see. With
+                caches it may be as wide as the encoder's cache.
             input_pos: positions, ``[b, s]`` or ``[s]``. None: ``0 .. s - 1``. Needed with caches.
             encoder_embeds: what ``encode`` returned, in place of ``encoder_input``.
 
@@ -119,6 +139,10 @@ class FusedModel(DecoderSurface, EncoderOwner):
             ValueError: if inputs do not fit the model or each other.
         """
         cached = self.caches_are_enabled()
+        if mask is None and not cached and self.caches_are_setup():
+            # torchtune's attention takes its causal shortcut only where no cache exists.
+            s = tokens.shape[1]
+            mask = torch.ones(1, s, s, dtype=torch.bool, device=tokens.device).tril()
         if cached and (mask is None or input_pos is None):
             raise ValueError(
                 "Caches are set up, so mask ([b, s, slots], True: may attend) and input_pos must be "
@@ -130,6 +154,7 @@ class FusedModel(DecoderSurface, EncoderOwner):
             encoder_embeds,
             encoder_mask,
             participate=self.on_missing == "participate" and not cached,
+            encoder_slots=self.encoder_max_cache_seq_len if cached else None,
         )
         context = self.strategy.prepare(
             self, tokens, features, mask=mask, encoder_mask=encoder_mask, input_pos=input_pos
@@ -167,6 +192,15 @@ class FusedModel(DecoderSurface, EncoderOwner):
                 "The decoder is sharded as a module of its own, but this architecture runs its layers "
                 "from the fused model. Call fully_shard on the layers and on the fused model instead."
             )
+
+
+def refuse_fused(decoder: nn.Module) -> None:
+    """Raise a ``ValueError`` if the decoder is a fused model, whose encoders would get lost."""
+    if isinstance(unwrap(decoder), FusedModel):
+        raise ValueError(
+            f"The decoder is a {type(unwrap(decoder)).__name__}, fused already. Fuse the plain decoder "
+            "with all encoders at once: encoder={name: module}."
+        )
 
 
 def _evaluate_frozen(module: nn.Module) -> None:

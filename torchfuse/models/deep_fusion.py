@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
@@ -70,7 +71,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         from torchfuse.models.layers import cross_attention_layer  # imports torchtune
 
         try:
-            attn, hidden_dim = layer.attn, layer.mlp.w1.out_features
+            attn, hidden_dim = layer.attn, layer.mlp.w1.weight.shape[0]
             num_heads, num_kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
         except AttributeError as error:
             raise ValueError(
@@ -108,13 +109,15 @@ class CrossAttentionStrategy(ModalityStrategy):
         input_pos: Tensor | None,
     ) -> ModalityContext:
         if not features:
-            cached = encoder_mask if model.caches_are_enabled() else None
-            if isinstance(cached, Mapping):
-                cached = torch.cat([cached[name] for name in model.encoder_names], dim=-1)
-            if cached is not None and cached.dim() == 2:
-                cached = cached[:, None].expand(-1, tokens.shape[1], -1)
-            return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=cached)
+            seen = self._seen(model, tokens, encoder_mask) if model.caches_are_enabled() else None
+            return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=seen)
         check_rows(tokens, features)
+        joined = _join_masks(tokens, features, always=model.caches_are_enabled())
+        if joined is not None and model.caches_are_enabled():
+            # Slots behind the features are seen by nobody, whosever cross-attention reads them.
+            slots = model.encoder_max_cache_seq_len or model.max_seq_len
+            joined = F.pad(joined, (0, slots - joined.shape[-1]))
+            model.cache_state = joined[:, -1:]
         return ModalityContext(
             tokens,
             mask=mask,
@@ -122,9 +125,34 @@ class CrossAttentionStrategy(ModalityStrategy):
             encoder_input=torch.cat(
                 [f.embeds.expand(tokens.shape[0], -1, -1) for f in features.values()], dim=1
             ),
-            # With caches torchtune's decoder wants a mask even where nothing is masked.
-            encoder_mask=_join_masks(tokens, features, always=model.caches_are_enabled()),
+            encoder_mask=joined,
         )
+
+    def _seen(
+        self, model: FusedModel, tokens: Tensor, encoder_mask: Tensor | Mapping[str, Tensor] | None
+    ) -> Tensor | None:
+        """Which cached features each token may attend to, ``[b, s, slots]``."""
+        if encoder_mask is None:
+            last: Tensor | None = model.cache_state
+            return None if last is None else last.expand(-1, tokens.shape[1], -1)
+        if isinstance(encoder_mask, Mapping):
+            given = [encoder_mask.get(name) for name in model.encoder_names]
+            masks = [mask for mask in given if mask is not None]
+            if len(masks) < len(given):
+                raise ValueError(
+                    "Once features are cached, an encoder_mask by name must hold a tensor for each of "
+                    f"{', '.join(model.encoder_names)}; without one, new tokens see what the last did."
+                )
+            encoder_mask = torch.cat([_by_token(mask, tokens) for mask in masks], dim=-1)
+        shapes = ([*tokens.shape], [1, tokens.shape[1]], [tokens.shape[0]])
+        if encoder_mask.dtype != torch.bool or list(encoder_mask.shape[:-1]) not in shapes:
+            raise ValueError(
+                f"encoder_mask must be bool (True: may attend) with shape {[*tokens.shape, 'n']} or "
+                f"{[tokens.shape[0], 'n']}, got {encoder_mask.dtype} {list(encoder_mask.shape)}."
+            )
+        joined = _by_token(encoder_mask, tokens)
+        slots = model.encoder_max_cache_seq_len or model.max_seq_len
+        return F.pad(joined, (0, max(0, slots - joined.shape[-1])))
 
     def wrap(
         self,
@@ -151,9 +179,13 @@ def _join_masks(
         elif given.mask is None:
             joined.append(torch.ones(shape, dtype=torch.bool, device=tokens.device))
         else:
-            mask = given.mask if given.mask.dim() == 3 else given.mask[:, None]
-            joined.append(mask.expand(shape))
+            joined.append(_by_token(given.mask, tokens))
     return torch.cat(joined, dim=-1)
+
+
+def _by_token(mask: Tensor, tokens: Tensor) -> Tensor:
+    """A mask ``[b, s, n]`` from that or from ``[b, n]``."""
+    return (mask if mask.dim() == 3 else mask[:, None]).expand(*tokens.shape, -1)
 
 
 class DeepFusionModel(FusedModel):

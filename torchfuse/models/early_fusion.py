@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.encoding import EncoderInput, OnMissing
-from torchfuse.models.placement import Prefix, check_counts, pick_features, take_part
+from torchfuse.models.placement import Prefix, check_counts, is_flat, pick_features, take_part
 from torchfuse.models.strategies import (
     EncoderFeatures,
     ModalityContext,
@@ -39,7 +39,10 @@ class JointDecoderStrategy(ModalityStrategy):
     Args:
         placement: ``"placeholder"``: in place of the encoder's token; ``"prefix"``: in front.
         encoder_token: the id whose embeddings are replaced, ``{name: id}`` for named encoders. It may
-            lie outside the vocabulary. For ``"placeholder"`` only.
+            lie outside the vocabulary, and is never generated. For ``"placeholder"`` only.
+
+    With ``"placeholder"`` an encoder mask says which features belong to a row, and nothing else: the
+    features are part of the sequence, where ``mask`` says what may attend to what.
 
     Raises:
         ValueError: if the token is missing, or given with ``"prefix"``.
@@ -60,6 +63,12 @@ class JointDecoderStrategy(ModalityStrategy):
 
     def extra_tokens(self, num_features: int) -> int:
         return num_features if self.placement == "prefix" else 0
+
+    def special_tokens(self) -> tuple[int, ...]:
+        if self.encoder_token is None:
+            return ()
+        token = self.encoder_token
+        return (token,) if isinstance(token, int) else tuple(token.values())
 
     def check_encoders(self, names: list[str]) -> None:
         if isinstance(self.encoder_token, Mapping):
@@ -116,7 +125,14 @@ class JointDecoderStrategy(ModalityStrategy):
     ) -> ModalityContext:
         places = {name: tokens == self._token(name) for name in model.encoder_names}
         for name, place in places.items():
-            check_counts(name, self._token(name), place, features.get(name))
+            given = features.get(name)
+            if given is not None and given.mask is not None and is_flat(given.embeds, tokens):
+                raise ValueError(
+                    f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
+                    f"{tokens.shape[0]}, so an encoder_mask cannot say which belong to a row. Give "
+                    "features row by row, or no mask."
+                )
+            check_counts(name, self._token(name), place, given)
         if not features:
             return ModalityContext(tokens, mask=mask, input_pos=input_pos)
         # A special token may lie outside the table: look up any row, it is replaced.
@@ -142,13 +158,21 @@ class JointDecoderStrategy(ModalityStrategy):
         present = [given for given in features.values() if given.present]
         stand_ins = [given.embeds for given in features.values() if not given.present]
         cached = model.caches_are_enabled()
+        earlier: Prefix | None = model.cache_state if cached else None
+        if present and earlier is not None:
+            raise ValueError(
+                "The caches hold a sequence already, and features can only stand in front of one. Call "
+                'reset_caches() first, or fuse with placement="placeholder" for images in later turns.'
+            )
         if not present:
-            if cached and model.cache_state is not None:
-                prefix = Prefix.cached(model.cache_state, tokens.shape[1])
+            if earlier is not None:
                 assert mask is not None
                 assert input_pos is not None
+                prefix = earlier.seen_by(tokens)
                 mask = prefix.text_mask(mask)[..., : mask.shape[-1]]
                 input_pos = prefix.text_positions(input_pos)
+            elif cached:
+                model.cache_state = Prefix.of_features(tokens, ()).last()
             if not stand_ins:
                 return ModalityContext(tokens, mask=mask, input_pos=input_pos)
             embeds = model.tok_embeddings(tokens)
@@ -160,7 +184,7 @@ class JointDecoderStrategy(ModalityStrategy):
                 mask = prefix.full_mask(mask, slots=slots)
                 input_pos = prefix.full_positions(input_pos)
             if cached:
-                model.cache_state = prefix.valid
+                model.cache_state = prefix.last()
             embeds = torch.cat([*(g.embeds for g in present), model.tok_embeddings(tokens)], dim=1)
         for stand_in in stand_ins:
             embeds = take_part(embeds, stand_in)

@@ -64,6 +64,12 @@ class EncoderOwner(nn.Module):
     ) -> None:
         if not encoders:
             raise ValueError("A fused model needs at least one encoder, got an empty mapping.")
+        bad = [n for n in encoders if not n or "." in n or hasattr(nn.ModuleDict, n)]
+        if bad:
+            raise ValueError(
+                "Names of encoders become parts of parameter names: they must not be empty, hold a dot "
+                f"or be a method of nn.ModuleDict. Got {', '.join(map(repr, bad))}."
+            )
         adapters = dict(adapter.items()) if isinstance(adapter, Mapping | nn.ModuleDict) else {}
         if adapter is not None and adapters.keys() != encoders.keys():
             raise ValueError(
@@ -136,6 +142,7 @@ class EncoderOwner(nn.Module):
         encoder_mask: EncoderMask | None,
         *,
         participate: bool,
+        encoder_slots: int | None,
     ) -> dict[str, EncoderFeatures]:
         """The features of a batch by encoder, in the order of the encoders on every rank."""
         if encoder_input is not None and encoder_embeds is not None:
@@ -152,6 +159,8 @@ class EncoderOwner(nn.Module):
                 # One row, one token: whatever the strategy does with it, it shall be cheap.
                 embeds[name] = self._encode(name, self._example_input(name))[:1, :1]
         present = {name for name in embeds if name in inputs or name in ready}
+        if isinstance(encoder_mask, Tensor) and encoder_mask.shape[-1] == encoder_slots:
+            encoder_mask = encoder_mask[..., : sum(e.shape[1] for e in embeds.values())]
         masks = self._split_mask(tokens, encoder_mask, {n: embeds[n] for n in embeds if n in present})
         return {n: EncoderFeatures(e, masks.get(n), n in present) for n, e in embeds.items()}
 
@@ -207,8 +216,9 @@ class EncoderOwner(nn.Module):
 
     def _checked(self, name: str, features: Any) -> Tensor:
         """Features as they may reach the decoder: ``[b, n, d]`` in its dtype."""
-        embedding: nn.Embedding = self.tok_embeddings  # type: ignore[assignment]  # the decoder's
-        width = embedding.embedding_dim
+        embedding: nn.Module = self.tok_embeddings  # type: ignore[assignment]  # the decoder's
+        table = next(embedding.parameters())
+        width = table.shape[-1]
         fits = isinstance(features, Tensor) and features.dim() in (2, 3) and features.shape[-1] == width
         if not fits:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -216,7 +226,7 @@ class EncoderOwner(nn.Module):
                 f"The features of {name!r} must have shape [b, n, {width}] when they reach the "
                 f"decoder, got {got}. Is an adapter missing?"
             )
-        dtype = _dtype_of(embedding) or features.dtype
+        dtype = table.dtype if table.is_floating_point() else features.dtype
         return (features if features.dim() == 3 else features[None]).to(dtype)
 
     def _example_input(self, name: str) -> EncoderInput:

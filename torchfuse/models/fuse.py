@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchfuse.models.base import FusedModel
+from torchfuse.models.base import FusedModel, refuse_fused
 from torchfuse.models.encoding import EncoderInput, OnMissing
 from torchfuse.models.strategies import build_modality_strategy
 from torchfuse.modules.adapters import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding, RowInit
-from torchfuse.params import register_fusion_module
 
 __all__ = ["fuse"]
 
@@ -54,6 +53,8 @@ def fuse(
             ``config.hidden_size``.
         fusion_vocab_size: number of new tokens to embed beside the pretrained table.
         fusion_init: first values of their embeddings, see ``FusionEmbedding.from_pretrained``.
+            ``"mean"`` follows the table when ``load_pretrained`` fills it later; ``"normal"`` is drawn
+            from the table as it is now.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
@@ -79,6 +80,7 @@ def fuse(
         >>> model(tokens, encoder_input=features).shape
         torch.Size([1, 3, 11])
     """
+    refuse_fused(decoder)
     strategy = build_modality_strategy(arch, **arch_options)
     encoders = {"": encoder} if isinstance(encoder, nn.Module) else dict(encoder)
     embedding = _token_embedding(decoder)
@@ -130,6 +132,11 @@ def _token_embedding(decoder: nn.Module) -> nn.Embedding:
             "fuse needs a decoder with tok_embeddings (an nn.Embedding) and layers (an "
             f"nn.ModuleList), as torchtune's TransformerDecoder has; got a {type(decoder).__name__}."
         )
+    if any(getattr(module, "kv_cache", None) is not None for module in decoder.modules()):
+        raise ValueError(
+            "The decoder has caches, which new layers would lack. Remove them first "
+            "(torchtune.modules.delete_kv_caches), fuse, and set them up on the fused model."
+        )
     return embedding
 
 
@@ -156,8 +163,6 @@ def _adapter(
         return None
     weight = embedding.weight
     if isinstance(spec, nn.Module):
-        if not callable(getattr(spec, "fusion_params", None)):
-            register_fusion_module(spec)
         return spec
     width = encoder_dim if encoder_dim is not None else _feature_dim(encoder)
     if width is None:

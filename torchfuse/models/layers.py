@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from torch import nn
-from torchtune.modules import FeedForward, RMSNorm, TanhGate
+from torchtune.modules import FeedForward, RMSNorm, TanhGate, TransformerCrossAttentionLayer
 
 from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
 
 __all__ = ["cross_attention_layer"]
+
+
+class _CrossAttentionLayer(GatedCrossAttentionLayer, TransformerCrossAttentionLayer):
+    """Ours in all it does, and torchtune's by class.
+
+    torchtune's decoder sizes encoder caches, and its ``compile_model`` compiles, by that class alone.
+    """
 
 
 def cross_attention_layer(
@@ -58,7 +65,7 @@ def cross_attention_layer(
         down_proj=nn.Linear(hidden_dim, embed_dim, bias=False),
         up_proj=nn.Linear(embed_dim, hidden_dim, bias=False),
     )
-    return GatedCrossAttentionLayer(
+    return _CrossAttentionLayer(
         attn,
         mlp,
         ca_norm=RMSNorm(embed_dim, eps=norm_eps),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchfuse.models.strategies import EncoderFeatures
 
-__all__ = ["Prefix", "check_counts", "pick_features", "take_part"]
+__all__ = ["Prefix", "check_counts", "is_flat", "pick_features", "take_part"]
 
 
 def take_part(embeds: Tensor, stand_in: Tensor) -> Tensor:
@@ -117,17 +117,18 @@ class Prefix:
 
     Args:
         sees: which text position may attend to which prefix position, bool ``[b, s, n]``.
+        valid: which prefix positions count for each row, bool ``[b, n]``; those that any text sees
+            unless given.
     """
 
-    def __init__(self, sees: Tensor) -> None:
+    def __init__(self, sees: Tensor, valid: Tensor | None = None) -> None:
         self.sees = sees
-        self.valid = sees.any(dim=1)
-        """Which prefix positions count for each row, bool ``[b, n]``."""
+        self.valid = sees.any(dim=1) if valid is None else valid
 
     @classmethod
     def of_features(cls, tokens: Tensor, features: Sequence[EncoderFeatures]) -> Prefix:
         """The prefix that features of several encoders form, one behind the other."""
-        seen = []
+        seen = [torch.ones(*tokens.shape, 0, dtype=torch.bool, device=tokens.device)]
         for given in features:
             shape = (*tokens.shape, given.embeds.shape[1])
             if given.mask is None:
@@ -137,10 +138,13 @@ class Prefix:
                 seen.append(mask.expand(shape))
         return cls(torch.cat(seen, dim=-1))
 
-    @classmethod
-    def cached(cls, valid: Tensor, num_tokens: int) -> Prefix:
-        """A prefix of an earlier call, whose keys and values stand in the first slots."""
-        return cls(valid[:, None].expand(-1, num_tokens, -1))
+    def last(self) -> Prefix:
+        """The prefix as the last text position sees it, for later calls on the same caches."""
+        return Prefix(self.sees[:, -1:], self.valid)
+
+    def seen_by(self, tokens: Tensor) -> Prefix:
+        """The prefix as each of these tokens sees it, who all see what the last one did."""
+        return Prefix(self.sees.expand(-1, tokens.shape[1], -1), self.valid)
 
     def text_mask(self, mask: Tensor) -> Tensor:
         """What text positions may attend to: the prefix, then what ``mask`` ``[b, s, t]`` allows."""

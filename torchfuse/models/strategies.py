@@ -98,6 +98,10 @@ class ModalityStrategy(ABC):
         """By how many positions that many features make the decoder's sequence longer."""
         return 0
 
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids that stand for features, which a model must not say."""
+        return ()
+
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
         """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
 

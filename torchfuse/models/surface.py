@@ -6,7 +6,7 @@ caches. ``DecoderSurface`` hands all of that to ``self.decoder``, the one owner.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ class DecoderSurface(nn.Module):
     """The public surface of a ``TransformerDecoder``, delegated to ``self.decoder``.
 
     Reading and assigning an attribute that the decoder has and this module has not reaches the decoder:
-    ``model.layers``, ``model.output_hidden_states = [3]``. Private names stay private.
+    ``model.layers``, ``model.output_hidden_states = [3]``. Private names stay private, and a subclass
+    lists in ``own_attributes`` what it sets itself, whatever the decoder has.
     """
 
     # A TransformerDecoder, or a wrapper around one.
@@ -36,6 +37,8 @@ class DecoderSurface(nn.Module):
     num_output_chunks: int
     encoder_max_cache_seq_len: int | None
     decoder_max_cache_seq_len: int | None
+
+    own_attributes: ClassVar[frozenset[str]] = frozenset()
 
     # Whether layers of the decoder keep keys and values of encoder features.
     _caches_features = False
@@ -64,6 +67,8 @@ class DecoderSurface(nn.Module):
         own = self.__dict__
         decoder = own.get("_modules", {}).get("decoder")
         if decoder is None or name.startswith("_") or hasattr(type(self), name) or name in own:
+            return False
+        if name in self.own_attributes:
             return False
         if any(name in own[members] for members in ("_modules", "_parameters", "_buffers")):
             return False

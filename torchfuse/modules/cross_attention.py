@@ -209,7 +209,8 @@ class GatedCrossAttentionLayer(nn.Module):
         ca_scale: nn.Module,
         mlp_scale: nn.Module,
     ) -> None:
-        super().__init__()
+        # Also for subclasses with torchtune's layer behind this one, which wants arguments.
+        nn.Module.__init__(self)
         self.attn = attn
         self.mlp = mlp
         self.ca_norm = ca_norm
@@ -270,7 +271,8 @@ class GatedCrossAttentionLayer(nn.Module):
             encoder_input: features, ``[b, n, d]``. None: those cached, or none at all, and then ``x``
                 is returned as it is.
             encoder_mask: bool ``[b, s, n]``, True where text position ``s`` may attend to feature
-                ``n``. A position with no True comes back unchanged. None: all may attend to all.
+                ``n``; with a cache, up to as wide as that. A position with no True comes back unchanged.
+                None: all may attend to all.
             **kwargs: what the decoder hands to every layer and this one has no use for.
 
         Returns:
@@ -302,11 +304,11 @@ class GatedCrossAttentionLayer(nn.Module):
                 "converts with `mask == 0`."
             )
         cache = self.attn.kv_cache if self.attn.cache_enabled else None
-        if features is not None:
+        if cache is None:
+            assert features is not None
             fits = mask.shape[-1] == features.shape[1]
             num_features: int | str = features.shape[1]
-        else:  # cached: their own number, or every slot
-            assert cache is not None
+        else:  # their own number, or every slot
             fits = mask.shape[-1] <= cache.max_seq_len
             num_features = f"at most {cache.max_seq_len}"
         rows = mask.dim() == 3 and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == x.shape[1]

@@ -146,6 +146,26 @@ class FusionEmbedding(nn.Embedding):
         return self
 
     @torch.no_grad()
+    def new_rows_are_means(self) -> bool:
+        """Whether every new row still is the mean of the pretrained rows, as ``init="mean"`` sets it."""
+        rows = self.fusion_embedding.weight
+        if rows.is_meta or self.weight.is_meta:
+            return False
+        return torch.equal(rows, _new_rows(self.weight, self.fusion_vocab_size, "mean").to(rows))
+
+    @torch.no_grad()
+    def reset_new_rows(self, init: RowInit = "mean") -> None:
+        """Give the new rows their first values anew, for example after the pretrained table was loaded.
+
+        Args:
+            init: as in ``from_pretrained``.
+
+        Raises:
+            ValueError: as in ``from_pretrained``; nothing has changed then.
+        """
+        self.fusion_embedding.weight.copy_(_new_rows(self.weight, self.fusion_vocab_size, init))
+
+    @torch.no_grad()
     def merge(self) -> nn.Embedding:
         """One plain embedding of all tokens, old and new; the tables here stay as they are.
 

@@ -90,7 +90,7 @@ class FusionLayer(TransparentWrapper):
             ValueError: if one of the layers has no way to set up a cache; nothing is set up then.
         """
         set_ups = [self._cache_method(m, "setup_caches", "setup_cache") for m in self._both()]
-        for set_up in set_ups:
+        for set_up in reversed(set_ups):  # the new layer first: it is the one that may refuse
             set_up(
                 batch_size,
                 dtype,

@@ -94,10 +94,11 @@ def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
             above = row.get_position(figure).y1 + 0.38 / height
             figure.text(0.02, above, title, fontsize=12, fontweight="bold")
     after = metrics["after"]
-    shares = ", ".join(f"{kind.replace('_', ' ')} {after[kind]:.1%}" for kind in sorted(after))
+    kinds = list(dict.fromkeys(kind for _, kind, _ in GRID))
+    shares = ", ".join(f"{kind.replace('_', ' ')} {after[kind]:.1%}" for kind in kinds if kind in after)
     title = f"What the fused model says ({run.name.replace('_', ' ')})"
     figure.text(0.02, 1 - 0.42 / height, title, fontsize=17, fontweight="bold")
-    subtitle = f"held-out digits, right answers: {shares}"
+    subtitle = f"questions about held-out images; right answers: {shares}"
     figure.text(0.02, 1 - 0.7 / height, subtitle, fontsize=11, color=FAINT)
     _save(figure, path)
 

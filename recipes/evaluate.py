@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from torchfuse.config import recipe
-from torchfuse.data.questions import read_questions
+from torchfuse.data.questions import check_questions, read_questions
 from torchfuse.evaluation import accuracy, answer_questions
 from torchfuse.runs import load_run
 
@@ -25,7 +25,6 @@ class Config:
     run: str = MISSING
     questions: str = MISSING
     batch_size: int = 128
-    max_new_tokens: int = 8
     device: str = "cpu"
     dtype: str = "fp32"
 
@@ -35,12 +34,13 @@ def main(config: Config) -> None:
     """Ask a finetuned model the questions of a file, and print how many it answers right."""
     questions = read_questions(config.questions)
     model, transform = load_run(config.run, device=config.device, dtype=config.dtype)
+    longest = check_questions(transform, questions, config.questions)
     answered = answer_questions(
         model,
         transform,
         questions,
         batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=longest,
     )
     shares = accuracy(answered)
     width = max(map(len, shares))

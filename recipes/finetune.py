@@ -12,8 +12,10 @@ Any key can be overridden: ``train.lr=1e-3 model.every=2``.
 """
 
 import json
+import math
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,14 +27,22 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchtune import training
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
-from torchtune.utils import batch_to_device, get_device, get_world_size_and_rank
+from torchtune.utils import batch_to_device, get_world_size_and_rank
 from tqdm import tqdm
 
-from torchfuse import describe, load_pretrained, param_groups, save_fusion
+from torchfuse import describe, load_pretrained, param_groups
 from torchfuse.checkpoint.files import write_whole
+from torchfuse.checkpoint.trained import save_trained
 from torchfuse.config import build, recipe
 from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.questions import Question, QuestionDataset, QuestionTransform, read_questions
+from torchfuse.data.questions import (
+    Question,
+    QuestionDataset,
+    QuestionTransform,
+    check_questions,
+    read_questions,
+)
+from torchfuse.devices import device_and_dtype
 from torchfuse.evaluation import Answered, accuracy, answer_questions, exchange_images
 from torchfuse.training import next_token_loss, shard
 
@@ -90,6 +100,7 @@ class Config:
 def main(config: Config) -> None:
     """Finetune a fused model on questions about images."""
     started = time.perf_counter()
+    _check_numbers(config)
     distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed_run:
         distributed.init_process_group()
@@ -99,46 +110,87 @@ def main(config: Config) -> None:
 
     transform: QuestionTransform = build(config.transform, what="transform")
     questions = QuestionDataset(transform, config.data.train, config.data.limit)
-    held_out = read_questions(config.data.test) if config.data.test else []
+    test = config.data.test
+    held_out = read_questions(test) if test else []
+    longest = check_questions(transform, held_out, test) if test else 0
     model = _build_model(config, shard_it=distributed_run)
     say(f"\n{describe(model)}\n")
 
-    metrics: dict[str, Any] = {"before": _ask(model, transform, held_out, config, only="text")[0]}
-    history = _train(model, questions, config, say)
-    metrics["after"], answered = _ask(model, transform, held_out, config)
-    seeing = [question for question in held_out if question.images]
-    if seeing:
-        exchanged = exchange_images(seeing, config.seed)
-        metrics["images_exchanged"] = _ask(model, transform, exchanged, config)[0]
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
-    say(_table(metrics))
+    def ask(asked: list[Question]) -> list[Answered]:
+        # Sharded ranks all ask everything: they must run the same steps.
+        options = {"batch_size": config.eval_batch_size, "max_new_tokens": longest}
+        return answer_questions(model, transform, asked, **options)
 
-    save_fusion(model, output / "fusion")
-    if get_world_size_and_rank()[1] == 0:
-        _write(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        _write(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        _write(output / "losses.json", json.dumps(history) + "\n")
-        _write(output / "answers.jsonl", "".join(_record(a, output) + "\n" for a in answered))
+    metrics: dict[str, Any] = {}
+    if text := [question for question in held_out if not question.images]:
+        metrics["before"] = _shares(ask(text))
+    history = _train(model, questions, config, say)
+    save_trained(model, output / "fusion")
+    write = _write if get_world_size_and_rank()[1] == 0 else _silent
+    write(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write(output / "losses.json", json.dumps(history) + "\n")
     say(f"saved {output / 'fusion'}")
+
+    if held_out:
+        answered = ask(held_out)
+        metrics["after"] = _shares(answered) | {"all": round(accuracy(answered)["all"], 4)}
+        write(output / "answers.jsonl", "".join(_record(a, output) + "\n" for a in answered))
+    numbers = Counter(len(question.images) for question in held_out)
+    if seeing := [q for q in held_out if q.images and numbers[len(q.images)] > 1]:
+        metrics["images_exchanged"] = _shares(ask(exchange_images(seeing, config.seed)))
+    if metrics:
+        say(_table(metrics))
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    write(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if distributed_run:
         distributed.destroy_process_group()
+
+
+def _check_numbers(config: Config) -> None:
+    """Raise one ``ValueError`` for all numbers out of range."""
+    train = config.train
+    faults = [
+        f"{name}={value} must be at least {least}"
+        for name, value, least in (
+            ("train.epochs", train.epochs, 1),
+            ("train.max_steps", train.max_steps, 1),
+            ("train.batch_size", train.batch_size, 1),
+            ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
+            ("train.warmup_steps", train.warmup_steps, 0),
+            ("data.limit", config.data.limit, 1),
+            ("eval_batch_size", config.eval_batch_size, 1),
+        )
+        if value is not None and value < least
+    ]
+    if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
+        faults.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
+    for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
+        rates = list(value.values()) if isinstance(value, dict) else [value]
+        numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
+        if not rates or not numbers or min(rates) < 0:
+            faults.append(
+                f"{name}={value} must be a number of at least 0, or one for each part that trains"
+            )
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}.")
 
 
 def _silent(*_: Any) -> None: ...
 
 
 def _output_dir(name: str) -> Path:
-    """The directory to write to at the end, known to be writable now."""
+    """The directory to write to later, known to be writable now."""
     path = Path(name)
-    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output_dir {path}: {existing} is no directory that can be written to.")
+    for place in (path, path / "fusion"):
+        existing = next(p for p in [place, *place.absolute().parents] if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"output_dir {path}: {existing} is no directory that can be written to.")
     return path
 
 
 def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
-    device = get_device(config.device)
-    with training.set_default_dtype(training.get_dtype(config.dtype, device)), device:
+    device, dtype = device_and_dtype(config.device, config.dtype)
+    with training.set_default_dtype(dtype), device:
         model: nn.Module = build(config.model, what="model")
     load_pretrained(model, decoder=config.pretrained.decoder, encoder=config.pretrained.encoder)
     layers = {type(layer) for layer in model.layers}
@@ -154,7 +206,7 @@ def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
 
 def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: Any) -> list[list[float]]:
     """Train, and return step and loss of every step."""
-    options, device = config.train, get_device(config.device)
+    options, (device, _) = config.train, device_and_dtype(config.device, config.dtype)
     world_size, rank = get_world_size_and_rank()
     sampler = DistributedSampler(questions, world_size, rank, seed=config.seed, drop_last=True)
     loader = DataLoader(
@@ -166,7 +218,8 @@ def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: An
     )
     steps_per_epoch = len(loader) // options.gradient_accumulation_steps
     num_steps = steps_per_epoch * options.epochs
-    num_steps = min(num_steps, options.max_steps or num_steps)
+    if options.max_steps is not None:
+        num_steps = min(num_steps, options.max_steps)
     if not num_steps:
         raise ValueError(
             f"{len(questions)} questions are too few for one step of {world_size} x "
@@ -187,6 +240,11 @@ def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: An
                 for batch in step:
                     batch_to_device(batch, device)
                 loss = _backward(model, step, world_size)
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"The loss of step {len(history) + 1} is {loss}; nothing is saved. Try a lower "
+                        "train.lr or more train.warmup_steps."
+                    )
                 if options.clip_grad_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
                 optimizer.step()
@@ -217,23 +275,13 @@ def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> 
     return float(total / count.clamp(min=1))
 
 
-def _ask(
-    model: nn.Module,
-    transform: QuestionTransform,
-    questions: list[Question],
-    config: Config,
-    only: str | None = None,
-) -> tuple[dict[str, float], list[Answered]]:
-    """Accuracy by kind of question. Sharded ranks all ask everything: they must run the same steps."""
-    asked = [question for question in questions if only in (None, question.kind)]
-    if not asked:
-        return {}, []
-    answered = answer_questions(model, transform, asked, batch_size=config.eval_batch_size)
-    return {kind: round(share, 4) for kind, share in accuracy(answered).items()}, answered
+def _shares(answered: list[Answered]) -> dict[str, float]:
+    """Accuracy by kind of question."""
+    return {kind: round(share, 4) for kind, share in accuracy(answered).items() if kind != "all"}
 
 
 def _table(metrics: dict[str, Any]) -> str:
-    columns = [name for name, value in metrics.items() if isinstance(value, dict) and value]
+    columns = list(metrics)
     kinds = list(dict.fromkeys(kind for name in columns for kind in metrics[name]))
     width = max(map(len, ["accuracy", *kinds]), default=0)
     lines = [f"{'accuracy':<{width}}" + "".join(f"  {name:>16}" for name in columns)]

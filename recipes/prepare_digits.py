@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from itertools import product
@@ -60,6 +61,10 @@ TEST_SHARE: Final = 0.25
 # How training images are moved, in pixels down and right: the hand does not always hit the middle.
 SHIFTS: Final = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 
+# What stands in the folder at the end, and what says that this program put it there.
+PARTS: Final = ("clip", "images", "llama", "prompt.yaml", "questions")
+MARKER: Final = ".made_by_prepare_digits"
+
 # Questions and, for digits a and b, their answers.
 Ask = tuple[str, Callable[[int, int], str]]
 ONE_IMAGE: Final[tuple[Ask, ...]] = (
@@ -83,6 +88,7 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, default=800)
     options = parser.parse_args()
     folder: Path = options.folder
+    _see_to_it_that_nothing_is_lost(folder)
     folder.mkdir(parents=True, exist_ok=True)
     random.seed(options.seed)
     torch.manual_seed(options.seed)
@@ -93,11 +99,24 @@ def main() -> None:
         make_llama(made / "llama", tokenizer, options.llama_steps)
         make_clip(made / "clip", tokenizer, pixels, labels, train, test, options.clip_steps)
         make_questions(made, pixels, labels, train, test, options.seed)
+        (folder / MARKER).touch()
         for part in sorted(made.iterdir()):
             place = folder / part.name
             if place.is_dir():
                 shutil.rmtree(place)
             part.replace(place)
+
+
+def _see_to_it_that_nothing_is_lost(folder: Path) -> None:
+    """Leave if something of another origin stands where this program would put its own."""
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"error: {folder} is a file; name a folder.")
+    foreign = [name for name in PARTS if (folder / name).exists()]
+    if foreign and not (folder / MARKER).exists():
+        sys.exit(
+            f"error: {folder} holds {', '.join(foreign)} that this program did not make, and would "
+            "replace. Name another folder."
+        )
 
 
 # --- digits --------------------------------------------------------------------------------------

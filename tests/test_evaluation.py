@@ -17,7 +17,7 @@ def test_accuracy_by_kind():
         Answered(question(2), "answer  2 "),
         Answered(question(3), "answer 1"),
         Answered(question(4, kind="other"), ""),
-        Answered(Question("unknown"), ""),
+        Answered(Question("other", answer="yes"), ""),
     ]
     assert accuracy(answered) == {"k": 2 / 3, "other": 0.0, "question": 0.0, "all": 0.4}
 
@@ -36,8 +36,14 @@ def test_every_question_gets_the_images_of_another():
     assert {q.images for q in questions} == {q.images for q in exchanged}
 
 
-def test_there_must_be_another():
-    with pytest.raises(ValueError, match="no other question with 2 images"):
-        exchange_images([question(1), question(2), question(3, images=2)])
-    with pytest.raises(ValueError, match="no other question with 0 images"):
-        exchange_images([question(1, images=0), question(2, images=0)])
+def test_what_has_no_other_is_left_out():
+    questions = [question(1), question(2), question(3, images=2), question(4, images=0)]
+    exchanged = exchange_images(questions)
+    assert [q.answer for q in exchanged] == ["answer 1", "answer 2"]
+    with pytest.raises(ValueError, match="No two questions have the same number of images"):
+        exchange_images([question(1, images=0), question(2, images=0), question(3)])
+
+
+def test_accuracy_needs_answers_to_compare_with():
+    with pytest.raises(ValueError, match="1 of 2 questions have no answer"):
+        accuracy([Answered(question(1), "answer 1"), Answered(Question("unknown"), "")])

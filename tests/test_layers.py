@@ -22,6 +22,7 @@ LAYERS = [
     "data",
     "generation",
     "evaluation",
+    "devices",
     "training",
     "config",
     "runs",

@@ -76,7 +76,14 @@ def answer_questions(
 
 
 def accuracy(answered: Sequence[Answered]) -> dict[str, float]:
-    """The share of right answers by kind of question, and over ``"all"`` of them."""
+    """The share of right answers by kind of question, and over ``"all"`` of them.
+
+    Raises:
+        ValueError: if a question has no answer to compare with.
+    """
+    unknown = sum(one.question.answer is None for one in answered)
+    if unknown or not answered:
+        raise ValueError(f"{unknown} of {len(answered)} questions have no answer to compare with.")
     by_kind: dict[str, list[Answered]] = {}
     for one in answered:
         by_kind.setdefault(one.question.kind, []).append(one)
@@ -85,7 +92,7 @@ def accuracy(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def exchange_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """Show each question the images of another one with as many images.
+    """Show each question the images of another one with as many; leave out what has no such other.
 
     A model that looks at its images gets most of these wrong: the check that features reach the answer.
 
@@ -94,17 +101,19 @@ def exchange_images(questions: Sequence[Question], seed: int = 0) -> list[Questi
         seed: of the order in which images are handed on.
 
     Raises:
-        ValueError: if a question has no other with as many images.
+        ValueError: if no question has an other with as many images.
     """
     by_number: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
         by_number.setdefault(len(question.images), []).append(index)
-    exchanged = list(questions)
+    exchanged: dict[int, Question] = {}
     rng = random.Random(seed)
     for number, indices in by_number.items():
         if len(indices) < 2 or not number:
-            raise ValueError(f"There is no other question with {number} images to exchange with.")
+            continue
         rng.shuffle(indices)
         for index, other in zip(indices, indices[1:] + indices[:1], strict=True):
             exchanged[index] = replace(questions[index], images=questions[other].images)
-    return exchanged
+    if not exchanged:
+        raise ValueError("No two questions have the same number of images, so none can be exchanged.")
+    return [exchanged[index] for index in sorted(exchanged)]

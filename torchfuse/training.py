@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from torchfuse.naming import unwrap
 from torchfuse.params import fusion_buffers, get_fusion_params, parts_of
@@ -71,6 +71,8 @@ def shard(model: nn.Module, **options: Any) -> None:
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
+    if hasattr(unwrap(model), "encode"):
+        register_fsdp_forward_method(unwrap(model), "encode")  # another way in, beside forward
 
 
 def _layers(part: nn.Module) -> Iterator[nn.Module]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors import safe_open
+from safetensors.torch import save_file
 from support import IMAGE, TinyEncoder, inputs, open_gates, same_state, state, text, tiny_decoder
 from torch import nn
 
@@ -97,7 +98,7 @@ def test_another_architecture_is_refused(tmp_path):
         tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=IMAGE, fusion_vocab_size=2
     )
     with pytest.raises(
-        ValueError, match="for architecture 'cross_attention', the model is 'joint_decoder'"
+        ValueError, match="option: architecture 'cross_attention', the model's is 'joint_decoder'"
     ):
         load_fusion(model, tmp_path)
     # Asked to, it takes what fits: the adapter and the new tokens.
@@ -179,3 +180,27 @@ def test_a_sharded_model_saves_whole_tensors_and_loads_them(tmp_path):
     run_on_ranks(sharded_round_trip, str(tmp_path))
     model = fuse(tiny_decoder(), TinyEncoder(), every=2)
     load_fusion(model, tmp_path)
+
+
+def test_options_that_no_shape_shows_are_compared(tmp_path):
+    save_fusion(learned(), tmp_path)
+    other = make(fusion_first=False)
+    before = state(other)
+    with pytest.raises(ValueError, match="option: fusion_first True, the model's is False"):
+        load_fusion(other, tmp_path)
+    assert same_state(before, other)
+    load_fusion(make(num_kv_heads=1), tmp_path)  # which is what None means for these layers
+    load_fusion(other, tmp_path, strict=False)
+    assert not same_state(before, other)
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    save_fusion(learned(), tmp_path)
+    with pytest.raises(ValueError, match="on the meta device: give them memory first"):
+        load_fusion(make().to("meta"), tmp_path)
+
+
+def test_a_header_that_is_no_description_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "fusion.safetensors", {"torchfuse": "[1]"})
+    with pytest.raises(ValueError, match="is no artifact of save_fusion, or damaged"):
+        load_fusion(make(), tmp_path)

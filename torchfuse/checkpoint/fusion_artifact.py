@@ -23,16 +23,18 @@ from torchfuse.naming import unwrap
 from torchfuse.params import fusion_buffers, get_fusion_params
 
 __all__ = [
+    "ARTIFACT_FILE",
     "FusionMismatch",
     "describe_fusion",
     "fusion_state_dict",
     "load_fusion",
     "load_fusion_state_dict",
     "save_fusion",
+    "whole",
     "write_artifact",
 ]
 
-_TENSORS: Final = "fusion.safetensors"
+ARTIFACT_FILE: Final = "fusion.safetensors"
 _DESCRIPTION: Final = "fusion.json"
 _KEY: Final = "torchfuse"
 _FORMAT: Final = 1
@@ -67,7 +69,6 @@ def fusion_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
 def load_fusion_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> FusionMismatch:
@@ -83,17 +84,28 @@ def load_fusion_state_dict(
 
     Raises:
         ValueError: with every tensor that is missing, unexpected or of another shape, if ``strict``;
-            if none fits at all, in any case. The model is as it was then.
+            if none fits at all or the model has no memory, in any case. The model is as it was then.
     """
+    return _load(model, state_dict, strict, [])
+
+
+@torch.no_grad()
+def _load(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, faults: list[str]
+) -> FusionMismatch:
     ours = _fusion_tensors(model)
+    if any(tensor.is_meta for tensor in ours.values()):
+        raise ValueError(
+            "The model's fusion tensors are on the meta device: give them memory first (model.to_empty)."
+        )
     skipped = FusionMismatch(
         missing=[name for name in ours if name not in state_dict],
         unexpected=[name for name in state_dict if name not in ours],
         mismatched=[n for n, t in ours.items() if n in state_dict and t.shape != state_dict[n].shape],
     )
     fitting = [n for n in ours if n in state_dict and n not in skipped.mismatched]
-    if (strict and any(skipped)) or not fitting:
-        raise ValueError(_explain(skipped, ours, state_dict))
+    if (strict and (faults or any(skipped))) or not fitting:
+        raise ValueError(_explain(faults, skipped, ours, state_dict))
     for name in fitting:
         target, source = ours[name], state_dict[name]
         if isinstance(target, DTensor) and not isinstance(source, DTensor):
@@ -104,8 +116,11 @@ def load_fusion_state_dict(
     return skipped
 
 
-def _explain(skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
-    lines = [f"missing: {name}" for name in skipped.missing]
+def _explain(
+    faults: list[str], skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> str:
+    lines = [f"option: {fault}" for fault in faults]
+    lines += [f"missing: {name}" for name in skipped.missing]
     lines += [f"unexpected: {name}" for name in skipped.unexpected]
     lines += [
         f"shape: {name} is {list(theirs[name].shape)}, the model's is {list(ours[name].shape)}"
@@ -130,7 +145,7 @@ def save_fusion(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: if fusion added nothing to this model, or the path is no directory.
     """
-    tensors = {name: _whole(tensor) for name, tensor in fusion_state_dict(model).items()}
+    tensors = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         write_artifact(path, tensors, describe_fusion(model))
 
@@ -153,9 +168,9 @@ def write_artifact(
         raise ValueError(f"{path} is a file; an artifact is a directory.")
     text = json.dumps(description, indent=2, sort_keys=True)
     # Tensors that share memory cannot stand in one file.
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / _TENSORS, lambda file: save_file(whole, file, {_KEY: text}))
+    write_whole(path / ARTIFACT_FILE, lambda file: save_file(plain, file, {_KEY: text}))
     write_whole(path / _DESCRIPTION, lambda file: _write_text(file, text + "\n"))
 
 
@@ -174,22 +189,35 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
         ValueError: if there is no such artifact, it is damaged, it is for another architecture, or its
             tensors do not fit. The model is as it was then.
     """
-    file = Path(path) / _TENSORS
+    file = Path(path) / ARTIFACT_FILE
     if not file.is_file():
-        raise ValueError(f"{path} is no artifact of save_fusion: it has no {_TENSORS}.")
+        raise ValueError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
     try:
         with safe_open(file, framework="pt") as reader:
-            description = json.loads((reader.metadata() or {})[_KEY])
+            description = dict(json.loads((reader.metadata() or {})[_KEY]))
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    ours = describe_fusion(model)
-    for what in ("format", "architecture"):
-        if strict and description.get(what) != ours[what]:
-            raise ValueError(
-                f"{file} is for {what} {description.get(what)!r}, the model is {ours[what]!r}."
-            )
-    return load_fusion_state_dict(model, tensors, strict)
+    faults = _differences(description, describe_fusion(model)) if strict else []
+    return _load(model, tensors, strict, faults)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What two descriptions say differently, in words; None is what the pretrained layers say."""
+    faults = [
+        f"{name} {theirs.get(name)!r}, the model's is {ours[name]!r}"
+        for name in ("format", "architecture")
+        if theirs.get(name) != ours[name]
+    ]
+    if faults:
+        return faults
+    options = theirs["options"] if isinstance(theirs.get("options"), dict) else {}
+    here = json.loads(json.dumps(ours["options"]))  # as a file holds them
+    return [
+        f"{name} {options[name]!r}, the model's is {here[name]!r}"
+        for name in here
+        if name in options and options[name] != here[name] and None not in (options[name], here[name])
+    ]
 
 
 def describe_fusion(model: nn.Module) -> dict[str, Any]:
@@ -202,7 +230,8 @@ def describe_fusion(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as every rank may have it: gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

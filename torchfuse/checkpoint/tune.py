@@ -14,22 +14,16 @@ from typing import Any, Final
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchfuse.checkpoint.files import write_whole
-from torchfuse.checkpoint.fusion_artifact import (
-    describe_fusion,
-    fusion_state_dict,
-    load_fusion,
-    write_artifact,
-)
+from torchfuse.checkpoint.fusion_artifact import describe_fusion, fusion_state_dict, load_fusion
 from torchfuse.checkpoint.pretrained import load_pretrained
+from torchfuse.checkpoint.trained import load_trained, trained_pretrained_names, write_trained
 
 __all__ = ["FusionCheckpointer"]
 
 _MODEL: Final = "model"  # torchtune.training.MODEL_KEY, without importing torchtune
-_WHOLE: Final = "model.safetensors"
 _RECIPE_STATE: Final = "recipe_state.pt"
 
 
@@ -38,8 +32,8 @@ class FusionCheckpointer:
 
     In a configuration, ``model: ${model}`` hands it the recipe's own model section.
 
-    Each epoch is saved in ``<output_dir>/epoch_<n>``: the artifact, the whole model too if a pretrained
-    part trains, and the recipe's state while more epochs follow.
+    Each epoch is saved in ``<output_dir>/epoch_<n>``: the artifact, the trained tensors of pretrained
+    parts if any train, and the recipe's state while more epochs follow.
 
     Args:
         model: the recipe's model section, ``_component_`` and keywords.
@@ -47,7 +41,8 @@ class FusionCheckpointer:
         decoder: directory of the pretrained decoder.
         encoder: directory of the pretrained encoder; by name for named encoders.
         fusion: an artifact to start from; None: fusion starts fresh.
-        should_load_recipe_state: continue after the last epoch in ``output_dir``.
+        should_load_recipe_state: continue after the last epoch in ``output_dir`` that has a recipe
+            state, which the last epoch of a finished run has not.
         model_type: torchtune's recipes ask for it; it has no effect here.
 
     Raises:
@@ -72,7 +67,7 @@ class FusionCheckpointer:
         self._resume_from = self._last_epoch() if should_load_recipe_state else None
         self._description: dict[str, Any] = {}
         self._fusion_names: list[str] = []
-        self._trains_pretrained = False
+        self._trained_names: list[str] = []
 
     def _last_epoch(self) -> Path:
         epochs = {
@@ -94,15 +89,11 @@ class FusionCheckpointer:
         load_pretrained(model, decoder=self._decoder, encoder=self._encoder)
         self._description = describe_fusion(model)
         self._fusion_names = list(fusion_state_dict(model))
-        self._trains_pretrained = any(
-            p.requires_grad and name not in self._fusion_names for name, p in model.named_parameters()
-        )
+        self._trained_names = trained_pretrained_names(model)
         recipe_state: dict[str, Any] = {}
         if self._resume_from is not None:
             recipe_state = torch.load(self._resume_from / _RECIPE_STATE, weights_only=True)
-            if self._trains_pretrained:
-                model.load_state_dict(load_file(self._resume_from / _WHOLE))
-            load_fusion(model, self._resume_from)
+            load_trained(model, self._resume_from)
         elif self._fusion is not None:
             load_fusion(model, self._fusion)
         return {_MODEL: model.state_dict(), **recipe_state}
@@ -124,11 +115,11 @@ class FusionCheckpointer:
         """
         folder = self._output_dir / f"epoch_{epoch}"
         model_state: dict[str, Tensor] = state_dict[_MODEL]
+        state_file = folder / _RECIPE_STATE
+        state_file.unlink(missing_ok=True)  # an older run's does not go with these weights
         fusion = {name: model_state[name] for name in self._fusion_names}
-        write_artifact(folder, fusion, self._description)
-        if self._trains_pretrained:
-            whole = {name: t.cpu().contiguous().clone() for name, t in model_state.items()}
-            write_whole(folder / _WHOLE, lambda file: save_file(whole, file))
+        trained = {name: model_state[name] for name in self._trained_names}
+        write_trained(folder, fusion, trained, self._description)
         if intermediate_checkpoint:
             rest = {key: value for key, value in state_dict.items() if key != _MODEL}
-            write_whole(folder / _RECIPE_STATE, lambda file: torch.save(rest, file))
+            write_whole(state_file, lambda file: torch.save(rest, file))

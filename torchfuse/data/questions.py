@@ -26,7 +26,14 @@ from torchfuse.data.images import ImageTransform, open_image
 from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.tokenizer import TextTokenizer
 
-__all__ = ["Question", "QuestionDataset", "QuestionTransform", "question_from", "read_questions"]
+__all__ = [
+    "Question",
+    "QuestionDataset",
+    "QuestionTransform",
+    "check_questions",
+    "question_from",
+    "read_questions",
+]
 
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
@@ -62,7 +69,7 @@ def read_questions(path: str | Path) -> list[Question]:
     path = Path(path)
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The question file {path} cannot be read: {error}.") from error
     checked: set[Path] = set()
@@ -107,6 +114,8 @@ def question_from(record: Mapping[str, Any], folder: Path) -> Question:
     for name, kind in _FIELDS.items():
         if name in record and not isinstance(record[name], kind):
             raise ValueError(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
+    if record.get("kind") == "all":
+        raise ValueError('kind "all" stands for the questions of every kind; call it something else.')
     images = record.get("images", [])
     if not all(isinstance(image, str) for image in images):
         raise ValueError(f"images must be paths, got {images!r}.")
@@ -202,22 +211,8 @@ class QuestionTransform:
         Raises:
             ValueError: if the answer is wanted and missing, or the sequence is too long.
         """
-        prompt = [self.tokenizer.bos_id]
-        for index, text in enumerate(question.question.split(_MARKER)):
-            if index and self.image_token is not None:
-                prompt += [self.image_token] * self.markers_per_image
-            prompt += self.tokenizer.encode(text)
-        answer: list[int] = []
-        if with_answer:
-            if question.answer is None:
-                raise ValueError(f"The question {question.question!r} has no answer to learn.")
-            answer = [*self.tokenizer.encode(question.answer), self.tokenizer.eos_id]
+        prompt, answer = self.encode(question, with_answer=with_answer)
         tokens = prompt + answer
-        if self.max_seq_len is not None and len(tokens) > self.max_seq_len:
-            raise ValueError(
-                f"The question {question.question!r} is {len(tokens)} tokens long with its answer, and "
-                f"max_seq_len is {self.max_seq_len}."
-            )
         images = [self._pixels(path) for path in question.images]
         size = self.image_transform.size
         sample = {
@@ -228,6 +223,38 @@ class QuestionTransform:
         if with_answer:
             sample["labels"] = [_IGNORED] * len(prompt) + answer
         return sample
+
+    def encode(self, question: Question, *, with_answer: bool = True) -> tuple[list[int], list[int]]:
+        """The ids of a question and of its answer, images not looked at.
+
+        Args:
+            question: the question.
+            with_answer: whether there shall be an answer.
+
+        Returns:
+            Ids from the sequence's begin to where the answer begins, and those of the answer with the
+            end of the sequence; none without answer.
+
+        Raises:
+            ValueError: if the answer is wanted and missing, or the sequence is too long.
+        """
+        prompt = [self.tokenizer.bos_id]
+        for index, text in enumerate(question.question.split(_MARKER)):
+            if index and self.image_token is not None:
+                prompt += [self.image_token] * self.markers_per_image
+            prompt += self.tokenizer.encode(text)
+        answer: list[int] = []
+        if with_answer:
+            if question.answer is None:
+                raise ValueError(f"The question {question.question!r} has no answer.")
+            answer = [*self.tokenizer.encode(question.answer), self.tokenizer.eos_id]
+        num_tokens = len(prompt) + len(answer)
+        if self.max_seq_len is not None and num_tokens > self.max_seq_len:
+            raise ValueError(
+                f"The question {question.question!r} is {num_tokens} tokens long with its answer, and "
+                f"max_seq_len is {self.max_seq_len}."
+            )
+        return prompt, answer
 
     def _mask(self, tokens: list[int], num_images: int) -> Tensor:
         if self.image_token is None:
@@ -243,6 +270,31 @@ class QuestionTransform:
         )[0]
 
 
+def check_questions(
+    transform: QuestionTransform, questions: Sequence[Question], path: str | Path
+) -> int:
+    """See to it that every question has an answer and, with it, fits the model.
+
+    Args:
+        transform: turns questions into sequences.
+        questions: the questions.
+        path: the file that they are from, for the message.
+
+    Returns:
+        Tokens of the longest answer, the end of the sequence included.
+
+    Raises:
+        ValueError: for the first question without answer or too long, naming file and question.
+    """
+    longest = 0
+    for question in questions:
+        try:
+            longest = max(longest, len(transform.encode(question)[1]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return longest
+
+
 class QuestionDataset(Dataset[dict[str, Any]]):
     """The questions of a file, encoded for training.
 
@@ -252,15 +304,13 @@ class QuestionDataset(Dataset[dict[str, Any]]):
         limit: how many of the file's questions to use, from its start; None: all.
 
     Raises:
-        ValueError: if a line of the file cannot be used or has no answer, naming it.
+        ValueError: if a line of the file cannot be used, has no answer or is too long, naming it.
     """
 
     def __init__(self, transform: QuestionTransform, path: str | Path, limit: int | None = None) -> None:
         self.transform = transform
         self.questions = read_questions(path)[:limit]
-        for question in self.questions:
-            if question.answer is None:
-                raise ValueError(f"{path}: the question {question.question!r} has no answer to learn.")
+        check_questions(transform, self.questions, path)
 
     def __len__(self) -> int:
         return len(self.questions)

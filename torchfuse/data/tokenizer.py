@@ -20,7 +20,9 @@ class TextTokenizer:
 
     Args:
         path: directory with ``tokenizer.json``, and ``config.json`` or ``generation_config.json`` for
-            the ids of the sequence's begin and end. Padding is the configured one, or the end.
+            the ids of the sequence's begin and end. Padding is the configured one, or the end; where
+            that is the begin too, as in some small models, it is another id, since padding in front of
+            a prompt must not look like its begin.
 
     Raises:
         ValueError: if a file is missing or an id is not configured.
@@ -44,6 +46,8 @@ class TextTokenizer:
         self.eos_id = self.eos_ids[0]
         pad = config.get("pad_token_id")
         self.pad_id: int = self.eos_id if pad is None else int(pad)
+        if self.pad_id == self.bos_id:
+            self.pad_id = int(self.bos_id == 0)  # what it is does not matter: padding is masked
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end."""

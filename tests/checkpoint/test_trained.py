@@ -1,0 +1,101 @@
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors import safe_open
+from support import TinyEncoder, inputs, same_state, state, text, tiny_decoder
+
+from torchfuse import fuse, save_fusion, set_trainable
+from torchfuse.checkpoint.trained import load_trained, save_trained
+from torchfuse.training import shard
+
+
+def make(**trainable):
+    model = fuse(tiny_decoder(), TinyEncoder(), every=2, on_missing="participate")
+    set_trainable(model, **trainable)
+    return model
+
+
+@torch.no_grad()
+def move(model):
+    """As training would: everything that trains changes, nothing else."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def names_in(path):
+    with safe_open(path / "trained.safetensors", framework="pt") as reader:
+        return set(reader.keys())
+
+
+@pytest.mark.parametrize(
+    "trainable",
+    [{"decoder": True}, {"encoder": True}, {"decoder": True, "encoder": True, "fusion": False}],
+    ids=str,
+)
+def test_what_trained_is_saved_and_loaded(tmp_path, trainable):
+    model = move(make(**trainable))
+    save_trained(model, tmp_path)
+    parts = {name.split(".")[0] for name in names_in(tmp_path)}
+    assert parts == {part for part in ("decoder", "encoder") if trainable.get(part)}
+    assert not any("fusion" in name for name in names_in(tmp_path))
+    fresh = make()
+    load_trained(fresh, tmp_path)
+    assert same_state(state(model), fresh)
+    assert torch.equal(fresh(text(), encoder_input=inputs()), model(text(), encoder_input=inputs()))
+
+
+def test_only_fusion_trained_is_the_artifact_alone(tmp_path):
+    save_trained(move(make(decoder=True)), tmp_path)
+    model = move(make())
+    save_trained(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"fusion.json", "fusion.safetensors"}
+    fresh = make()
+    load_trained(fresh, tmp_path)
+    assert same_state(state(model), fresh)
+
+
+def test_files_of_two_saves_are_not_taken_for_one(tmp_path):
+    save_trained(move(make(decoder=True)), tmp_path)
+    save_fusion(move(make()), tmp_path)
+    refused(tmp_path, r"trained\.safetensors does not belong to the fusion\.safetensors beside it")
+
+
+def test_damage_and_other_models_are_refused(tmp_path):
+    save_trained(move(make(decoder=True)), tmp_path)
+    file = tmp_path / "trained.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    refused(tmp_path, r"trained\.safetensors is damaged")
+    file.write_bytes(whole)
+    refused(tmp_path, "does not fit this model.*tok_embeddings", tiny_decoder(vocab_size=41))
+    refused(tmp_path / "nowhere", "is no artifact of save_fusion")
+
+
+def refused(path, match, decoder=None):
+    model = fuse(decoder or tiny_decoder(), TinyEncoder(), every=2)
+    before = state(model)
+    with pytest.raises(ValueError, match=match):
+        load_trained(model, path)
+    assert same_state(before, model)
+
+
+def _sharded(rank, folder):
+    model = make(decoder=True)
+    shard(model)
+    move(model)
+    save_trained(model, folder)
+    torch.distributed.barrier()
+    fresh = make()
+    shard(fresh)
+    load_trained(fresh, folder)
+    for (name, a), (_, b) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor()), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sharded(tmp_path):
+    run_on_ranks(_sharded, tmp_path)
+    load_trained(make(), tmp_path)

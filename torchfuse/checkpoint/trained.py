@@ -1,0 +1,140 @@
+"""All that a run learned: what fusion added, and whatever else of the model it trained.
+
+Usually that is the fusion-only artifact and nothing else. Where a pretrained part trains too, its
+trained tensors stand beside the artifact in ``trained.safetensors``, which says by a digest which
+artifact it belongs to, so that files of two runs are never taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchfuse.checkpoint.files import write_whole
+from torchfuse.checkpoint.fusion_artifact import (
+    ARTIFACT_FILE,
+    describe_fusion,
+    fusion_state_dict,
+    load_fusion,
+    whole,
+    write_artifact,
+)
+from torchfuse.naming import named_parameters
+
+__all__ = ["load_trained", "save_trained", "trained_pretrained_names", "write_trained"]
+
+_FILE: Final = "trained.safetensors"
+_KEY: Final = "torchfuse.artifact"
+
+
+def trained_pretrained_names(model: nn.Module) -> list[str]:
+    """Names of pretrained parameters that train."""
+    added = fusion_state_dict(model)
+    return [n for n, p in named_parameters(model) if p.requires_grad and n not in added]
+
+
+def save_trained(model: nn.Module, path: str | Path) -> None:
+    """Write what fusion learned, and the pretrained parameters that train.
+
+    On a sharded model every rank calls this and rank zero writes.
+
+    Args:
+        model: a fused model.
+        path: directory of the artifact, made if need be.
+
+    Raises:
+        ValueError: if fusion added nothing to this model, or the path is no directory.
+    """
+    parameters = dict(named_parameters(model))
+    fusion = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
+    trained = {n: whole(parameters[n].detach()) for n in trained_pretrained_names(model)}
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        write_trained(path, fusion, trained, describe_fusion(model))
+
+
+def write_trained(
+    path: str | Path,
+    fusion: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+) -> None:
+    """Write what ``save_trained`` writes, from its parts.
+
+    Args:
+        path: directory of the artifact, made if need be.
+        fusion: the tensors that fusion added.
+        trained: pretrained tensors that were trained.
+        description: what ``describe_fusion`` returned.
+    """
+    path = Path(path)
+    write_artifact(path, fusion, description)
+    if trained:
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trained.items()}
+        header = {_KEY: _digest(path)}
+        write_whole(path / _FILE, lambda file: save_file(tensors, file, header))
+    else:
+        (path / _FILE).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, path: str | Path) -> None:
+    """Load what ``save_trained`` wrote into a model fused in the same way, over the same checkpoints.
+
+    Args:
+        model: a fused model, sharded or not, with its pretrained parts loaded.
+        path: directory of the artifact.
+
+    Raises:
+        ValueError: if something does not fit, is damaged or belongs to another artifact. The model is as
+            it was then.
+    """
+    path = Path(path)
+    file = path / _FILE
+    tensors = _read(file, _digest(path)) if file.is_file() else {}
+    ours = dict(named_parameters(model))
+    wrong = [
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name not in ours or ours[name].shape != tensor.shape or ours[name].is_meta
+    ]
+    if wrong:
+        raise ValueError(f"{file} does not fit this model; nothing was loaded: {'; '.join(wrong[:8])}.")
+    load_fusion(model, path)
+    for name, tensor in tensors.items():
+        target = ours[name].detach()
+        if isinstance(target, DTensor):
+            tensor = distribute_tensor(
+                tensor.to(target.device, target.dtype), target.device_mesh, target.placements
+            )
+        target.copy_(tensor)
+
+
+def _read(file: Path, digest: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            belongs_to = (reader.metadata() or {}).get(_KEY)
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+    if belongs_to != digest:
+        raise ValueError(
+            f"{file} does not belong to the {ARTIFACT_FILE} beside it: a save was cut off between the "
+            "two, or one of them was replaced."
+        )
+    return tensors
+
+
+def _digest(path: Path) -> str:
+    file = path / ARTIFACT_FILE
+    if not file.is_file():
+        raise ValueError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,40 @@
+"""Where a recipe runs and in which precision, checked before anything is built."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+__all__ = ["device_and_dtype"]
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that a configuration names.
+
+    Args:
+        device: such as ``"cpu"``, ``"cuda"`` (each rank's own, under a launcher) or ``"cuda:1"``.
+        dtype: ``"fp32"`` or ``"bf16"``. There is no ``"fp16"``: it overflows without a loss scaler.
+
+    Raises:
+        ValueError: if there is no such device here, or no such dtype.
+
+    Examples:
+        >>> device_and_dtype("cpu", "bf16")
+        (device(type='cpu'), torch.bfloat16)
+    """
+    from torchtune.utils import get_device
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is none: {str(error).splitlines()[0]}.") from error
+    if kind != "cpu":
+        backend = getattr(torch, kind, None)
+        if backend is None or not backend.is_available():
+            raise ValueError(f"device {device!r} is not to be had on this machine.")
+    return get_device(device), _DTYPES[dtype]

@@ -7,7 +7,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.questions import Question, QuestionDataset, QuestionTransform, read_questions
+from torchfuse.data.questions import (
+    Question,
+    QuestionDataset,
+    QuestionTransform,
+    check_questions,
+    read_questions,
+)
 from torchfuse.data.tokenizer import TextTokenizer
 
 WORDS = ["<pad>", "<bos>", "<unk>", "<eos>", "which", "digit", "?", "one", "two", "and"]
@@ -155,9 +161,9 @@ def test_files_without_questions_or_answers(folder):
     with pytest.raises(ValueError, match=r"none\.jsonl cannot be read"):
         read_questions(folder / "none.jsonl")
     file = write(folder, {"question": "one ?"})
-    with pytest.raises(ValueError, match="'one \\?' has no answer to learn"):
+    with pytest.raises(ValueError, match="'one \\?' has no answer"):
         QuestionDataset(transform(folder), file)
-    with pytest.raises(ValueError, match="has no answer to learn"):
+    with pytest.raises(ValueError, match="has no answer"):
         transform(folder)(read_questions(file)[0])
 
 
@@ -177,3 +183,34 @@ def test_tokenizers_and_their_special_tokens(folder):
         TextTokenizer(folder)
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         TextTokenizer(Path(folder) / "elsewhere")
+
+
+def test_lines_end_where_json_lines_end(folder):
+    """Not at characters that Unicode counts as ends of lines."""
+    question = "which digit\u2028 ?\x85"
+    record = json.dumps({"question": question, "answer": "one"}, ensure_ascii=False)
+    (folder / "lines.jsonl").write_text(f"{record}\n\n{record}\r\n", encoding="utf-8")
+    assert [q.question for q in read_questions(folder / "lines.jsonl")] == [question] * 2
+
+
+@pytest.mark.parametrize("begin", [0, 1, 5])
+def test_padding_never_looks_like_a_begin(folder, begin):
+    config = {"bos_token_id": begin, "eos_token_id": begin}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = TextTokenizer(folder)
+    assert tokenizer.bos_id == tokenizer.eos_id == begin
+    assert tokenizer.pad_id != begin
+    assert 0 <= tokenizer.pad_id < len(WORDS)
+
+
+def test_questions_are_checked_before_anything_is_learned(folder):
+    short, long = (
+        Question("which ?", answer="one"),
+        Question("which digit ?", answer="two and one and two"),
+    )
+    encode = transform(folder, max_seq_len=9)
+    assert check_questions(encode, [short], "file") == 2
+    with pytest.raises(ValueError, match=r"file: The question 'which digit \?' is 10 tokens long"):
+        check_questions(encode, [short, long], "file")
+    with pytest.raises(ValueError, match="file: .* has no answer"):
+        check_questions(encode, [Question("which ?")], "file")

@@ -1,0 +1,70 @@
+"""What finetune and prepare_digits refuse before they do anything."""
+
+import sys
+
+import pytest
+from torchfuse.recipes import finetune, prepare_digits
+
+
+def config(**train):
+    limit = train.pop("limit", None)
+    return finetune.Config(
+        train=finetune.Train(**train),
+        data=finetune.Data(limit=limit),
+        eval_batch_size=train.get("batch_size", 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "complaints"),
+    [
+        ({"max_steps": 0}, ["train.max_steps=0 must be at least 1"]),
+        (
+            {"epochs": 0, "gradient_accumulation_steps": -1, "warmup_steps": -2},
+            ["train.epochs=0", "train.gradient_accumulation_steps=-1", "train.warmup_steps=-2"],
+        ),
+        ({"batch_size": 0}, ["train.batch_size=0", "eval_batch_size=0"]),
+        ({"limit": 0}, ["data.limit=0"]),
+        ({"clip_grad_norm": 0.0}, ["train.clip_grad_norm=0.0 must be above 0, or null"]),
+        ({"clip_grad_norm": float("nan")}, ["train.clip_grad_norm=nan"]),
+        ({"lr": -1.0}, ["train.lr=-1.0 must be a number of at least 0"]),
+        ({"lr": "fast"}, ["train.lr=fast"]),
+        ({"lr": {}}, ["train.lr={}"]),
+        ({"lr": {"fusion": "fast"}, "weight_decay": None}, ["train.lr=", "train.weight_decay=None"]),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_one_error(given, complaints):
+    with pytest.raises(ValueError, match="must be") as info:
+        finetune._check_numbers(config(**given))
+    for complaint in complaints:
+        assert complaint in str(info.value)
+
+
+def test_numbers_in_range():
+    finetune._check_numbers(config())
+    finetune._check_numbers(config(lr={"fusion": 1, "decoder": 0.5}, clip_grad_norm=None, max_steps=3))
+
+
+@pytest.mark.parametrize("part", ["images", "questions", "llama", "clip", "prompt.yaml"])
+def test_what_prepare_digits_did_not_make_it_does_not_replace(tmp_path, monkeypatch, part):
+    mine = tmp_path / part
+    mine.mkdir()
+    (mine / "holiday.png").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["prepare_digits", str(tmp_path)])
+    with pytest.raises(SystemExit, match=rf"holds {part} that this program did not make"):
+        prepare_digits.main()
+    assert (mine / "holiday.png").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [part]
+
+
+def test_a_file_is_no_folder(tmp_path, monkeypatch):
+    file = tmp_path / "demo"
+    file.write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["prepare_digits", str(file)])
+    with pytest.raises(SystemExit, match="demo is a file; name a folder"):
+        prepare_digits.main()
+
+
+def test_it_replaces_what_it_made(digits):
+    prepare_digits._see_to_it_that_nothing_is_lost(digits)

@@ -30,7 +30,7 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from torchtune.utils import batch_to_device, get_world_size_and_rank
 from tqdm import tqdm
 
-from torchfuse import describe, load_pretrained, param_groups
+from torchfuse import describe, param_groups
 from torchfuse.checkpoint.files import write_whole
 from torchfuse.checkpoint.trained import save_trained
 from torchfuse.config import build, recipe
@@ -44,6 +44,7 @@ from torchfuse.data.questions import (
 )
 from torchfuse.devices import device_and_dtype
 from torchfuse.evaluation import Answered, accuracy, answer_questions, exchange_images
+from torchfuse.runs import build_model
 from torchfuse.training import next_token_loss, shard
 
 
@@ -189,10 +190,7 @@ def _output_dir(name: str) -> Path:
 
 
 def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
-    device, dtype = device_and_dtype(config.device, config.dtype)
-    with training.set_default_dtype(dtype), device:
-        model: nn.Module = build(config.model, what="model")
-    load_pretrained(model, decoder=config.pretrained.decoder, encoder=config.pretrained.encoder)
+    model = build_model(config.model, vars(config.pretrained), device=config.device, dtype=config.dtype)
     layers = {type(layer) for layer in model.layers}
     if config.activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy=layers)

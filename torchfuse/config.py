@@ -5,18 +5,59 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from torchfuse.options import call_with_options
 
-__all__ = ["build", "recipe", "typed"]
+__all__ = ["build", "read_config", "read_yaml", "recipe", "typed"]
 
 _Schema = TypeVar("_Schema")
+
+
+def read_yaml(path: str | Path, hint: str, *, load: Callable[[TextIO], Any] = yaml.safe_load) -> Any:
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        hint: what the file is, for whoever gave the wrong one.
+        load: what reads the open file.
+
+    Raises:
+        ValueError: if it cannot be read or is no YAML, naming it.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return load(file)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): {hint}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is no YAML: {_one_line(error)}.") from error
+
+
+def read_config(path: str | Path, hint: str) -> DictConfig:
+    """Read a configuration: a YAML file of keys, none of them twice.
+
+    Args:
+        path: the file.
+        hint: what the file is, for whoever gave the wrong one.
+
+    Raises:
+        ValueError: if it is no such file, naming it.
+    """
+    config = read_yaml(path, hint, load=OmegaConf.load)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} must hold keys with values, got a list: {hint}.")
+    if wrong := [key for key in config if not isinstance(key, str)]:
+        raise ValueError(f"{path}: a key must be a string, got {wrong[0]!r}.")
+    return config
 
 
 def typed(given: DictConfig, schema: type[_Schema]) -> _Schema:
@@ -27,70 +68,81 @@ def typed(given: DictConfig, schema: type[_Schema]) -> _Schema:
         schema: a dataclass; fields without a value must be given, nested dataclasses are sections.
 
     Raises:
-        ValueError: naming the key that does not exist, is missing or has a value of the wrong type.
+        ValueError: naming every key that does not exist, is missing or has a value of the wrong type.
     """
+    config = OmegaConf.structured(schema)
+    faults = list(_merge(config, OmegaConf.to_container(given, resolve=False)))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = error.full_key or error.key
-        first = str(error.msg or error).splitlines()[0]
-        section = _section(schema, str(key).split(".")[:-1])
-        there = f" There are {', '.join(f.name for f in fields(section))}." if section else ""
-        raise ValueError(f"Configuration key {key!r}: {first}.{there}") from error
+        if not faults:
+            return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # in an interpolation
+        faults = [f"Configuration key {error.full_key!r}: {_first_line(error)}."]
+    raise ValueError(" ".join(faults))
 
 
-def _section(schema: Any, path: list[str]) -> Any:
-    """The dataclass that the last part of a dotted key belongs to, if there is one."""
-    for name in path:
-        kinds = {f.name: f.default_factory for f in fields(schema)}
-        schema = kinds.get(name)
-        if not (isinstance(schema, type) and is_dataclass(schema)):
-            return None
-    return schema
+def _merge(config: DictConfig, given: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Merge values into a structured configuration, and yield a sentence for each that does not fit."""
+    for name in dict.fromkeys([*given, *config]):
+        section = name in config and is_dataclass(OmegaConf.get_type(config, name))
+        value = given.get(name, {} if section else MISSING)
+        if section and isinstance(value, dict):
+            yield from _merge(config[name], value, f"{prefix}{name}.")
+            continue
+        key = f"Configuration key {prefix + str(name)!r}"
+        try:
+            config.merge_with({name: value})
+        except ConfigKeyError:
+            yield f"{key}: unknown; there are {', '.join(config)}."
+        except OmegaConfBaseException as error:
+            if section:
+                yield f"{key}: expected a section with {', '.join(config[name])}, got {value!r}."
+            else:
+                yield f"{key}: {_first_line(error)}."
+        else:
+            if OmegaConf.is_missing(config, name):
+                yield f"{key}: missing, and must be given."
 
 
-def build(section: Mapping[str, Any], *args: Any, what: str) -> Any:
+def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
     """Call the component that a section of a configuration names with the rest of the section.
 
     Args:
         section: ``_component_``, a dotted path, and keywords for what stands there.
         *args: positional arguments that the recipe adds.
         what: the name of the section, for messages.
+        kind: what the component must make.
 
     Raises:
-        ValueError: if there is no such component, or it does not take the keywords.
+        ValueError: if there is no such component, it does not take the keywords, or it makes something
+            else.
     """
-    options = dict(section)
+    options = dict(section) if isinstance(section, Mapping) else {"_component_": section}
     path = options.pop("_component_", None)
     if not isinstance(path, str):
-        raise ValueError(f"{what} must name its _component_, a dotted path; it has {sorted(options)}.")
+        raise ValueError(f"{what} must name its _component_, a dotted path; got {path!r}.")
     try:
         component = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{what}: there is no component {path!r} ({error}).") from error
-    return call_with_options(component, *args, what=f"{what} ({path})", options=options)
+    built = call_with_options(component, *args, what=f"{what} ({path})", options=options)
+    if not isinstance(built, kind):
+        raise ValueError(f"{what} ({path}) must make a {kind.__name__}, got a {type(built).__name__}.")
+    return built
 
 
 def recipe(schema: type[_Schema]) -> Callable[[Callable[[_Schema], None]], Callable[[], None]]:
     """Make a function of a typed configuration the main of a recipe for ``tune run``.
 
-    What the caller got wrong ends it with one sentence and exit code 1; everything else keeps its
-    traceback.
+    What the caller got wrong, a ``ValueError``, ends it with one sentence and exit code 1; everything
+    else keeps its traceback, and with ``TORCHFUSE_TRACEBACK`` in the environment so does that.
     """
 
     def decorate(main: Callable[[_Schema], None]) -> Callable[[], None]:
         def run() -> None:
-            from torchtune import config
-
-            @config.parse  # type: ignore[untyped-decorator, unused-ignore]
-            def parsed(given: DictConfig) -> None:
-                main(typed(given, schema))
-
             sys.path.append(os.getcwd())  # components of the user's own, as torchtune allows them
             try:
-                parsed()
-            except (ValueError, FileNotFoundError, OmegaConfBaseException) as error:
+                main(typed(_given(main.__doc__), schema))
+            except ValueError as error:
                 if os.environ.get("TORCHFUSE_TRACEBACK"):
                     raise
                 sys.stdout.flush()
@@ -101,3 +153,42 @@ def recipe(schema: type[_Schema]) -> Callable[[Callable[[_Schema], None]], Calla
         return run
 
     return decorate
+
+
+def _given(description: str | None) -> DictConfig:
+    """What ``--config`` and the command line say.
+
+    torchtune's own parser is not asked: it has no word about what is wrong with the file.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file; key=value overrides a key of it")
+    arguments, overrides = parser.parse_known_args()
+    config = read_config(arguments.config, "--config takes the YAML of a recipe")
+    faults = []
+    for override in overrides:
+        try:
+            _override(config, [override])
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(" ".join(faults))
+    return _override(config, overrides)
+
+
+def _override(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """A configuration with what the command line says, by torchtune's rules."""
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=False)
+    try:
+        return _merge_yaml_and_cli_args(Namespace(**values), overrides)
+    except (ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"Override {' '.join(overrides)}: {_one_line(error)}.") from error
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return str(error.msg or error).splitlines()[0].rstrip(".")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,14 +1,37 @@
-"""Options by name: what a class or function takes, and a clear word about what it does not."""
+"""Options by name: what a class or function takes, and a clear word about what it does not.
+
+A signature says it all: names, what must be given and, by its annotations, what values fit. So what
+comes from a user or a YAML is compared with the signature before anything is called.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import os
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, Signature
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, Never, ParamSpec, TypeVar, Union, get_args, get_origin
 
-__all__ = ["call_with_options"]
+__all__ = ["call_with_options", "passes_options_to"]
 
 _Result = TypeVar("_Result")
+_Params = ParamSpec("_Params")
+
+# What YAML can say. Anything else comes from Python, where a type checker looks at it.
+_PLAIN: Final = (NoneType, bool, int, float, str, list, dict)
+_WORDS: Final[dict[Any, str]] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    NoneType: "null",
+    **dict.fromkeys((Path, os.PathLike), "a path"),
+    **dict.fromkeys((dict, Mapping), "a mapping"),
+    **dict.fromkeys((list, tuple, Sequence), "a list"),
+}
 
 
 def call_with_options(
@@ -20,33 +43,140 @@ def call_with_options(
         target: a class or function.
         *args: positional arguments that the caller is sure of.
         what: what the options belong to, for the message.
-        options: keywords from a user or a configuration.
+        options: keywords from a user or a configuration. Values that YAML can say must fit their
+            annotations, where an integer is a number, a list a tuple and a string a path; values that it
+            cannot say pass, and so do annotations that are no classes.
 
     Raises:
         ValueError: naming every option that ``target`` does not take, every one it lacks, and those
-            there are.
+            there are; every value that does not fit, and what would; if ``target`` has no signature.
 
     Examples:
-        >>> call_with_options(int, "ff", what="number", options={"base": 16})
-        255
+        >>> call_with_options(round, 1.618, what="number", options={"ndigits": 2})
+        1.62
+        >>> call_with_options(sorted, [2, 1], what="order", options={"revers": True})
+        Traceback (most recent call last):
+        ValueError: order: unknown option 'revers'; it takes key, reverse.
     """
-    try:
-        signature = inspect.signature(target)
-    except ValueError:  # a builtin without one
-        return target(*args, **options)
-    parameters = list(signature.parameters.values())
-    by_name = {
-        p.name: p for p in parameters[len(args) :] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    parameters = list(_signature(target, what).parameters.values())
     takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    faults = [f"unknown option {name!r}" for name in options if name not in by_name]
-    if takes_anything:
-        faults = []
-    faults += [
-        f"missing option {p.name!r}"
-        for p in by_name.values()
-        if p.default is p.empty and p.name not in options
+    given, rest = {p.name for p in parameters[: len(args)]}, parameters[len(args) :]
+    takes = {p.name: p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    names, values = [], []
+    for name, value in options.items():
+        if name not in takes:
+            if name in given or not takes_anything or not isinstance(name, str):
+                names.append(f"unknown option {name!r}")
+        elif takes[name].annotation is Never:
+            values.append(
+                f"{name} is fixed here{_at(takes[name].default)} and cannot be given, got {value!r}"
+            )
+        elif not _fits(value, takes[name].annotation):
+            values.append(f"{name} must be {_words(takes[name].annotation)}, got {value!r}")
+    free = [
+        p for p in rest if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.annotation is not Never
     ]
-    if faults:
-        raise ValueError(f"{what}: {', '.join(faults)}; it takes {', '.join(by_name) or 'none'}.")
+    names += [
+        f"missing option {p.name!r}" for p in free if p.default is p.empty and p.name not in options
+    ]
+    if names:
+        names = [", ".join(names), f"it takes {', '.join(p.name for p in free) or 'none'}"]
+    if names or values:
+        raise ValueError(f"{what}: {'; '.join(names + values)}.")
     return target(*args, **options)
+
+
+def passes_options_to(
+    target: Callable[..., Any], **fixed: Any
+) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
+    """Say of a function to whom its ``**options`` go, so that they are checked when it is called.
+
+    The function's signature gets the keywords of ``target`` in place of ``**options``.
+
+    Args:
+        target: what the function calls with its ``**options``, and with positional arguments that it
+            makes itself.
+        **fixed: keywords that the function gives ``target`` itself: nobody else can.
+
+    Examples:
+        >>> @passes_options_to(sorted, reverse=True)
+        ... def falling(numbers, **options):
+        ...     return sorted(numbers, reverse=True, **options)
+        >>> falling([1, 3, 2])
+        [3, 2, 1]
+        >>> falling([1, 3, 2], reverse=False)
+        Traceback (most recent call last):
+        ValueError: falling: reverse is fixed here at True and cannot be given, got False.
+    """
+
+    def decorate(function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
+        own = inspect.signature(function, eval_str=True)
+        parameters = {p.name: p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD}
+        for p in inspect.signature(target, eval_str=True).parameters.values():
+            if p.name in fixed or p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+                default = fixed.get(p.name, p.default)
+                p = p.replace(kind=p.KEYWORD_ONLY, annotation=Never, default=default)
+            parameters.setdefault(p.name, p)
+        function.__signature__ = own.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+
+        @functools.wraps(function)
+        def checked(*args: _Params.args, **options: _Params.kwargs) -> _Result:
+            return call_with_options(function, *args, what=function.__name__, options=options)
+
+        return checked
+
+    return decorate
+
+
+def _signature(target: Any, what: str) -> Signature:
+    try:
+        return inspect.signature(target, eval_str=True)
+    except Exception:  # evaluating a foreign annotation can raise anything; unread, it fits everything
+        try:
+            return inspect.signature(target)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{what} must be a function or class with a known signature, got {target!r}."
+            ) from error
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether a value may stand where a type is expected; what cannot be told, may."""
+    origin, members = get_origin(expected), get_args(expected)
+    if expected is Parameter.empty or origin is Annotated or not isinstance(value, _PLAIN):
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, member) for member in members)
+    if origin is Literal:
+        return any(type(value) is type(member) and value == member for member in members)
+    kind = NoneType if expected is None else origin or expected
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    if isinstance(kind, type) and issubclass(kind, os.PathLike):
+        return isinstance(value, str)
+    accepted: Any = {float: (int, float), tuple: list}.get(kind, kind)
+    try:
+        fits = isinstance(value, accepted)
+    except TypeError:  # no class, but Any, a protocol, a type variable
+        return True
+    if not fits or not members or kind is tuple:
+        return fits
+    contents: Any = value.values() if isinstance(value, dict) else value
+    return all(_fits(content, members[-1]) for content in contents)
+
+
+def _words(expected: Any) -> str:
+    """A type as whoever writes YAML would say it."""
+    origin, members = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType, Literal):
+        *others, last = [repr(m) if origin is Literal else _words(m) for m in members]
+        return f"{', '.join(others)} or {last}" if others else last
+    kind = NoneType if expected is None else origin or expected
+    words = _WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+    if origin in (dict, Mapping, list, Sequence) and members[-1] is not Any:
+        return f"{words} (each {_words(members[-1])})"
+    return words
+
+
+def _at(default: Any) -> str:
+    return "" if default is Parameter.empty else f" at {default!r}"

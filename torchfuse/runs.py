@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 from torch import nn
 
-from torchfuse.checkpoint.fusion_artifact import load_fusion
 from torchfuse.checkpoint.pretrained import load_pretrained
-from torchfuse.config import build
+from torchfuse.checkpoint.trained import load_trained
+from torchfuse.config import build, read_config, read_yaml
 from torchfuse.data.questions import QuestionTransform
+from torchfuse.devices import device_and_dtype
+from torchfuse.options import call_with_options
 
-__all__ = ["load_run", "read_yaml"]
+__all__ = ["build_model", "load_run", "read_yaml"]
 
 
-def read_yaml(path: str | Path, hint: str) -> Any:
-    """Read a YAML file.
+def build_model(
+    model: Mapping[str, Any], pretrained: Mapping[str, Any], *, device: str, dtype: str, where: str = ""
+) -> nn.Module:
+    """Build a fused model and load its pretrained parts.
 
     Args:
-        path: the file.
-        hint: what the file is, for whoever gave the wrong one.
+        model: the section of a configuration that names and describes the model.
+        pretrained: the section that names the directories, see ``load_pretrained``.
+        device: where the model shall be.
+        dtype: ``"fp32"`` or ``"bf16"``.
+        where: what stands in front of the sections' names in messages.
 
     Raises:
-        ValueError: if it cannot be read or is no YAML, naming it.
+        ValueError: if a section is not what it should be, or something does not fit.
     """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): {hint}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+    from torchtune import training
+
+    place, precision = device_and_dtype(device, dtype)
+    with training.set_default_dtype(precision), place:
+        built: nn.Module = build(model, what=f"{where}model", kind=nn.Module)
+    call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
+    return built
 
 
 def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, QuestionTransform]:
@@ -48,17 +57,16 @@ def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Q
     Raises:
         ValueError: if the run, or a checkpoint that it names, is not what it should be.
     """
-    from torchtune import training
-    from torchtune.utils import get_device
-
-    config = read_yaml(Path(path) / "config.yaml", "every finetuning run writes one")
+    file = Path(path) / "config.yaml"
+    given = read_config(file, "every finetuning run writes one")
+    config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
     sections = ("model", "pretrained", "transform")
-    if not isinstance(config, dict) or not all(isinstance(config.get(s), dict) for s in sections):
-        raise ValueError(f"{path}/config.yaml lacks one of the sections {', '.join(sections)}.")
-    transform: QuestionTransform = build(config["transform"], what="transform")
-    where = get_device(device)
-    with training.set_default_dtype(training.get_dtype(dtype, where)), where:
-        model: nn.Module = build(config["model"], what="model")
-    load_pretrained(model, **config["pretrained"])
-    load_fusion(model, Path(path) / "fusion")
+    if not all(isinstance(config.get(s), dict) for s in sections):
+        raise ValueError(f"{file} lacks one of the sections {', '.join(sections)}.")
+    where = f"{file}, "
+    transform: QuestionTransform = build(
+        config["transform"], what=f"{where}transform", kind=QuestionTransform
+    )
+    model = build_model(config["model"], config["pretrained"], device=device, dtype=dtype, where=where)
+    load_trained(model, Path(path) / "fusion")
     return model, transform

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from torchfuse.recipes import evaluate, finetune, generate
 
 from torchfuse import recipes
+from torchfuse.runs import build_model, load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs" / "digits"
+MODEL = "model (torchfuse.models.builders.digits): "
+TRANSFORM = "transform (torchfuse.data.questions.QuestionTransform): "
 
 
 @pytest.fixture
@@ -19,6 +23,12 @@ def demo(digits, tmp_path, monkeypatch):
     shutil.copytree(digits, tmp_path / "demo", ignore=shutil.ignore_patterns("run_*", "*_all.jsonl"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "demo"
+
+
+@pytest.fixture
+def intact(digits, monkeypatch):
+    """The demo folder itself, for tests that damage nothing."""
+    monkeypatch.chdir(digits.parent)
 
 
 def everything(folder):
@@ -88,6 +98,160 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ("train=5", "Configuration key 'train': expected a section with lr, "),
+        ("data=x", "Configuration key 'data': expected a section with train, test, limit, got 'x'"),
+        (
+            "pretrained=x",
+            "Configuration key 'pretrained': expected a section with decoder, encoder, got 'x'",
+        ),
+        ("pretrained.decoder=null", "Configuration key 'pretrained.decoder': "),
+        ("train.epochs=many sed=7", "Configuration key 'sed': unknown; there are output_dir, model, "),
+        ("~output_dir", "Configuration key 'output_dir': missing, and must be given."),
+        ("seed", "Override seed: Command-line overrides must be in the form of key=value"),
+        ("model.every={a", "Override model.every={a: while parsing a flow mapping"),
+        ("~seed.x", "Override ~seed.x: "),
+        ("model.every=two", f"{MODEL}every must be an integer, got 'two'."),
+        ("model.every=1.5", f"{MODEL}every must be an integer, got 1.5."),
+        ("model.every=null", f"{MODEL}every must be an integer, got None."),
+        ("model.num_layers=2", f"{MODEL}num_layers is fixed here at 4 and cannot be given, got 2."),
+        ("model.vocab_size=41", f"{MODEL}vocab_size is fixed here at 40 and cannot be given, got 41."),
+        ("model.decoder=x", f"{MODEL}decoder is fixed here and cannot be given, got 'x'."),
+        ("model.feature_layer=x", f"{MODEL}feature_layer must be an integer, got 'x'."),
+        (
+            "model.decoder_trainable=maybe",
+            f"{MODEL}decoder_trainable must be true or false, got 'maybe'.",
+        ),
+        ("model.on_missing=stop", f"{MODEL}on_missing must be 'skip' or 'participate', got 'stop'."),
+        (
+            "model.hidden_dim=x",
+            "architecture 'cross_attention': hidden_dim must be an integer or null, got 'x'.",
+        ),
+        (
+            "model.every=two model.keep_cls=5 model.num_heads=2",
+            f"{MODEL}every must be an integer, got 'two'; keep_cls must be true or false, got 5; "
+            "num_heads is fixed here at 4 and cannot be given, got 2.",
+        ),
+        (
+            "model._component_=torchfuse.models.builders",
+            "model (torchfuse.models.builders) must be a function or class with a known signature, got <module",
+        ),
+        (
+            "model._component_=builtins.dict",
+            "model (builtins.dict) must be a function or class with a known signature, got <class 'dict'>.",
+        ),
+        ("model=null", "model must name its _component_, a dotted path; got None."),
+        (
+            "transform.features_per_image=five",
+            f"{TRANSFORM}features_per_image must be an integer, got 'five'.",
+        ),
+        ("transform.image_token=x", f"{TRANSFORM}image_token must be an integer or null, got 'x'."),
+        ("transform.max_seq_len=x", f"{TRANSFORM}max_seq_len must be an integer or null, got 'x'."),
+        ("transform.cache_images=many", f"{TRANSFORM}cache_images must be an integer, got 'many'."),
+        ("transform.tokenizer=5", f"{TRANSFORM}tokenizer must be a string or a path, got 5."),
+        (
+            "transform.image_transform=5",
+            f"{TRANSFORM}image_transform must be a string, a path or ImageTransform, got 5.",
+        ),
+    ],
+)
+def test_values_that_do_not_fit(intact, capsys, monkeypatch, overrides, complaint):
+    assert complaint in fails(finetune, "cross_attention.yaml", capsys, monkeypatch, *overrides.split())
+
+
+@pytest.mark.parametrize("recipe", [finetune, generate, evaluate])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("model: [1\n", "mine.yaml is no YAML: while parsing a flow sequence "),
+        ("seed: 1\nseed: 2\n", "mine.yaml is no YAML: while constructing a mapping "),
+        (
+            "- seed\n",
+            "mine.yaml must hold keys with values, got a list: --config takes the YAML of a recipe.",
+        ),
+        ("7: 1\n", "mine.yaml: a key must be a string, got 7."),
+        ("config: x\n", "Configuration key 'config': unknown; there are "),
+        ("", ": missing, and must be given."),
+    ],
+)
+def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, text, complaint):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    said = fails(recipe, file, capsys, monkeypatch)
+    assert complaint in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "complaint"),
+    [
+        (
+            "pretrained",
+            {"decodr": "x"},
+            "pretrained: unknown option 'decodr'; it takes decoder, encoder.",
+        ),
+        ("pretrained", {"encoder": 5}, r"pretrained: encoder must be a string, .*, got 5\."),
+        (
+            "pretrained",
+            {"encoder": ["demo/clip"]},
+            r"pretrained: encoder must be .*, got \['demo/clip'\]\.",
+        ),
+        ("pretrained", {"encoder": {"a": 5}}, r"pretrained: encoder must be .*, got \{'a': 5\}\."),
+        ("model", {"every": "two"}, r"model \(.*digits\): every must be an integer, got 'two'\."),
+        (
+            "model",
+            {"_component_": "argparse.Namespace"},
+            r"model \(argparse\.Namespace\) must make a Module, got a Namespace\.",
+        ),
+        (
+            "transform",
+            {"tokenizer": 5},
+            r"transform \(.*\): tokenizer must be a string or a path, got 5\.",
+        ),
+        (
+            "transform",
+            {"_component_": "argparse.Namespace"},
+            r"transform \(argparse\.Namespace\) must make a QuestionTransform, got a Namespace\.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_changed(intact, tmp_path, section, change, complaint):
+    config = yaml.safe_load((CONFIGS / "cross_attention.yaml").read_text())
+    config[section] |= change
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.yaml, {complaint}"):
+        load_run(tmp_path, device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize("encoder", [5, ["demo/clip"], {"encoder": 5}], ids=str)
+def test_an_encoder_that_is_no_path(intact, encoder):
+    model = {"_component_": "torchfuse.models.builders.digits"}
+    pretrained = {"decoder": "demo/llama", "encoder": encoder}
+    with pytest.raises(
+        ValueError, match="^pretrained: encoder must be a string, a path, a mapping .*, got "
+    ):
+        build_model(model, pretrained, device="cpu", dtype="fp32")
+
+
+def test_sizes_of_nothing(intact):
+    sizes = dict.fromkeys(
+        "vocab_size num_layers num_heads num_kv_heads embed_dim max_seq_len intermediate_dim "
+        "image_size patch_size vision_embed_dim vision_num_layers vision_num_heads".split(),
+        8,
+    )
+    model = {
+        "_component_": "torchfuse.models.builders.llama_clip",
+        **sizes,
+        "num_heads": 0,
+        "embed_dim": -3,
+    }
+    with pytest.raises(ValueError, match=r"sizes must be at least 1, got num_heads=0, embed_dim=-3\.$"):
+        build_model(model, {}, device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize(
     ("prompts", "complaint"),
     [
         ("- question: '<image> which digit ?'\n  images: [images/none.png]\n", "prompt 1: The image "),
@@ -110,10 +274,20 @@ def test_a_run_that_is_none(demo, capsys, monkeypatch, recipe):
     config = f"{recipe.__name__.split('.')[-1]}.yaml"
     said = fails(recipe, config, capsys, monkeypatch, "run=demo/nowhere")
     assert "demo/nowhere/config.yaml cannot be read (No such file or directory)" in said
-    (demo / "config.yaml").write_text("model: 3\n")
-    said = fails(recipe, config, capsys, monkeypatch, "run=demo")
-    assert "demo/config.yaml lacks one of the sections model, pretrained, transform" in said
+    for text, complaint in (
+        ("model: 3\n", " lacks one of the sections model, pretrained, transform."),
+        ("- model\n", " must hold keys with values, got a list: every finetuning run writes one."),
+        ("model: {\n", " is no YAML: while parsing a flow "),
+        ("model: {}\nmodel: {}\n", " is no YAML: while constructing a mapping "),
+    ):
+        (demo / "config.yaml").write_text(text)
+        said = fails(recipe, config, capsys, monkeypatch, "run=demo")
+        assert f"demo/config.yaml{complaint}" in said
 
 
 def test_a_config_that_is_none(demo, capsys, monkeypatch):
-    assert "nowhere.yaml" in fails(finetune, "nowhere.yaml", capsys, monkeypatch)
+    hint = "--config takes the YAML of a recipe."
+    said = fails(finetune, "nowhere.yaml", capsys, monkeypatch)
+    assert f"nowhere.yaml cannot be read (No such file or directory): {hint}" in said
+    said = fails(finetune, demo / "clip", capsys, monkeypatch)
+    assert f"demo/clip cannot be read (Is a directory): {hint}" in said

@@ -1,11 +1,18 @@
-"""Image files as the encoder wants them: its size, its mean and its deviation."""
+"""Image files as the encoder wants them: its size, its mean and its deviation.
+
+The arithmetic is that of transformers' PIL backend. Its torchvision backend takes the same steps but
+resizes tensors: a level or two of 255 apart, more where bicubic overshoots or nearest meets a tie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -21,33 +28,67 @@ _RESAMPLE: Final = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# The steps of a preprocessor file, with the keys that each needs and what those must be.
+_STEPS: Final[dict[str, dict[str, str]]] = {
+    "do_convert_rgb": {},
+    "do_resize": {"size": "N, {shortest_edge: N} or {height: N, width: N}", "resample": "0, 2 or 3"},
+    "do_center_crop": {"crop_size": "N or {height: N, width: N}"},
+    "do_rescale": {"rescale_factor": "a number above 0"},
+    "do_normalize": {"image_mean": "three numbers", "image_std": "three numbers above 0"},
+}
+# What holds where a file is silent: for all, and for each processor that takes these steps and no other.
+_DEFAULTS: Final = {"do_center_crop": False, "resample": 3, "rescale_factor": 1 / 255}
+_PROCESSORS: Final[dict[str, dict[str, Any]]] = {
+    "CLIP": {"do_center_crop": True},
+    "Bit": {"do_center_crop": True},
+    "Siglip": {},
+    "Blip": {"default_to_square": True},
+    "DeiT": {"default_to_square": True, "do_center_crop": True},
+    "ViT": {"default_to_square": True, "resample": 2},
+}
+
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image as RGB.
+    """Open an image as RGB: 16 bits are scaled to 8, and what is transparent shows white behind it.
 
     Raises:
-        ValueError: if it is missing or is no image, naming it.
+        ValueError: if it is missing, damaged or no image, or if its values have no known range (mode
+            ``F``, or ``I`` beyond 16 bits), naming it.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _as_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that can be opened.") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:  # a damaged file makes PIL's readers raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".") or repr(error)
         raise ValueError(f"The image {path} cannot be opened: {reason}.") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.getbands() in {("I",), ("F",)}:  # more than 8 bits, which PIL would cut off at 255
+        levels = np.asarray(image)
+        if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"its mode {image.mode} has no known range, save it with 8 or 16 bits")
+        image = Image.fromarray(((levels.astype(np.int32) + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 class ImageTransform:
     """Resize, cut out the middle, normalise: what an encoder's own preprocessor does.
 
     Args:
-        size: side of the square that the encoder takes, in pixels.
-        mean: mean of each channel, of values in [0, 1].
+        size: side of the square that the encoder takes, in pixels. It is cut out of the middle; an image
+            that is smaller gets a black border.
+        mean: mean of each channel, of scaled values.
         std: deviation of each channel.
-        shorter_side: length to which the shorter side is resized before the middle is cut out; ``size``
-            unless given. 0: the image is stretched to the square instead, and nothing is cut off.
+        resize: what an image is resized to first: ``[shorter side]``, ``[height, width]``, or ``[]`` for
+            not at all; ``[size]`` unless given.
         resample: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
+        scale: what the values 0 to 255 are multiplied with before they are normalised.
 
     Raises:
         ValueError: if a number or a name is out of range.
@@ -63,66 +104,94 @@ class ImageTransform:
         mean: Sequence[float] = _CLIP_MEAN,
         std: Sequence[float] = _CLIP_STD,
         *,
-        shorter_side: int | None = None,
+        resize: Sequence[int] | None = None,
         resample: str = "bicubic",
+        scale: float = 1 / 255,
     ) -> None:
-        shorter_side = size if shorter_side is None else shorter_side
-        if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        resize = [size] if resize is None else list(resize)
+        if min(size, scale, *std, *resize) <= 0 or len(mean) != 3 or len(std) != 3 or len(resize) > 2:
             raise ValueError(
-                "An image transform needs a positive size and three means and positive deviations, got "
-                f"size={size}, mean={list(mean)}, std={list(std)}."
+                "An image transform needs three means and deviations, at most two sides in resize, and "
+                f"all but the means above 0, got {size=}, {mean=}, {std=}, {resize=}, {scale=}."
             )
-        if 0 < shorter_side < size or shorter_side < 0 or resample not in _RESAMPLE.values():
-            raise ValueError(
-                f"shorter_side must be 0 or at least size={size}, got {shorter_side}; resample one of "
-                f"{', '.join(_RESAMPLE.values())}, got {resample!r}."
-            )
-        self.size = size
+        if resample not in (names := _RESAMPLE.values()):
+            raise ValueError(f"resample must be one of {', '.join(names)}, got {resample!r}.")
+        self.size, self.resize, self.scale = size, resize, scale
         self.mean, self.std = list(mean), list(std)
-        self.shorter_side = shorter_side
         self.resample = v2.InterpolationMode[resample.upper()]
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ImageTransform:
         """Read everything from an encoder's own ``preprocessor_config.json``.
 
+        A step that it does not mention is as in the processor that it names, or in CLIP's if none.
+
         Raises:
-            ValueError: if the file is missing or does not say what is needed.
+            ValueError: if the file is missing, or a key is or says what cannot be done, naming each.
         """
         file = Path(path) / "preprocessor_config.json"
-        config = read_json(file)
-        size, crop = config.get("size"), config.get("crop_size")
-        if not config.get("do_center_crop", crop is not None):
-            crop = None
-        try:
-            resized = _side(size)
-            stretched = isinstance(size, dict) and "height" in size
-            return cls(
-                resized if crop is None else _side(crop),
-                config["image_mean"],
-                config["image_std"],
-                shorter_side=0 if stretched else resized,
-                resample=_RESAMPLE[config.get("resample", 3)],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} does not say image size, image_mean and image_std.") from error
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        said = {key: value for key, value in read_json(file).items() if value is not None}
+        name = said.get("image_processor_type", said.get("feature_extractor_type", "CLIP"))
+        kind = re.sub("(ImageProcessor|FeatureExtractor).*", "", str(name))
+        config = dict.fromkeys(_STEPS, True) | _DEFAULTS | _PROCESSORS.get(kind, {}) | said
+        readers: dict[str, Callable[[Any], Any]] = {
+            "size": lambda value: _sides(value, square=bool(config.get("default_to_square"))),
+            "crop_size": lambda value: _sides(value, square=True),
+            "resample": _RESAMPLE.__getitem__,
+            "rescale_factor": lambda value: _numbers([value], 1, above=0.0)[0],
+            "image_mean": lambda value: _numbers(value, 3),
+            "image_std": lambda value: _numbers(value, 3, above=0.0),
+        }
+        others = [key for key in said if key[:3] == "do_" and key not in _STEPS and said[key]]
+        faults = [f"{key} is no step that is taken here" for key in others]
+        if kind not in _PROCESSORS:
+            faults.append(f"image_processor_type must be one of {', '.join(_PROCESSORS)}, got {name!r}")
+        values: dict[str, Any] = {}
+        for step, keys in _STEPS.items():
+            for key in keys if config[step] else ():
+                try:
+                    values[key] = readers[key](config[key])
+                except (KeyError, TypeError, ValueError):
+                    values[key] = None
+                    faults.append(f"{key} must be {keys[key]} for {step}, got {config.get(key)!r}")
+        square = values.get("crop_size", values.get("size", []))
+        if square is not None and (len(square) != 2 or square[0] != square[1]):
+            cut = {key: config.get(key) for key in ("do_resize", "size", "do_center_crop", "crop_size")}
+            faults.append(f"only squares of one size are made here, and these make others: {cut}")
+        if faults:
+            raise ValueError(f"{file}: {'; '.join(faults)}.")
+        return cls(
+            square[0],
+            values.get("image_mean", [0.0] * 3),
+            values.get("image_std", [1.0] * 3),
+            resize=values.get("size", []),
+            resample=values.get("resample", "bicubic"),
+            scale=values.get("rescale_factor", 1.0),
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into pixels ``[3, size, size]``."""
-        side = [self.shorter_side] if self.shorter_side else [self.size, self.size]
-        image = functional.resize(image, side, interpolation=self.resample, antialias=True)
+        if self.resize:
+            image = functional.resize(image, self.resize, interpolation=self.resample, antialias=True)
         top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
         image = functional.crop(image, top, left, self.size, self.size)
-        pixels = functional.to_dtype(functional.to_image(image), torch.float32, scale=True)
-        return functional.normalize(pixels, self.mean, self.std).as_subclass(Tensor)
+        pixels = functional.pil_to_tensor(image).to(torch.float32) * self.scale
+        return functional.normalize(pixels, self.mean, self.std)
 
 
-def _side(size: Any) -> int:
-    """The side of a square, from the ways in which preprocessor files say it."""
-    if isinstance(size, dict):
-        size = size["shortest_edge"] if "shortest_edge" in size else size["height"]
-    if not isinstance(size, int):
-        raise TypeError(f"no size: {size!r}")
-    return size
+def _sides(value: Any, *, square: bool) -> list[int]:
+    """``[shorter side]`` or ``[height, width]``, from the ways in which preprocessor files say it."""
+    if isinstance(value, int):
+        value = dict.fromkeys(("height", "width") if square else ("shortest_edge",), value)
+    sides = {key: side for key, side in sorted(dict(value).items()) if side is not None}
+    named = list(sides) in (["shortest_edge"], ["height", "width"])
+    if not named or any(type(side) is not int or side < 1 for side in sides.values()):
+        raise ValueError(f"no size: {value}")
+    return list(sides.values())
+
+
+def _numbers(value: Any, count: int, above: float = -math.inf) -> list[float]:
+    numbers = [1.0 * number for number in value]
+    if len(numbers) != count or not all(above < number < math.inf for number in numbers):
+        raise ValueError(f"not {count} numbers above {above}: {value}")
+    return numbers

@@ -5,17 +5,35 @@ Decoder and encoder are built with fresh weights; ``load_pretrained`` (or a chec
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from torchtune.models.llama3_2 import llama3_2, llama3_2_1b
 
 from torchfuse.encoders.clip import ClipVisionEncoder, clip_vit_l_14_336
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
+from torchfuse.options import passes_options_to
 
 __all__ = ["digits", "llama3_2_1b_clip_vit_l_14_336", "llama_clip"]
 
+_DIGITS: Final[dict[str, Any]] = {
+    "vocab_size": 40,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 128,
+    "max_seq_len": 128,
+    "intermediate_dim": 256,
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_embed_dim": 96,
+    "vision_num_layers": 4,
+    "vision_num_heads": 4,
+    "vision_hidden_dim": 192,
+}
 
+
+@passes_options_to(fuse)
 def llama3_2_1b_clip_vit_l_14_336(
     *,
     arch: str = "cross_attention",
@@ -35,6 +53,7 @@ def llama3_2_1b_clip_vit_l_14_336(
     return fuse(llama3_2_1b(), encoder, arch=arch, **fuse_options)
 
 
+@passes_options_to(fuse)
 def llama_clip(
     *,
     vocab_size: int,
@@ -85,15 +104,23 @@ def llama_clip(
         keep_cls: whether the tower's class token is a feature too.
         arch: ``"cross_attention"`` or ``"joint_decoder"``.
         **fuse_options: see ``torchfuse.fuse``.
+
+    Raises:
+        ValueError: if the numbers do not fit each other.
     """
+    sizes = {
+        "vocab_size": vocab_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "embed_dim": embed_dim,
+        "max_seq_len": max_seq_len,
+        "intermediate_dim": intermediate_dim,
+    }
+    if faults := [f"{name}={value}" for name, value in sizes.items() if value < 1]:
+        raise ValueError(f"A decoder's sizes must be at least 1, got {', '.join(faults)}.")
     decoder = llama3_2(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        embed_dim=embed_dim,
-        max_seq_len=max_seq_len,
-        intermediate_dim=intermediate_dim,
+        **sizes,
         rope_base=rope_base,
         scale_factor=rope_scale_factor,
         norm_eps=norm_eps,
@@ -113,12 +140,13 @@ def llama_clip(
     return fuse(decoder, encoder, arch=arch, **fuse_options)
 
 
+@passes_options_to(llama_clip, **_DIGITS)
 def digits(
     *,
     arch: str = "cross_attention",
     feature_layer: int = -1,
     keep_cls: bool = True,
-    **fuse_options: Any,
+    **options: Any,
 ) -> FusedModel:
     """The two tiny checkpoints that ``torchfuse.recipes.prepare_digits`` makes, fused.
 
@@ -126,24 +154,6 @@ def digits(
         arch: ``"cross_attention"`` or ``"joint_decoder"``.
         feature_layer: which hidden state of the tower the features are.
         keep_cls: whether the tower's class token is a feature too.
-        **fuse_options: see ``torchfuse.fuse``.
+        **options: see ``llama_clip``, whose sizes are fixed here, and ``torchfuse.fuse``.
     """
-    return llama_clip(
-        vocab_size=40,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=128,
-        max_seq_len=128,
-        intermediate_dim=256,
-        image_size=16,
-        patch_size=8,
-        vision_embed_dim=96,
-        vision_num_layers=4,
-        vision_num_heads=4,
-        vision_hidden_dim=192,
-        feature_layer=feature_layer,
-        keep_cls=keep_cls,
-        arch=arch,
-        **fuse_options,
-    )
+    return llama_clip(**_DIGITS, arch=arch, feature_layer=feature_layer, keep_cls=keep_cls, **options)

@@ -93,7 +93,7 @@ def test_text_alone_is_answered_by_the_language_model_after_training_too(digits,
     model, transform = load_run(output, device="cpu", dtype="fp32")
     gates = [p for name, p in get_fusion_params(model).items() if name.endswith("_scale.scale")]
     assert gates
-    assert all(gate.abs() > 1e-5 for gate in gates)
+    assert all(gate != 0 for gate in gates)
     sizes = json.loads((digits / "llama" / "config.json").read_text())
     alone = llama3_2(
         vocab_size=sizes["vocab_size"],

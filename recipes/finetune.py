@@ -109,12 +109,13 @@ def main(config: Config) -> None:
     training.set_seed(config.seed)
     output = _output_dir(config.output_dir)
 
-    transform: QuestionTransform = build(config.transform, what="transform")
+    transform: QuestionTransform = build(config.transform, what="transform", kind=QuestionTransform)
     questions = QuestionDataset(transform, config.data.train, config.data.limit)
     test = config.data.test
     held_out = read_questions(test) if test else []
     longest = check_questions(transform, held_out, test) if test else 0
     model = _build_model(config, shard_it=distributed_run)
+    _check_image_token(model, transform.image_token)
     say(f"\n{describe(model)}\n")
 
     def ask(asked: list[Question]) -> list[Answered]:
@@ -174,6 +175,16 @@ def _check_numbers(config: Config) -> None:
             )
     if faults:
         raise ValueError(f"{'; '.join(faults)}.")
+
+
+def _check_image_token(model: nn.Module, token: int | None) -> None:
+    """Raise a ``ValueError`` if the image token has no row in the embedding and is not replaced."""
+    rows = model.tok_embeddings.num_embeddings
+    if token is not None and token >= rows and token not in model.strategy.special_tokens():
+        raise ValueError(
+            f"transform.image_token is {token}, but the model embeds ids below {rows}: set "
+            "model.fusion_vocab_size=1 for a row of its own."
+        )
 
 
 def _silent(*_: Any) -> None: ...

@@ -83,6 +83,11 @@ def generate(
     finally:
         for module, training in modes:
             module.training = training
+        # FSDP2 leaves a root unsharded after a forward without backward, and an optimizer built then
+        # would hold parameters that are thrown away.
+        reshard = getattr(unwrap(model), "reshard", None)
+        if callable(reshard):
+            reshard()
 
 
 def sample(

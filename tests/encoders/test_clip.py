@@ -35,6 +35,7 @@ def test_layers_behind_the_features_do_not_run():
     [
         ({"patch_size": 5}, "patch_size=5 must divide image_size=12"),
         ({"patch_size": 0}, "patch_size=0 must divide"),
+        ({"embed_dim": 0, "hidden_dim": -1}, "embed_dim=0 must be at least 1; hidden_dim=-1 must be"),
         ({"num_heads": 3}, "num_heads=3 must divide embed_dim=10"),
         ({"activation": "tanh"}, "activation='tanh' must be one of quick_gelu, gelu"),
         ({"feature_layer": 4}, "feature_layer=4 must lie between -4 and 3"),

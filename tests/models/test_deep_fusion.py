@@ -363,3 +363,10 @@ def test_torchtunes_helpers_know_our_layers():
     model = make()
     compile_model(model, verbose=False)
     assert model.layers[1].fusion_layer._compiled_call_impl is not None
+
+
+def test_options_out_of_range_are_one_error():
+    with pytest.raises(
+        ValueError, match=r"hidden_dim=-1 must be at least 1; attn_dropout=5 must lie in"
+    ):
+        make(hidden_dim=-1, attn_dropout=5)

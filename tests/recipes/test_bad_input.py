@@ -75,6 +75,11 @@ def break_image(demo):
             None,
             "no component 'torchfuse.models.builders.digit'",
         ),
+        (
+            "model.fusion_vocab_size=0",
+            None,
+            "transform.image_token is 40, but the model embeds ids below 40",
+        ),
         ("model.every=9", None, "every=9 fuses no layer of this decoder, which has 4"),
         (
             "pretrained.decoder=demo/images",
@@ -149,6 +154,9 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ("transform.image_token=x", f"{TRANSFORM}image_token must be an integer or null, got 'x'."),
         ("transform.max_seq_len=x", f"{TRANSFORM}max_seq_len must be an integer or null, got 'x'."),
         ("transform.cache_images=many", f"{TRANSFORM}cache_images must be an integer, got 'many'."),
+        ("pretrained.encoder=5", "pretrained: encoder must be a string, a path, a mapping "),
+        ("pretrained.encoder=[demo/clip]", "or null, got ['demo/clip']."),
+        ("model._component_=argparse.Namespace", "model (argparse.Namespace) must make a Module, got "),
         ("transform.tokenizer=5", f"{TRANSFORM}tokenizer must be a string or a path, got 5."),
         (
             "transform.image_transform=5",

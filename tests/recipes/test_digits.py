@@ -144,7 +144,7 @@ def test_generate(digits, run_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", ["fusion", "everything"])
-def test_evaluate(digits, run_of, tmp_path, trained):
+def test_evaluate(digits, run_of, tmp_path, monkeypatch, trained):
     if trained == "fusion":
         output, _ = run_of("joint_decoder")
     else:
@@ -152,8 +152,13 @@ def test_evaluate(digits, run_of, tmp_path, trained):
         flags = ["model.decoder_trainable=true", "model.encoder_trainable=true", "train.lr=0.01"]
         done = finetune(digits, "joint_decoder", output, "train.warmup_steps=0", *flags)
         assert done.returncode == 0, done.stderr
-        metrics = json.loads((output / "metrics.json").read_text())
-        assert metrics["before"]["text"] != metrics["after"]["text"]  # the language model has changed
+        monkeypatch.chdir(digits.parent)
+        model, _ = load_run(output, device="cpu", dtype="fp32")
+        trained = load_file(output / "fusion" / "trained.safetensors")
+        name = "decoder.layers.0.mlp.w1.weight"
+        assert torch.equal(model.state_dict()[name], trained[name])
+        pretrained = load_file(digits / "llama" / "model.safetensors")
+        assert not torch.equal(trained[name], pretrained["model.layers.0.mlp.gate_proj.weight"])
     done = tune(
         digits.parent,
         "torchfuse/recipes/evaluate.py",
@@ -221,8 +226,9 @@ def test_finetune_on_two_ranks_learns_what_one_learns(digits, tmp_path, arch):
         with safe_open(tmp_path / name / "fusion" / "fusion.safetensors", framework="pt") as reader:
             tensors.append({key: reader.get_tensor(key) for key in reader.keys()})  # noqa: SIM118
     assert tensors[0].keys() == tensors[1].keys()
-    for name, value in tensors[0].items():
-        torch.testing.assert_close(tensors[1][name], value, rtol=1e-3, atol=2e-4, msg=name)
+    # Adam's first step is the sign of a gradient; one of almost nothing may have either.
+    apart = sum(int((tensors[1][n] - v).abs().gt(2e-4).sum()) for n, v in tensors[0].items())
+    assert apart < 1e-4 * sum(v.numel() for v in tensors[0].values())
 
 
 @pytest.mark.slow

@@ -69,7 +69,8 @@ class ClipVisionEncoder(VisionTransformer):
         feature_layer: int = -2,
         keep_cls: bool = False,
     ) -> None:
-        faults = []
+        sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "hidden_dim": hidden_dim or 1}
+        faults = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
         if patch_size < 1 or image_size % max(patch_size, 1):
             faults.append(f"patch_size={patch_size} must divide image_size={image_size}")
         if num_heads < 1 or embed_dim % max(num_heads, 1):

@@ -51,6 +51,18 @@ class CrossAttentionStrategy(ModalityStrategy):
     attn_dropout: float = 0.0
     fusion_first: bool = True
 
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("num_heads", "num_kv_heads", "hidden_dim")}
+        faults = [
+            f"{name}={size} must be at least 1"
+            for name, size in sizes.items()
+            if size is not None and size < 1
+        ]
+        if not 0 <= self.attn_dropout < 1:
+            faults.append(f"attn_dropout={self.attn_dropout} must lie in [0, 1)")
+        if faults:
+            raise ValueError(f"cross_attention: {'; '.join(faults)}.")
+
     def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
         layers: Any = decoder.layers
         if every < 1 or every > len(layers):

@@ -94,7 +94,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         weight = next(p for p in layer.parameters() if p.is_floating_point())
         if self.num_heads is not None:
             width = num_heads * head_dim
-            if self.num_heads < 1 or width % self.num_heads:
+            if width % self.num_heads:
                 raise ValueError(f"num_heads={self.num_heads} must divide the attention width {width}.")
             num_heads, head_dim = self.num_heads, width // self.num_heads
         with weight.device:
@@ -126,9 +126,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         check_rows(tokens, features)
         joined = _join_masks(tokens, features, always=model.caches_are_enabled())
         if joined is not None and model.caches_are_enabled():
-            # Slots behind the features are seen by nobody, whosever cross-attention reads them.
-            slots = model.encoder_max_cache_seq_len or model.max_seq_len
-            joined = F.pad(joined, (0, slots - joined.shape[-1]))
+            joined = _pad_to_slots(joined, model)
             model.cache_state = joined[:, -1:]
         return ModalityContext(
             tokens,
@@ -162,9 +160,7 @@ class CrossAttentionStrategy(ModalityStrategy):
                 f"encoder_mask must be bool (True: may attend) with shape {[*tokens.shape, 'n']} or "
                 f"{[tokens.shape[0], 'n']}, got {encoder_mask.dtype} {list(encoder_mask.shape)}."
             )
-        joined = _by_token(encoder_mask, tokens)
-        slots = model.encoder_max_cache_seq_len or model.max_seq_len
-        return F.pad(joined, (0, max(0, slots - joined.shape[-1])))
+        return _pad_to_slots(_by_token(encoder_mask, tokens), model)
 
     def wrap(
         self,
@@ -193,6 +189,12 @@ def _join_masks(
         else:
             joined.append(_by_token(given.mask, tokens))
     return torch.cat(joined, dim=-1)
+
+
+def _pad_to_slots(mask: Tensor, model: FusedModel) -> Tensor:
+    """As wide as the cache: slots behind the features are seen by nobody, whosever layers read them."""
+    slots = model.encoder_max_cache_seq_len or model.max_seq_len
+    return F.pad(mask, (0, max(0, slots - mask.shape[-1])))  # too many features: the cache says so
 
 
 def _by_token(mask: Tensor, tokens: Tensor) -> Tensor:

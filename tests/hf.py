@@ -16,6 +16,10 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
 )
 
 from torchfuse.models.builders import llama_clip
@@ -92,6 +96,66 @@ def whole_clip(folder: Path, **changes: Any) -> CLIPModel:
     _shake_norms(model)
     model.save_pretrained(folder)
     return model
+
+
+MLLAMA_TEXT = LLAMA | {
+    "num_hidden_layers": 5,
+    "cross_attention_layers": [1, 3],
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MLLAMA_VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 43,
+    "num_hidden_layers": 3,
+    "num_global_layers": 2,
+    "attention_heads": 5,
+    "image_size": 12,
+    "patch_size": 4,
+    "intermediate_layers_indices": [0, 2],
+    "vision_output_dim": 60,
+    "max_num_tiles": 4,
+    "initializer_range": 0.3,
+}
+
+
+def llava(folder: Path, *, text: Any = (), vision: Any = None, **changes: Any) -> Any:
+    """A LLaVA whose image token is the last of its vocabulary."""
+    torch.manual_seed(37)
+    vision_config = CLIPVisionConfig(**VISION).to_dict() if vision is None else vision
+    config = LlavaConfig(
+        text_config=LlamaConfig(**LLAMA | dict(text)).to_dict(),
+        vision_config=vision_config,
+        image_token_index=LLAMA["vocab_size"] - 1,
+        **changes,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    _shake(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def mllama(folder: Path, *, text: Any = (), vision: Any = (), shard: str = "5GB") -> Any:
+    """A Llama 3.2 Vision whose gates are open, and whose embeddings of tiles all differ."""
+    torch.manual_seed(41)
+    config = MllamaConfig(
+        text_config={"model_type": "mllama_text_model", **MLLAMA_TEXT, **dict(text)},
+        vision_config={"model_type": "mllama_vision_model", **MLLAMA_VISION, **dict(vision)},
+        image_token_index=LLAMA["vocab_size"],
+    )
+    model = MllamaForConditionalGeneration(config).eval()
+    _shake(model)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@torch.no_grad()
+def _shake(model: Any) -> None:
+    """Norms, gates, biases and embeddings that start alike hide what is swapped or left out."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("norm", "gate", "bias", "embedding")):
+            parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 @torch.no_grad()

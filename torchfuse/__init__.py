@@ -13,6 +13,7 @@ from torchfuse.models.early_fusion import EarlyFusionModel
 from torchfuse.models.fuse import fuse
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_layer import FusionLayer
+from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.params import (
     describe,
     get_fusion_params,
@@ -29,6 +30,8 @@ __all__ = [
     # parts
     "FusionLayer",
     "FusionEmbedding",
+    "FusionLinear",
+    "TiedFusionLinear",
     "register_fusion_module",
     "get_fusion_params",
     # load and save

@@ -1,81 +1,189 @@
-"""Foreign names and ours, as a table; one converter for all of them."""
+"""Foreign names and ours, as a table; one converter for all of them, in both directions.
+
+A table is data: their name, our name, and where values are laid out otherwise, how. Reading a
+checkpoint and writing one use the same rows, so that what comes in can go out again.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Format", "Match", "Rule"]
+__all__ = ["Entry", "IdentityTable", "KeyTable", "Layout", "Numbers"]
 
-# What a tensor goes through on its way in, given the module it is for and the tensor's name there.
-Transform = Callable[[Tensor, nn.Module, str], Tensor]
+_NUMBER = r"(0|[1-9][0-9]{0,8})"
 
 
 @dataclass(frozen=True)
-class Rule:
-    r"""One kind of foreign key.
+class Layout:
+    """How values are laid out there.
 
     Attributes:
-        pattern: regular expression that the whole key must match.
-        target: our name, with ``\1`` for groups. None: a known key that is of no use to us.
-        transform: what the tensor goes through. It must not change the shape.
+        read: makes theirs ours, exactly.
+        write: makes ours theirs, exactly; where theirs cannot hold all of ours, a ``ValueError``.
+        holds_all: whether theirs can hold all that ours can.
     """
 
-    pattern: str
-    target: str | None
-    transform: Transform | None = None
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor], Tensor]
+    holds_all: bool = True
 
 
 @dataclass(frozen=True)
-class Match:
-    """Where one of our tensors comes from."""
+class Numbers:
+    """How the number in their name becomes the number in ours, and back; None: not of this kind."""
 
-    source: str
-    transform: Transform | None
+    read: Callable[[int], int | None]
+    write: Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
-class Format:
-    """How one kind of checkpoint names things, and how its configuration reads.
+class Entry:
+    """One kind of name.
 
     Attributes:
-        name: what people call the format.
-        rules: at most one of them matches a key.
+        theirs: their name, with ``{}`` for one number at most.
+        ours: our name, with the same.
+        layout: None where values are laid out as ours are.
+        numbers: None where both count alike.
+    """
+
+    theirs: str
+    ours: str
+    layout: Layout | None = None
+    numbers: Numbers | None = None
+
+    def under(self, theirs: str, ours: str) -> Entry:
+        """The same entry for a part of something larger."""
+        return replace(self, theirs=theirs + self.theirs, ours=ours + self.ours)
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """All names of one kind of checkpoint.
+
+    Attributes:
+        entries: at most one of them fits a name.
+        spellings: beginnings of their names that mean another beginning, the one in ``entries``. Each is
+            tried once, in order.
+        ignored: patterns of names that are of no use to us, which they must match whole.
         tied: our names that may be taken from another of our names where a checkpoint ties them.
-        check_config: finds what the checkpoint's configuration says and the module does otherwise,
-            in sentences.
+        appended: our names of rows that stand, in the same tensor of theirs, behind those of another of
+            our names.
     """
 
-    name: str
-    rules: Sequence[Rule]
+    entries: tuple[Entry, ...]
+    spellings: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
-    check_config: Callable[[Mapping[str, Any], nn.Module], list[str]] = lambda config, module: []
+    appended: Mapping[str, str] = field(default_factory=dict)
 
-    def translate(self, keys: Iterable[str]) -> tuple[dict[str, Match], list[str]]:
-        """Translate foreign keys.
+    def under(self, theirs: str, ours: str) -> KeyTable:
+        """The same table for a part of something larger, whose names begin with these."""
+        return KeyTable(
+            tuple(entry.under(theirs, ours) for entry in self.entries),
+            tuple((theirs + there, theirs + here) for there, here in self.spellings),
+            tuple(re.escape(theirs) + pattern for pattern in self.ignored),
+            {ours + name: ours + origin for name, origin in self.tied.items()},
+            {ours + name: ours + origin for name, origin in self.appended.items()},
+        )
+
+    def __add__(self, other: KeyTable) -> KeyTable:
+        return KeyTable(
+            self.entries + other.entries,
+            self.spellings + other.spellings,
+            self.ignored + other.ignored,
+            {**self.tied, **other.tied},
+            {**self.appended, **other.appended},
+        )
+
+    def spelled(self, *spellings: tuple[str, str]) -> KeyTable:
+        """The same table, in which these spellings are known, too; they are tried first."""
+        return replace(self, spellings=spellings + self.spellings)
+
+    @cached_property
+    def _read(self) -> list[tuple[re.Pattern[str], Entry]]:
+        return [(_pattern(entry.theirs), entry) for entry in self.entries]
+
+    @cached_property
+    def _write(self) -> list[tuple[re.Pattern[str], Entry]]:
+        return [(_pattern(entry.ours), entry) for entry in self.entries]
+
+    def read(self, keys: Iterable[str]) -> tuple[dict[str, tuple[str, Layout | None]], list[str]]:
+        """Translate their names.
 
         Returns:
-            For each of our names where it comes from, and the keys that no rule knows (a second key
-            for the same name among them).
+            For each of our names their name and layout, and the names that nothing here knows (a second
+            name for one of ours among them).
         """
-        matches: dict[str, Match] = {}
+        found: dict[str, tuple[str, Layout | None]] = {}
         unknown = []
         for key in keys:
-            for rule in self.rules:
-                found = re.fullmatch(rule.pattern, key)
-                if found is None:
-                    continue
-                if rule.target is not None:
-                    target = found.expand(rule.target)
-                    if target in matches:
-                        unknown.append(key)
-                    else:
-                        matches[target] = Match(key, rule.transform)
-                break
-            else:
+            plain = self._plain(key)
+            ours, layout = _translate(plain, self._read, lambda e: e.ours, lambda n: n.read)
+            if ours is not None and ours not in found:
+                found[ours] = (key, layout)
+            elif ours is not None or not any(re.fullmatch(p, plain) for p in self.ignored):
                 unknown.append(key)
-        return matches, unknown
+        return found, unknown
+
+    def write(self, name: str) -> tuple[str, Layout | None] | None:
+        """Their name and layout for one of our names; None where they have none."""
+        theirs, layout = _translate(name, self._write, lambda e: e.theirs, lambda n: n.write)
+        return None if theirs is None else (theirs, layout)
+
+    def _plain(self, key: str) -> str:
+        for there, here in self.spellings:
+            if key.startswith(there):
+                key = here + key.removeprefix(there)
+        return key
+
+
+@dataclass(frozen=True)
+class IdentityTable(KeyTable):
+    """A table in which every name is the same there and here.
+
+    Attributes:
+        layouts: by name, where values are laid out otherwise.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    def read(self, keys: Iterable[str]) -> tuple[dict[str, tuple[str, Layout | None]], list[str]]:
+        return {key: (key, self.layouts.get(key)) for key in keys}, []
+
+    def write(self, name: str) -> tuple[str, Layout | None] | None:
+        return name, self.layouts.get(name)
+
+    def under(self, theirs: str, ours: str) -> KeyTable:
+        raise NotImplementedError("Names that are the same cannot begin differently.")
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{\}", _NUMBER))
+
+
+def _translate(
+    name: str,
+    patterns: list[tuple[re.Pattern[str], Entry]],
+    target: Callable[[Entry], str],
+    direction: Callable[[Numbers], Callable[[int], int | None]],
+) -> tuple[str | None, Layout | None]:
+    for pattern, entry in patterns:
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        if not match.groups():
+            return target(entry), entry.layout
+        number: int | None = int(match[1])
+        if entry.numbers is not None:
+            assert number is not None
+            number = direction(entry.numbers)(number)
+        if number is not None:
+            return target(entry).format(number), entry.layout
+    return None, None

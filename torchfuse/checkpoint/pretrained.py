@@ -7,65 +7,64 @@ with the checkpoint's own configuration. All differences are one error, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from torchfuse.checkpoint.clip import CLIP
-from torchfuse.checkpoint.directory import CheckpointDirectory
-from torchfuse.checkpoint.key_table import Format, Match
-from torchfuse.checkpoint.llama import LLAMA
+from torchfuse.checkpoint.directory import Checkpoint, CheckpointDirectory
+from torchfuse.checkpoint.formats import DECODERS, ENCODERS, format_of
+from torchfuse.checkpoint.loading import Source, fill, find_sources, tensors_of
+from torchfuse.checkpoint.model_formats import open_checkpoint, read_model_spec
+from torchfuse.checkpoint.spec import Spec
 from torchfuse.modules.fusion_embedding import FusionEmbedding
-from torchfuse.naming import canonical_name
+from torchfuse.naming import canonical_name, unwrap
 from torchfuse.params import get_fusion_params, parts_of
 
-__all__ = ["load_pretrained"]
+__all__ = ["load_pretrained", "sources_of_model", "sources_of_part"]
 
-# By the model_type in config.json.
-_DECODERS: Final[dict[str, Format]] = {"llama": LLAMA}
-_ENCODERS: Final[dict[str, Format]] = {"clip": CLIP, "clip_vision_model": CLIP}
+_NOTHING: Final = "Nothing was loaded, because not everything fits.\n"
 
 PathLike = str | Path
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where one tensor of the model comes from."""
-
-    parameter: nn.Parameter
-    directory: CheckpointDirectory
-    match: Match
-    part: nn.Module
-    name: str
-
-
 def load_pretrained(
     model: nn.Module,
+    path: PathLike | None = None,
     *,
     decoder: PathLike | None = None,
     encoder: PathLike | Mapping[str, PathLike] | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Load pretrained parts of a fused model from Hugging Face directories.
+    """Load a fused model, or pretrained parts of it, from directories.
+
+    Tensors are streamed one by one in the model's dtype to the model's device, with a progress bar by
+    bytes where someone looks. A sharded model keeps of each tensor what is its own.
 
     New tokens that ``fusion_init="mean"`` gave the mean of the table as it was, and that nothing has
     changed since, get the mean of the loaded table.
 
     Args:
         model: a fused model.
+        path: a whole model's checkpoint, for all tensors: a directory of ``save_pretrained``, of LLaVA
+            or of Llama 3.2 Vision, or a file with torchtune's names.
         decoder: directory of a Llama (``model.safetensors``, or shards with an index).
-        encoder: directory of a CLIP vision tower or of a whole CLIP model; by name for named
-            encoders, where a name may be left out.
+        encoder: directory of a CLIP vision tower, of a whole CLIP model, or of whatever tower the
+            model's encoder wraps; by name for named encoders, where a name may be left out.
+        device: where parts that are on the meta device get their memory.
 
     Raises:
         ValueError: with everything that does not fit: names missing or unexpected, shapes, settings.
             The model is as it was then.
     """
+    if path is not None:
+        if decoder is not None or encoder is not None:
+            raise ValueError("Give the checkpoint of a whole model, or of its parts, not both.")
+        _load_whole(model, path, torch.device(device))
+        return
     parts = parts_of(model)
     wanted = {"decoder": decoder} if decoder is not None else {}
     if isinstance(encoder, Mapping):
@@ -80,87 +79,99 @@ def load_pretrained(
         )
     added = {id(p) for p in get_fusion_params(model).values()}
     with ExitStack() as stack:
-        sources: list[_Source] = []
+        sources: list[Source] = []
         faults: list[str] = []
         for part, path in wanted.items():
             directory = stack.enter_context(CheckpointDirectory(path))
-            formats = _DECODERS if part == "decoder" else _ENCODERS
-            found, wrong = _match(parts[part], directory, formats, added)
+            formats = DECODERS if part == "decoder" else ENCODERS
+            found, wrong = sources_of_part(parts[part], directory, formats, added)
             sources += found
             faults += [f"{part} from {directory.path}:\n  " + "\n  ".join(wrong)] if wrong else []
         if faults:
-            raise ValueError("Nothing was loaded, because not everything fits.\n" + "\n".join(faults))
-        # New tokens that start as the mean of the table shall be the mean of the table that is loaded.
-        loaded = {id(source.parameter) for source in sources}
-        means = [
+            raise ValueError(_NOTHING + "\n".join(faults))
+        with _MeansFollow(model, sources):
+            fill(sources, [parts[part] for part in wanted], torch.device(device))
+
+
+def _load_whole(model: nn.Module, path: PathLike, device: torch.device) -> None:
+    with open_checkpoint(path) as checkpoint:
+        try:
+            theirs = read_model_spec(checkpoint, model)
+            ours = type(theirs).of(model)
+        except ValueError as error:
+            raise ValueError(f"{_NOTHING}{checkpoint.path}: {error}") from error
+        sources, faults = sources_of_model(model, checkpoint, ours)
+        faults += [f"config.json: {fault}" for fault in theirs.differences(ours)]
+        if faults:
+            raise ValueError(f"{_NOTHING}{checkpoint.path}:\n  " + "\n  ".join(faults))
+        fill(sources, [unwrap(model)], device)
+
+
+def sources_of_model(
+    model: nn.Module, checkpoint: Checkpoint, spec: Spec
+) -> tuple[list[Source], list[str]]:
+    """Where each tensor of a model comes from, and all that does not fit.
+
+    Args:
+        model: a fused model.
+        checkpoint: of a whole model.
+        spec: the settings of either.
+    """
+    targets = {canonical_name(name): tensor for name, tensor in tensors_of(unwrap(model)).items()}
+    config = checkpoint.config
+    tied = any(c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {}))
+    return find_sources(targets, checkpoint, spec.table(), tied=tied)
+
+
+def sources_of_part(
+    module: nn.Module, directory: CheckpointDirectory, formats: Sequence[type[Spec]], added: set[int]
+) -> tuple[list[Source], list[str]]:
+    """Where each pretrained tensor of a part comes from, and all that does not fit.
+
+    Args:
+        module: the part.
+        directory: the checkpoint.
+        formats: those that the part may be of.
+        added: what is not pretrained, by ``id``.
+    """
+    targets = {
+        canonical_name(name): tensor
+        for name, tensor in tensors_of(unwrap(module)).items()
+        if id(tensor) not in added
+    }
+    try:
+        format_ = format_of(module, formats)
+        kind = directory.config.get("model_type")
+        if format_.model_types and kind not in format_.model_types:
+            known = ", ".join(sorted(format_.model_types))
+            return [], [f"config.json says model_type {kind!r}; known here: {known}."]
+        theirs, ours = format_.from_config(directory.config), format_.of(unwrap(module))
+    except ValueError as error:
+        return [], [str(error)]
+    prefix = ours.prefix_in(directory)
+    tied = bool(directory.config.get("tie_word_embeddings"))
+    sources, faults = find_sources(targets, directory, ours.table(), tied=tied, prefix=prefix)
+    return sources, faults + [f"config.json: {fault}" for fault in theirs.differences(ours)]
+
+
+class _MeansFollow:
+    """New tokens that start as the mean of the table shall be the mean of the table that is loaded."""
+
+    def __init__(self, model: nn.Module, sources: list[Source]) -> None:
+        loaded = {id(source.target) for source in sources}
+        self._modules = [
             module
             for module in model.modules()
             if isinstance(module, FusionEmbedding)
             and id(module.weight) in loaded
+            and id(module.fusion_embedding.weight) not in loaded
+            and not module.fusion_embedding.weight.is_meta
             and module.new_rows_are_means()
         ]
-        _copy(sources)
-        for module in means:
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for module in self._modules if kind is None else ():
             module.reset_new_rows("mean")
-
-
-def _match(
-    module: nn.Module,
-    directory: CheckpointDirectory,
-    formats: Mapping[str, Format],
-    added: set[int],
-) -> tuple[list[_Source], list[str]]:
-    """Where each pretrained tensor of a module comes from, and all that does not fit."""
-    kind = str(directory.config.get("model_type"))
-    if kind not in formats:
-        known = ", ".join(sorted(formats))
-        return [], [f"config.json says model_type {kind!r}; known here: {known}."]
-    format_ = formats[kind]
-    ours = {
-        canonical_name(name): p
-        for name, p in module.named_parameters(remove_duplicate=False)
-        if id(p) not in added
-    }
-    matches, unexpected = format_.translate(directory)
-    for name, origin in format_.tied.items():
-        if origin not in matches:
-            continue
-        if name in ours and name not in matches and directory.config.get("tie_word_embeddings"):
-            matches[name] = matches[origin]  # one tensor there, two here
-        elif name not in ours and name in matches:
-            theirs = matches.pop(name)  # two tensors there, one here
-            if not torch.equal(*(directory.read(m.source) for m in (theirs, matches[origin]))):
-                unexpected.append(theirs.source)
-    faults = [f"unexpected: {key}" for key in unexpected]
-    faults += [f"unexpected: {m.source}" for name, m in matches.items() if name not in ours]
-    faults += [f"missing: {name}" for name in ours if name not in matches]
-    sources = []
-    for name, parameter in ours.items():
-        if name not in matches:
-            continue
-        match = matches[name]
-        if tuple(parameter.shape) != directory[match.source]:
-            faults.append(
-                f"shape: {match.source} is {list(directory[match.source])}, "
-                f"{name} is {list(parameter.shape)}"
-            )
-        elif parameter.is_meta:
-            faults.append(f"{name} is on the meta device: give it memory first (model.to_empty)")
-        sources.append(_Source(parameter, directory, match, module, name))
-    try:
-        faults += [f"config.json: {f}" for f in format_.check_config(directory.config, module)]
-    except (AttributeError, KeyError, TypeError) as error:
-        faults.append(f"config.json and a {type(module).__name__} cannot be compared: {error!r}")
-    return sources, faults
-
-
-@torch.no_grad()
-def _copy(sources: list[_Source]) -> None:
-    total = sum(s.parameter.numel() * s.parameter.element_size() for s in sources)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=None) as bar:
-        for source in sources:
-            tensor = source.directory.read(source.match.source)
-            if source.match.transform is not None:
-                tensor = source.match.transform(tensor, source.part, source.name)
-            source.parameter.copy_(tensor)
-            bar.update(source.parameter.numel() * source.parameter.element_size())

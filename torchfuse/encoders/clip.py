@@ -22,9 +22,9 @@ from torchtune.modules import (
     VisionTransformer,
 )
 
-__all__ = ["ClipVisionEncoder", "clip_vit_l_14_336"]
+__all__ = ["ACTIVATIONS", "ClipVisionEncoder", "clip_vit_l_14_336"]
 
-_ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class ClipVisionEncoder(VisionTransformer):
@@ -75,8 +75,8 @@ class ClipVisionEncoder(VisionTransformer):
             faults.append(f"patch_size={patch_size} must divide image_size={image_size}")
         if num_heads < 1 or embed_dim % max(num_heads, 1):
             faults.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
-        if activation not in _ACTIVATIONS:
-            faults.append(f"activation={activation!r} must be one of {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            faults.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
         if not -num_layers - 1 <= feature_layer <= num_layers:
             faults.append(
                 f"feature_layer={feature_layer} must lie between {-num_layers - 1} and {num_layers}"
@@ -99,7 +99,7 @@ class ClipVisionEncoder(VisionTransformer):
                 in_dim=embed_dim,
                 out_dim=embed_dim,
                 hidden_dim=hidden_dim or 4 * embed_dim,
-                activation=_ACTIVATIONS[activation](),
+                activation=ACTIVATIONS[activation](),
             ),
             sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps),
             mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps),

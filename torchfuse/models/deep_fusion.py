@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchfuse.models.strategies import (
     register_modality_strategy,
 )
 from torchfuse.modules.fusion_layer import FusionLayer
+from torchfuse.naming import unwrap
 
 __all__ = ["CrossAttentionStrategy", "DeepFusionModel"]
 
@@ -32,6 +33,7 @@ class CrossAttentionStrategy(ModalityStrategy):
     The sequence itself holds text only. Numbers left at None are the decoder layer's own.
 
     Args:
+        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told.
         num_heads: heads of queries.
         num_kv_heads: heads of keys and values.
         hidden_dim: width inside the feed-forward.
@@ -43,6 +45,7 @@ class CrossAttentionStrategy(ModalityStrategy):
 
     caches_features = True
 
+    layers: Sequence[int] | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
     hidden_dim: int | None = None
@@ -65,12 +68,26 @@ class CrossAttentionStrategy(ModalityStrategy):
 
     def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
         layers: Any = decoder.layers
-        if every < 1 or every > len(layers):
+        indices: Sequence[int]
+        if self.layers is not None:
+            indices = sorted(set(self.layers))
+            if (
+                not indices
+                or len(indices) != len(self.layers)
+                or indices[0] < 0
+                or indices[-1] >= len(layers)
+            ):
+                raise ValueError(
+                    f"layers must name layers of this decoder, 0 to {len(layers) - 1}, each once; got "
+                    f"{list(self.layers)}."
+                )
+        elif every < 1 or every > len(layers):
             raise ValueError(
                 f"every={every} fuses no layer of this decoder, which has {len(layers)}: layer i is "
                 f"fused when (i + 1) % every == 0. Choose every between 1 and {len(layers)}."
             )
-        indices = range(every - 1, len(layers), every)
+        else:
+            indices = range(every - 1, len(layers), every)
         fused = {i: self._fuse_layer(layers[i], i, decoder.tok_embeddings) for i in indices}
 
         def put_in_place() -> None:
@@ -109,6 +126,17 @@ class CrossAttentionStrategy(ModalityStrategy):
                 attn_dropout=self.attn_dropout,
             )
         return FusionLayer(layer, new.to(weight.dtype), fusion_first=self.fusion_first)
+
+    def describe(self, decoder: nn.Module) -> dict[str, Any]:
+        layers: Any = decoder.layers
+        indices = [i for i, layer in enumerate(layers) if isinstance(unwrap(layer), FusionLayer)]
+        described = [_describe_layer(unwrap(layers[index])) for index in indices]
+        if not described or any(options != described[0] for options in described):
+            raise ValueError(
+                "cross_attention: fused layers that differ from each other cannot be described by one "
+                f"set of options: {described}."
+            )
+        return {"layers": indices, **described[0]}
 
     def prepare(
         self,
@@ -171,6 +199,34 @@ class CrossAttentionStrategy(ModalityStrategy):
         **flags: Any,
     ) -> DeepFusionModel:
         return DeepFusionModel(decoder, encoder, adapter=adapter, strategy=self, **flags)
+
+
+def _describe_layer(layer: Any) -> dict[str, Any]:
+    """The options of a fused layer, read from its modules."""
+    fusion = layer.fusion_layer
+    try:
+        norms = [fusion.ca_norm, fusion.mlp_norm, *_given(fusion.attn.q_norm, fusion.attn.k_norm)]
+        eps = {norm.eps for norm in norms}
+        options = {
+            "num_heads": fusion.attn.num_heads,
+            "num_kv_heads": fusion.attn.num_kv_heads,
+            "hidden_dim": fusion.mlp.w1.weight.shape[0],
+            "qk_norm": fusion.attn.q_norm is not None,
+            "norm_eps": next(iter(eps)),
+            "attn_dropout": fusion.attn.attn_dropout,
+            "fusion_first": layer.fusion_first,
+        }
+    except AttributeError as error:
+        raise ValueError(
+            f"cross_attention: a {type(fusion).__name__} is no cross-attention layer: it lacks {error}."
+        ) from error
+    if len(eps) > 1:
+        raise ValueError(f"cross_attention: norms of one layer differ in epsilon, {sorted(eps)}.")
+    return options
+
+
+def _given(*modules: Any) -> list[Any]:
+    return [module for module in modules if module is not None]
 
 
 def _join_masks(

@@ -13,6 +13,7 @@ from torchfuse.models.encoding import EncoderInput, OnMissing
 from torchfuse.models.strategies import build_modality_strategy
 from torchfuse.modules.adapters import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding, RowInit
+from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 
 __all__ = ["fuse"]
 
@@ -29,6 +30,7 @@ def fuse(
     encoder_dim: int | Mapping[str, int] | None = None,
     fusion_vocab_size: int = 0,
     fusion_init: RowInit = "mean",
+    fusion_head: bool = False,
     decoder_trainable: bool = False,
     encoder_trainable: bool | Mapping[str, bool] = False,
     fusion_trainable: bool = True,
@@ -55,6 +57,9 @@ def fuse(
         fusion_init: first values of their embeddings, see ``FusionEmbedding.from_pretrained``.
             ``"mean"`` follows the table when ``load_pretrained`` fills it later; ``"normal"`` is drawn
             from the table as it is now.
+        fusion_head: whether the head scores the new tokens too, as ids behind the pretrained ones. A
+            tied head scores with the embedding's new rows; any other gets new rows of its own, which
+            start by ``fusion_init`` where that is a name, else as means.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
@@ -95,6 +100,8 @@ def fuse(
     fused_embedding = None
     if fusion_vocab_size:
         fused_embedding = FusionEmbedding.from_pretrained(embedding, fusion_vocab_size, fusion_init)
+    head = getattr(decoder, "output", None)
+    fused_head = _fused_head(head, embedding, fused_embedding, fusion_init) if fusion_head else None
 
     named = not isinstance(encoder, nn.Module)
     given_adapters: Any = adapters if named else adapters[""]
@@ -105,6 +112,8 @@ def fuse(
         put_layers_in_place()
         if fused_embedding is not None:
             _replace_embedding(decoder, embedding, fused_embedding)
+        if fused_head is not None:
+            decoder.output = fused_head  # type: ignore[assignment]
         return strategy.wrap(
             decoder,
             encoder,
@@ -118,6 +127,8 @@ def fuse(
     except BaseException:
         for index, layer in enumerate(layers_before):
             decoder.layers[index] = layer  # type: ignore[operator]
+        if fused_head is not None:
+            decoder.output = head  # type: ignore[assignment]
         if fused_embedding is not None:
             _replace_embedding(decoder, fused_embedding, embedding)
         raise
@@ -193,3 +204,30 @@ def _replace_embedding(decoder: nn.Module, old: nn.Embedding, new: nn.Embedding)
     head = getattr(decoder, "output", None)
     if getattr(head, "tied_module", None) is old:
         head.tied_module = new  # type: ignore[union-attr]
+
+
+def _fused_head(
+    head: Any, embedding: nn.Embedding, fused: FusionEmbedding | None, init: RowInit
+) -> FusionLinear | TiedFusionLinear:
+    """A head that scores the new tokens too, beside the one that the decoder has."""
+    from torchtune.modules import TiedLinear
+
+    if fused is None:
+        raise ValueError(
+            "fusion_head scores new tokens, of which there are none: give fusion_vocab_size."
+        )
+    if type(head) is TiedLinear and head.tied_module is embedding:
+        return TiedFusionLinear(fused)
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        raise ValueError(
+            "fusion_head needs a decoder whose output is an nn.Linear with a weight of its own, or "
+            f"torchtune's TiedLinear over tok_embeddings; got a {type(head).__name__}."
+        )
+    if head.weight.shape[0] != fused.vocab_size:
+        raise ValueError(
+            f"fusion_head scores new tokens at their ids, but the head scores {head.weight.shape[0]} "
+            f"tokens and the embedding has {fused.vocab_size}. Cut or pad one of them first."
+        )
+    return FusionLinear.from_pretrained(
+        head, fused.fusion_vocab_size, "mean" if isinstance(init, torch.Tensor) else init
+    )

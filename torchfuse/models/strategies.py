@@ -138,6 +138,10 @@ class ModalityStrategy(ABC):
     ) -> FusedModel:
         """Build the model around decoder, encoders and adapters."""
 
+    def describe(self, decoder: nn.Module) -> dict[str, Any]:
+        """The options that would build what stands in this decoder now, all of them."""
+        return self.options()
+
     def options(self) -> dict[str, Any]:
         """The options that this strategy was built with."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from torch import Tensor, nn
 
@@ -36,6 +36,9 @@ class Adapter(nn.Module, ABC):
         out_dim: width of the decoder.
     """
 
+    name: ClassVar[str | None] = None
+    """The name under which ``build_adapter`` knows the class."""
+
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         if in_dim < 1 or out_dim < 1:
@@ -51,6 +54,10 @@ class Adapter(nn.Module, ABC):
     def output_num_tokens(self, num_tokens: int) -> int:
         """The number of tokens that come out where ``num_tokens`` go in."""
 
+    def options(self) -> dict[str, Any]:
+        """What else ``build_adapter`` would need to build this one again."""
+        return {}
+
     def fusion_params(self) -> list[str]:
         """Every parameter of an adapter is a fusion parameter."""
         return [canonical_name(name) for name, _ in self.named_parameters()]
@@ -62,6 +69,7 @@ def register_adapter(name: str) -> Callable[[_AdapterType], _AdapterType]:
     def register(cls: _AdapterType) -> _AdapterType:
         if name in _REGISTRY:
             raise ValueError(f"There is an adapter {name!r} already: {_REGISTRY[name].__name__}.")
+        cls.name = name
         _REGISTRY[name] = cls
         return cls
 
@@ -120,6 +128,7 @@ class MLP2LayerAdapter(Adapter):
         out_dim: width of the decoder.
         hidden_dim: width between the two maps; ``out_dim`` unless given.
         activation: ``"gelu"``, ``"silu"`` or ``"relu"``.
+        bias: whether both maps have a bias.
 
     Raises:
         ValueError: for an unknown activation.
@@ -132,14 +141,22 @@ class MLP2LayerAdapter(Adapter):
         *,
         hidden_dim: int | None = None,
         activation: str = "gelu",
+        bias: bool = True,
     ) -> None:
         super().__init__(in_dim, out_dim)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"Unknown activation {activation!r}; there are {', '.join(_ACTIVATIONS)}.")
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
-        self.linear_1 = nn.Linear(in_dim, hidden_dim)
+        self.linear_1 = nn.Linear(in_dim, hidden_dim, bias=bias)
         self.activation = _ACTIVATIONS[activation]()
-        self.linear_2 = nn.Linear(hidden_dim, out_dim)
+        self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "hidden_dim": self.linear_1.out_features,
+            "activation": next(n for n, kind in _ACTIVATIONS.items() if type(self.activation) is kind),
+            "bias": self.linear_1.bias is not None,
+        }
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(self.activation(self.linear_1(features)))

@@ -1,0 +1,127 @@
+"""torchtune 0.6.1's own fused checkpoints: the state dicts of its ``DeepFusionModel`` and
+``EarlyFusionModel``.
+
+Names are the same there and here. One thing differs where the tower is that of Llama 3.2 Vision:
+torchtune keeps embeddings of tiles as a grid, this package as a row an aspect ratio.
+"""  # noqa: D205
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from torchfuse.checkpoint.fused import Fused
+from torchfuse.checkpoint.key_table import IdentityTable, KeyTable, Layout
+from torchfuse.checkpoint.mllama_vision import TILE_EMBEDDINGS, MllamaVision
+from torchfuse.checkpoint.spec import ModelSpec
+from torchfuse.models.base import FusedModel
+from torchfuse.modules.fusion_linear import FusionLinear
+from torchfuse.naming import unwrap
+
+__all__ = ["Torchtune", "grid_layout", "has_torchtune_names"]
+
+
+@dataclass(frozen=True)
+class Torchtune(ModelSpec):
+    """A fused model that torchtune could have built.
+
+    Attributes:
+        model: the settings of the model, where they are known.
+        towers: by the beginning of their names, the towers of Llama 3.2 Vision.
+    """
+
+    name = "torchtune"
+    model_types = frozenset({"torchtune"})
+    may_be_sharded = False
+
+    model: Fused | None
+    towers: Mapping[str, MllamaVision] = field(compare=False)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Torchtune:
+        inner = config.get("model")
+        if not isinstance(inner, Mapping):
+            raise ValueError("torchtune: config.json: model must be a section, which says what it is.")
+        model = Fused.from_config(inner)
+        named = list(model.encoders) != [""]
+        return cls(
+            model,
+            {
+                f"encoders.{name}." if named else "encoder.": spec
+                for name, spec in model.encoders.items()
+                if isinstance(spec, MllamaVision)
+            },
+        )
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Torchtune:
+        model = unwrap(module)
+        if not isinstance(model, FusedModel):
+            raise ValueError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
+        arch, named = model.strategy.arch, not hasattr(model, "encoder")
+        faults = []
+        if arch not in ("cross_attention", "joint_decoder"):
+            faults.append(f"its architecture {arch!r}: torchtune has none like it")
+        if arch == "cross_attention" and named:
+            faults.append("its named encoders: torchtune's DeepFusionModel has one without a name")
+        if arch == "joint_decoder" and not named:
+            faults.append("its encoder without a name: torchtune's EarlyFusionModel has named ones")
+        if arch == "joint_decoder" and model.strategy.options()["placement"] != "placeholder":
+            faults.append("its placement: torchtune's EarlyFusionModel has placeholders")
+        faults += [
+            f"the adapter of {name!r}: torchtune has none beside an encoder"
+            for name in model.encoder_names
+            if model.get_adapter(name) is not None
+        ]
+        if isinstance(unwrap(model.decoder).output, FusionLinear):
+            faults.append("the head's new rows: torchtune has no FusionLinear")
+        if faults:
+            raise ValueError(cls.cannot_hold(faults))
+        towers = {
+            f"encoders.{name}." if named else "encoder.": MllamaVision.of(
+                unwrap(model.get_encoder(name))
+            )
+            for name in model.encoder_names
+            if MllamaVision.holds(unwrap(model.get_encoder(name)))
+        }
+        try:
+            settings: Any = Fused.of(model)
+        except ValueError:  # of parts whose settings nothing here can write down
+            settings = None
+        return cls(settings, towers)
+
+    def to_config(self) -> dict[str, Any]:
+        known = {} if self.model is None else {"model": self.model.to_config()}
+        return {"model_type": "torchtune", **known}
+
+    def build(self) -> FusedModel:
+        if self.model is None:
+            raise ValueError("torchtune: config.json does not say what model this is; build it first.")
+        return self.model.build()
+
+    def table(self) -> KeyTable:
+        layouts = {
+            prefix + name: grid_layout(spec)
+            for prefix, spec in self.towers.items()
+            for name in TILE_EMBEDDINGS
+        }
+        return IdentityTable(layouts=layouts)
+
+
+def grid_layout(spec: MllamaVision) -> Layout:
+    """Embeddings of tiles: a grid ``[t, t, n, d]`` there, a row an aspect ratio here."""
+    from torchfuse.encoders.mllama import grid_to_table, table_to_grid  # imports torchtune
+
+    return Layout(
+        lambda grid: grid_to_table(grid, spec.aspect_ratios, spec.max_num_tiles),
+        lambda table: table_to_grid(table, spec.aspect_ratios),
+        holds_all=False,
+    )
+
+
+def has_torchtune_names(keys: Collection[str]) -> bool:
+    """Whether all names are those of a fused model of torchtune's."""
+    return bool(keys) and all(key.startswith(("decoder.", "encoder.", "encoders.")) for key in keys)

@@ -1,0 +1,284 @@
+"""Scores of new tokens from rows of their own, beside a pretrained head that nothing touches.
+
+The mirror image of ``FusionEmbedding``: the pretrained head *is* the module (an ``nn.Linear`` whose
+keys are ``weight`` and ``bias``, as before), and the rows of the new tokens are a second, small head
+below it, ``fusion_linear.weight``. Both score the same input and their logits stand side by side, so
+the pretrained tokens' logits are the same to the bit, and the two tables are never copied together.
+
+A head that is tied to the embedding has no parameters: ``TiedFusionLinear`` reads both tables of a
+``FusionEmbedding`` at each call.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchfuse.modules.fusion_embedding import FusionEmbedding, RowInit, _new_rows
+
+__all__ = ["FusionLinear", "TiedFusionLinear"]
+
+
+class FusionLinear(nn.Linear):
+    """A pretrained output head and a small trainable one for new tokens; a drop-in for ``nn.Linear``.
+
+    Logits of the pretrained tokens come first, from ``weight`` ``[v, d]``, those of the new ones behind
+    them, from ``fusion_linear.weight`` ``[n, d]``. ``out_features`` is the width of the logits,
+    ``vocab_size + fusion_vocab_size``.
+
+    Args:
+        embed_dim: width of the input.
+        vocab_size: rows of the pretrained head.
+        fusion_vocab_size: number of new tokens.
+        bias: whether both heads have a bias.
+        device: device of both heads.
+        dtype: dtype of both heads.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Examples:
+        >>> head = FusionLinear(embed_dim=3, vocab_size=11, fusion_vocab_size=2)
+        >>> head(torch.randn(1, 5, 3)).shape
+        torch.Size([1, 5, 13])
+        >>> list(head.state_dict())
+        ['weight', 'fusion_linear.weight']
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vocab_size: int,
+        fusion_vocab_size: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = {
+            "embed_dim": embed_dim,
+            "vocab_size": vocab_size,
+            "fusion_vocab_size": fusion_vocab_size,
+        }
+        bad = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+        if bad:
+            raise ValueError(f"FusionLinear needs positive sizes, got {', '.join(bad)}.")
+        super().__init__(embed_dim, vocab_size, bias=bias, device=device, dtype=dtype)
+        self.fusion_linear = nn.Linear(
+            embed_dim, fusion_vocab_size, bias=bias, device=device, dtype=dtype
+        )
+        self.out_features = vocab_size + fusion_vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the pretrained head."""
+        return self.weight.shape[0]
+
+    @property
+    def fusion_vocab_size(self) -> int:
+        """Number of new tokens."""
+        return self.fusion_linear.out_features
+
+    @classmethod
+    def from_pretrained(cls, linear: nn.Linear, num_new: int, init: RowInit = "mean") -> FusionLinear:
+        """Put new tokens beside a pretrained head, which keeps its parameter objects.
+
+        Args:
+            linear: the pretrained head, ``[v, d]``, with or without bias.
+            num_new: number of new tokens.
+            init: first values of their rows. ``"mean"``: each the mean of the pretrained rows, so that a
+                new token's logit is the mean of the pretrained logits. ``"normal"``: drawn per column
+                with the mean and the deviation of the pretrained rows. A tensor ``[num_new, d]``: these
+                values. A bias goes along; beside given rows it is the mean.
+
+        Raises:
+            ValueError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
+                of the right shape, or the head does something that a second one would break (a
+                subclass with its own forward, hooks, a weight that is sharded, quantized or computed).
+
+        Examples:
+            >>> base = nn.Linear(3, 11)
+            >>> fused = FusionLinear.from_pretrained(base, 2)
+            >>> fused.weight is base.weight
+            True
+            >>> x = torch.randn(3)
+            >>> torch.allclose(fused(x)[-1], base(x).mean(), atol=1e-6)
+            True
+        """
+        if num_new < 1:
+            raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        _refuse_what_would_break(linear)
+        rows, bias = _rows_and_bias(linear, num_new, init)
+        vocab_size, embed_dim = linear.weight.shape
+        fused = cls(embed_dim, vocab_size, num_new, bias=bias is not None, device="meta")
+        fused.weight, fused.bias = linear.weight, linear.bias
+        fused.fusion_linear.weight = nn.Parameter(rows)
+        if bias is not None:
+            fused.fusion_linear.bias = nn.Parameter(bias)
+        return fused.train(linear.training)
+
+    @torch.no_grad()
+    def expand(self, num_new: int, init: RowInit = "mean") -> FusionLinear:
+        """Add more new tokens behind those there are, in place.
+
+        The new rows become a new parameter, so build the optimizer afterwards.
+
+        Args:
+            num_new: number of tokens to add.
+            init: as in ``from_pretrained``.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: as in ``from_pretrained``; nothing has changed then.
+        """
+        if num_new < 1:
+            raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        rows, bias = _rows_and_bias(self, num_new, init)
+        head = self.fusion_linear
+        head.weight = _longer(head.weight, rows)
+        if bias is not None:
+            head.bias = _longer(head.bias, bias)
+        head.out_features += num_new
+        self.out_features += num_new
+        return self
+
+    @torch.no_grad()
+    def new_rows_are_means(self) -> bool:
+        """Whether every new row still is the mean of the pretrained rows, as ``init="mean"`` sets it."""
+        if self.fusion_linear.weight.is_meta or self.weight.is_meta:
+            return False
+        rows, bias = _rows_and_bias(self, self.fusion_vocab_size, "mean")
+        new = self.fusion_linear
+        return torch.equal(new.weight, rows.to(new.weight)) and (
+            bias is None or torch.equal(new.bias, bias.to(new.bias))
+        )
+
+    @torch.no_grad()
+    def reset_new_rows(self, init: RowInit = "mean") -> None:
+        """Give the new rows their first values anew, for example after the pretrained head was loaded.
+
+        Args:
+            init: as in ``from_pretrained``.
+
+        Raises:
+            ValueError: as in ``from_pretrained``; nothing has changed then.
+        """
+        rows, bias = _rows_and_bias(self, self.fusion_vocab_size, init)
+        self.fusion_linear.weight.copy_(rows)
+        if bias is not None:
+            self.fusion_linear.bias.copy_(bias)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """One plain head of all tokens, old and new; the heads here stay as they are.
+
+        Returns:
+            An ``nn.Linear`` with ``vocab_size + fusion_vocab_size`` rows in the pretrained head's dtype,
+            trainable where either head was.
+        """
+        merged = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        for name, old in self.named_parameters(recurse=False):
+            new = self.fusion_linear.get_parameter(name)
+            trainable = old.requires_grad or new.requires_grad
+            setattr(merged, name, nn.Parameter(torch.cat([old, new.to(old.dtype)]), trainable))
+        return merged.train(self.training)
+
+    def fusion_params(self) -> list[str]:
+        """The names, relative to this module, of the parameters that fusion added."""
+        return [f"fusion_linear.{name}" for name, _ in self.fusion_linear.named_parameters()]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Score tokens.
+
+        Args:
+            input: hidden states, ``[.., d]``.
+
+        Returns:
+            Logits, ``[.., vocab_size + fusion_vocab_size]``, in the pretrained head's dtype.
+        """
+        pretrained = super().forward(input)
+        new = self.fusion_linear(input.to(self.fusion_linear.weight.dtype))
+        return torch.cat([pretrained, new.to(pretrained.dtype)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.vocab_size} + {self.fusion_vocab_size}"
+
+
+class TiedFusionLinear:
+    """An output head that scores with both tables of a ``FusionEmbedding`` and owns no parameter.
+
+    The counterpart of torchtune's ``TiedLinear``, and like it no ``nn.Module``: it holds the embedding,
+    under which both tables are registered once, and reads them at each call. So it follows tables that
+    are replaced, sharded, copied or pickled together with the model.
+
+    Args:
+        tied_module: the embedding.
+
+    Raises:
+        ValueError: if it is no ``FusionEmbedding``.
+
+    Examples:
+        >>> embedding = FusionEmbedding(vocab_size=11, fusion_vocab_size=2, embed_dim=3)
+        >>> TiedFusionLinear(embedding)(torch.randn(1, 5, 3)).shape
+        torch.Size([1, 5, 13])
+    """
+
+    def __init__(self, tied_module: FusionEmbedding) -> None:
+        if not isinstance(tied_module, FusionEmbedding):
+            raise ValueError(
+                "TiedFusionLinear needs a FusionEmbedding, whose tables it scores with; got a "
+                f"{type(tied_module).__name__}. FusionEmbedding.from_pretrained makes one."
+            )
+        self.tied_module = tied_module
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Score tokens.
+
+        Args:
+            input: hidden states, ``[.., d]``.
+
+        Returns:
+            Logits, ``[.., vocab_size + fusion_vocab_size]``, in the pretrained table's dtype.
+        """
+        rows = self.tied_module.fusion_embedding.weight
+        pretrained = F.linear(input, self.tied_module.weight)
+        new = F.linear(input.to(rows.dtype), rows)
+        return torch.cat([pretrained, new.to(pretrained.dtype)], dim=-1)
+
+
+@torch.no_grad()
+def _rows_and_bias(linear: nn.Linear, num_new: int, init: RowInit) -> tuple[Tensor, Tensor | None]:
+    rows = _new_rows(linear.weight, num_new, init)
+    bias = linear._parameters["bias"]
+    if bias is None:
+        return rows, None
+    # A bias is one more column of the table.
+    column = _new_rows(bias[:, None], num_new, "mean" if isinstance(init, Tensor) else init)
+    return rows, column[:, 0]
+
+
+def _longer(parameter: Tensor, more: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([parameter, more.to(parameter)]), parameter.requires_grad)
+
+
+def _refuse_what_would_break(linear: nn.Module) -> None:
+    if isinstance(linear, FusionLinear):
+        raise ValueError("This is a FusionLinear already; add tokens to it with expand(n).")
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"New rows stand beside a plain nn.Linear; a {type(linear).__name__} has a forward of its "
+            "own, which they would bypass."
+        )
+    faults = []
+    if type(linear.weight) is not nn.Parameter:
+        kind = type(linear.weight).__name__
+        faults.append(f"a {kind} as weight (is it sharded or quantized already? add tokens first)")
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        faults.append("forward hooks, which would be lost")
+    if faults:
+        raise ValueError(f"New tokens cannot be added beside a head with {', '.join(faults)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def llava(folder: Path, *, text: Any = (), vision: Any = None, **changes: Any) -
         **changes,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    _shake(model)
+    shake(model)
     model.save_pretrained(folder)
     return model
 
@@ -145,13 +146,13 @@ def mllama(folder: Path, *, text: Any = (), vision: Any = (), shard: str = "5GB"
         image_token_index=LLAMA["vocab_size"],
     )
     model = MllamaForConditionalGeneration(config).eval()
-    _shake(model)
+    shake(model)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
 
 @torch.no_grad()
-def _shake(model: Any) -> None:
+def shake(model: Any) -> None:
     """Norms, gates, biases and embeddings that start alike hide what is swapped or left out."""
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("norm", "gate", "bias", "embedding")):
@@ -178,3 +179,49 @@ def edit(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | changes))
+
+
+def random_llama_numbers(seed: int) -> dict[str, Any]:
+    """A Llama of any make: grouped queries, wide heads, tied heads, either kind of rotary embedding."""
+    draw = random.Random(seed)
+    kv_heads = draw.choice([1, 2, 3])
+    heads = kv_heads * draw.choice([1, 2, 3])
+    rope: dict[str, Any] = {"rope_theta": draw.choice([1e4, 5e5, 31_000.0]), "rope_type": "default"}
+    if draw.random() < 0.5:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": draw.choice([8.0, 32.0]),
+            "low_freq_factor": draw.choice([1.0, 2.0]),
+            "high_freq_factor": draw.choice([4.0, 5.0]),
+            "original_max_position_embeddings": draw.choice([16, 8192]),
+        }
+    return {
+        "vocab_size": draw.choice([37, 41, 53]),
+        "hidden_size": heads * draw.choice([4, 6]),
+        "head_dim": draw.choice([4, 6, 8]),
+        "intermediate_size": draw.choice([29, 41]),
+        "num_hidden_layers": draw.choice([2, 3, 5]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 97,
+        "rms_norm_eps": draw.choice([1e-5, 1e-6]),
+        "rope_parameters": rope,
+        "tie_word_embeddings": draw.random() < 0.5,
+        "initializer_range": 0.3,
+    }
+
+
+def random_tower_numbers(seed: int) -> dict[str, Any]:
+    """A vision transformer of any size."""
+    draw = random.Random(1000 + seed)
+    heads = draw.choice([2, 3, 5])
+    patch = draw.choice([3, 4])
+    return {
+        "hidden_size": heads * draw.choice([4, 6]),
+        "intermediate_size": draw.choice([23, 43]),
+        "num_hidden_layers": draw.choice([2, 3, 4]),
+        "num_attention_heads": heads,
+        "image_size": patch * draw.choice([2, 3, 4]),
+        "patch_size": patch,
+        "initializer_range": 0.3,
+    }

@@ -1,5 +1,7 @@
 """Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
 
+from torchfuse.checkpoint.building import from_pretrained
+from torchfuse.checkpoint.export import export, save_pretrained
 from torchfuse.checkpoint.fusion_artifact import (
     fusion_state_dict,
     load_fusion,
@@ -35,6 +37,9 @@ __all__ = [
     "register_fusion_module",
     "get_fusion_params",
     # load and save
+    "from_pretrained",
+    "save_pretrained",
+    "export",
     "load_pretrained",
     "fusion_state_dict",
     "load_fusion_state_dict",

@@ -18,6 +18,7 @@ from torchfuse import (
     save_fusion,
 )
 from torchfuse.checkpoint import files
+from torchfuse.checkpoint.fusion_artifact import describe_fusion, write_artifact
 from torchfuse.training import shard
 
 
@@ -204,3 +205,166 @@ def test_a_header_that_is_no_description_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "fusion.safetensors", {"torchfuse": "[1]"})
     with pytest.raises(ValueError, match="is no artifact of save_fusion, or damaged"):
         load_fusion(make(), tmp_path)
+
+
+# --- the base it was trained over ----------------------------------------------------------------
+
+
+def refused(model, path, *complaints):
+    before = state(model)
+    with pytest.raises(ValueError) as info:
+        load_fusion(model, path)
+    for complaint in ("nothing was loaded", "Fusion belongs to the base", *complaints):
+        assert complaint in str(info.value)
+    assert same_state(before, model)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("there", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("here", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_base_in_other_precision(tmp_path, there, here):
+    model = learned().to(there)
+    save_fusion(model, tmp_path)
+    described = json.loads((tmp_path / "fusion.json").read_text())
+    assert set(described["base"]) == set(model.state_dict()) - set(fusion_state_dict(model))
+    assert {tensor["dtype"] for tensor in described["base"].values()} == {str(there).split(".")[1]}
+    other = make().to(here)
+    assert not any(load_fusion(other, tmp_path))
+    for name, tensor in fusion_state_dict(other).items():
+        assert torch.equal(tensor, fusion_state_dict(model)[name].to(here))
+
+
+def changed(model):
+    model.decoder.layers[2].attn.q_proj.weight.detach()[0, 0] += 1
+
+
+def renamed(model):
+    model.encoder.blocks = model.encoder.layers
+    del model.encoder.layers
+
+
+def reshaped(model):
+    model.encoder.layers[0] = nn.Linear(3, 11)
+
+
+def added(model):
+    model.encoder.head = nn.Linear(2, 3, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaints"),
+    [
+        (
+            changed,
+            [
+                "base: 1 pretrained tensor is not what",
+                "decoder.layers.2.attn.q_proj.weight is float32 [18, 18] in the artifact's base, "
+                "float32 [18, 18] with other values here",
+            ],
+        ),
+        (
+            renamed,
+            [
+                "base: 4 pretrained tensors are not what",
+                "encoder.layers.0.weight is float32 [11, 5] in the artifact's base, missing here",
+                "encoder.blocks.0.weight is not in the artifact's base, float32 [11, 5] here",
+            ],
+        ),
+        (
+            reshaped,
+            ["encoder.layers.0.weight is float32 [11, 5] in the artifact's base, float32 [11, 3] here"],
+        ),
+        (added, ["base: encoder.head.weight is not in the artifact's base, float32 [3, 2] here"]),
+    ],
+    ids=["changed", "renamed", "reshaped", "added"],
+)
+def test_another_base_is_refused_by_name(tmp_path, change, complaints):
+    save_fusion(learned(), tmp_path)
+    model = make()
+    change(model)
+    refused(model, tmp_path, *complaints)
+    refused(model.bfloat16(), tmp_path, *(c.split("base, float32")[0] for c in complaints))
+
+
+def test_another_base_is_reported_when_not_strict(tmp_path):
+    model = learned()
+    save_fusion(model, tmp_path)
+    other = make()
+    changed(other)
+    skipped = load_fusion(other, tmp_path, strict=False)
+    assert list(skipped.base) == ["decoder.layers.2.attn.q_proj.weight"]
+    assert not any(skipped[:3])
+    assert all(torch.equal(t, fusion_state_dict(model)[n]) for n, t in fusion_state_dict(other).items())
+
+
+def test_all_faults_are_one_error_and_only_the_first_tensors_are_listed(tmp_path):
+    save_fusion(learned(), tmp_path)
+    model = fuse(tiny_decoder(seed=5), TinyEncoder(), every=3, fusion_vocab_size=2)
+    message = refused(model, tmp_path, "missing: decoder.layers.2.fusion_layer", "and 15 more")
+    assert message.count("with other values here") == 8
+    assert "base: 23 pretrained tensors are not" in message
+
+
+def test_a_quantized_base_is_the_same_base(tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    save_fusion(learned(), tmp_path)
+    model = make()
+    quantize_(
+        model,
+        Int8WeightOnlyConfig(version=2),
+        lambda m, name: isinstance(m, nn.Linear) and "decoder" in name and "fusion_layer" not in name,
+    )
+    weights = [name for name, p in model.named_parameters() if type(p) is not nn.Parameter]
+    assert len(weights) == 3 * 7 + 1
+    assert not any(load_fusion(model, tmp_path))
+    save_fusion(model, tmp_path / "quantized")
+    assert not any(load_fusion(make(), tmp_path / "quantized"))
+    model.decoder.norm.scale.detach().mul_(3)
+    with pytest.raises(ValueError, match=r"base: decoder\.norm\.scale is float32 \[18\]"):
+        load_fusion(model, tmp_path)
+
+
+def test_an_artifact_that_does_not_say_its_base_loads_over_any(tmp_path):
+    model = learned()
+    description = describe_fusion(model)
+    for name in ("base", "trainable", "fusion_head"):
+        del description[name]
+    write_artifact(tmp_path, fusion_state_dict(model), description)
+    other = make()
+    changed(other)
+    assert not any(load_fusion(other, tmp_path))
+
+
+@pytest.mark.parametrize("base", [[1], {"x": 3}, {"x": {"form": [3]}}], ids=str)
+def test_a_base_that_is_none_is_refused(tmp_path, base):
+    model = learned()
+    write_artifact(tmp_path, fusion_state_dict(model), describe_fusion(model) | {"base": base})
+    with pytest.raises(ValueError, match="is no artifact of save_fusion, or damaged"):
+        load_fusion(make(), tmp_path)
+
+
+def test_what_trained_is_said_and_not_enforced(tmp_path):
+    model = learned()
+    assert describe_fusion(model)["trainable"] == {"decoder": False, "encoder": False, "fusion": True}
+    model.decoder.norm.scale.requires_grad_(True)
+    model.encoder.requires_grad_(True)
+    save_fusion(model, tmp_path)
+    described = json.loads((tmp_path / "fusion.json").read_text())
+    assert described["trainable"] == {
+        "decoder": ["decoder.norm.scale"],
+        "encoder": True,
+        "fusion": True,
+    }
+    load_fusion(make(), tmp_path)
+
+
+def test_a_head_that_no_tensor_shows_is_compared(tmp_path):
+    def tied(fusion_head):
+        options = {"fusion_vocab_size": 2, "fusion_head": fusion_head}
+        return fuse(tiny_decoder(tied=True), TinyEncoder(), every=2, **options)
+
+    save_fusion(tied(True), tmp_path)
+    load_fusion(tied(True), tmp_path)
+    with pytest.raises(ValueError, match="option: fusion_head True, the model's is False"):
+        load_fusion(tied(False), tmp_path)

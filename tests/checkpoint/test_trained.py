@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors import safe_open
 from support import TinyEncoder, inputs, same_state, state, text, tiny_decoder
 
-from torchfuse import fuse, save_fusion, set_trainable
+from torchfuse import fuse, load_fusion, save_fusion, set_trainable
 from torchfuse.checkpoint.trained import load_trained, save_trained
 from torchfuse.training import shard
 
@@ -71,6 +73,30 @@ def test_damage_and_other_models_are_refused(tmp_path):
     file.write_bytes(whole)
     refused(tmp_path, "does not fit this model.*tok_embeddings", tiny_decoder(vocab_size=41))
     refused(tmp_path / "nowhere", "is no artifact of save_fusion")
+
+
+def test_the_base_is_what_did_not_train(tmp_path):
+    model = move(make(encoder=True))
+    save_trained(model, tmp_path)
+    described = json.loads((tmp_path / "fusion.json").read_text())
+    assert {name.split(".")[0] for name in described["base"]} == {"decoder"}
+    assert described["trainable"] == {"decoder": False, "encoder": True, "fusion": True}
+    # The encoder's own values are about to be replaced; the decoder's are not.
+    other = fuse(tiny_decoder(), TinyEncoder(seed=9), every=2)
+    load_trained(other, tmp_path)
+    assert same_state(state(model), other)
+    decoder = tiny_decoder()
+    decoder.norm.scale.detach().mul_(3)
+    refused(tmp_path, r"base: 1 pretrained tensor is not.*\n.*decoder\.norm\.scale", decoder)
+
+
+def test_fusion_without_what_trained_with_it_is_refused(tmp_path):
+    save_trained(move(make(encoder=True)), tmp_path)
+    model = make()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"come with it by load_trained(.|\n)*encoder\.layers\.0\.bias"):
+        load_fusion(model, tmp_path)
+    assert same_state(before, model)
 
 
 def refused(path, match, decoder=None):

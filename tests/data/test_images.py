@@ -246,3 +246,34 @@ def test_a_damaged_later_chunk_is_named(tmp_path, damage):
     (tmp_path / "damaged.png").write_bytes(data)
     with pytest.raises(ValueError, match=r"^The image \S*damaged\.png cannot be opened: [^.]+\.$"):
         open_image(tmp_path / "damaged.png")
+
+
+def test_agrees_with_the_encoder_it_was_made_for(tmp_path):
+    write(tmp_path, size=13, crop_size=11, image_mean=MEAN, image_std=STD, rescale_factor=1 / 127.5)
+    ImageTransform.from_directory(tmp_path).check(11, preprocessor=tmp_path)
+    ImageTransform(11).check(11)
+    ImageTransform(11).check(None, preprocessor=tmp_path / "nowhere")
+    unscaled = write(tmp_path, size=13, crop_size=11, do_normalize=False, do_rescale=False)
+    ImageTransform.from_directory(unscaled).check(preprocessor=unscaled)
+
+
+def test_each_difference_from_the_encoder_is_named(tmp_path):
+    transform = ImageTransform(7, MEAN, STD)
+    write(tmp_path, image_mean=[0.1, 0.2, 0.31], image_std=STD, do_rescale=False)
+    with pytest.raises(
+        ValueError,
+        match=r"encoder 'eye' was .*: size is 7, the encoder's 11; mean is \[0\.1, 0\.2, 0\.3\], the "
+        r"encoder's \[0\.1, 0\.2, 0\.31\]; scale is 0\.0039\d+, the encoder's 1\.0\. ImageTransform",
+    ):
+        transform.check(11, preprocessor=tmp_path, what="eye")
+    with pytest.raises(
+        ValueError, match=r"the encoder was trained on them: size is 7, the encoder's 5\."
+    ):
+        transform.check(5)
+    for wrong in (0.4, [0.4], "half", None, {"a": 1}):
+        write(tmp_path, image_std=wrong, image_mean=MEAN)
+        if wrong is None:
+            transform.check(preprocessor=tmp_path)
+        else:
+            with pytest.raises(ValueError, match=r"them: std is \[0\.4, 0\.5, 0\.6\], the encoder's"):
+                transform.check(preprocessor=tmp_path)

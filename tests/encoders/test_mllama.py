@@ -13,12 +13,8 @@ from torchtune.models.llama3_2_vision._convert_weights import (
 from transformers import MllamaVisionConfig, MllamaVisionModel
 from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
 
-from torchfuse.encoders.mllama import (
-    MllamaVisionEncoder,
-    encoder_mask_of_tiles,
-    grid_to_table,
-    table_to_grid,
-)
+from torchfuse.encoders.mllama import MllamaVisionEncoder
+from torchfuse.encoders.mllama_tiles import encoder_mask_of_tiles, grid_to_table, table_to_grid
 from torchfuse.params import get_fusion_params
 
 RATIOS = [(1, 1), (1, 2), (1, 3), (2, 1), (3, 1)]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from support import FEATURE_DIM, IMAGE, WIDTH, TinyEncoder, inputs, text, text_with_image, tiny_decoder
 from torch import nn
+from torchtune.modules import TiedLinear
 
 from torchfuse import DeepFusionModel, EarlyFusionModel, FusionEmbedding, FusionLayer, fuse
 from torchfuse.modules.adapters import LinearAdapter
@@ -144,7 +145,7 @@ def structure(decoder):
         ),
         (
             {"nm_heads": 3},
-            "architecture 'cross_attention': unknown option 'nm_heads'; it takes num_heads",
+            "architecture 'cross_attention': unknown option 'nm_heads'; it takes .*num_heads",
         ),
         ({"num_heads": 7}, "num_heads=7 must divide the attention width 18"),
         ({"num_heads": 3, "num_kv_heads": 2}, "num_kv_heads must divide num_heads, got 2 and 3"),
@@ -152,6 +153,8 @@ def structure(decoder):
         ({"adapter": {"eye": "linear"}}, "adapter must have the names of the encoders"),
         ({"fusion_vocab_size": 2, "fusion_init": "zero"}, "init must be"),
         ({"fusion_vocab_size": -1}, "num_new must be at least 1"),
+        ({"fusion_vocab_size": 0, "fusion_head": True}, "there are none: give fusion_vocab_size"),
+        ({"fusion_head": True, "encoder_trainable": {"eye": True}}, "No encoder named eye"),
         ({"encoder_trainable": {"eye": True}}, "No encoder named eye; there are encoder"),
         ({"on_missing": "wait"}, 'on_missing must be "skip" or "participate"'),
         ({"arch": "joint_decoder"}, "needs encoder_token"),
@@ -170,13 +173,75 @@ def structure(decoder):
 def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
     decoder, encoder = tiny_decoder(tied=True), TinyEncoder()
     before = structure(decoder), structure(encoder)
-    head = decoder.output.tied_module
+    output, head = decoder.output, decoder.output.tied_module
     options = {"every": 1, "fusion_vocab_size": 1} | options
     with pytest.raises(ValueError, match=complaint):
         fuse(decoder, encoder, **options)
     assert (structure(decoder), structure(encoder)) == before
-    assert decoder.output.tied_module is head
+    assert decoder.output is output
+    assert output.tied_module is head
     assert torch.equal(decoder(text()), tiny_decoder(tied=True)(text()))
+
+
+def test_an_untied_head_is_put_back_too():
+    decoder = tiny_decoder()
+    before, output = structure(decoder), decoder.output
+    with pytest.raises(ValueError, match="No encoder named eye"):
+        fuse(
+            decoder,
+            TinyEncoder(),
+            every=2,
+            fusion_vocab_size=2,
+            fusion_head=True,
+            encoder_trainable={"eye": True},
+        )
+    assert structure(decoder) == before
+    assert decoder.output is output
+
+
+def shares_its_weight(decoder):
+    head = nn.Linear(WIDTH, 37, bias=False)
+    head.weight = decoder.tok_embeddings.weight
+    return head
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda d: nn.Sequential(d.output), "an nn.Linear with a weight of its own.*got a Sequential"),
+        (lambda d: nn.Linear(WIDTH, 41), "the head scores 41 tokens and the embedding has 37"),
+        (lambda d: TiedLinear(nn.Embedding(37, WIDTH)), "TiedLinear over tok_embeddings; got a TiedL"),
+        (shares_its_weight, "an nn.Linear with a weight of its own"),
+    ],
+    ids=["sequence", "padded", "tied elsewhere", "shared"],
+)
+def test_a_head_that_cannot_score_new_tokens_at_their_ids_is_refused(change, complaint):
+    decoder = tiny_decoder()
+    output = change(decoder)
+    del decoder.output
+    decoder.output = output
+    before = structure(decoder)
+    with pytest.raises(ValueError, match=complaint):
+        fuse(decoder, TinyEncoder(), every=2, fusion_vocab_size=2, fusion_head=True)
+    assert structure(decoder) == before
+    assert decoder.output is output
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_first_values_of_a_head(tied):
+    rows = torch.randn(2, WIDTH)
+    model = fuse(
+        tiny_decoder(tied=tied),
+        TinyEncoder(),
+        every=2,
+        fusion_vocab_size=2,
+        fusion_init=rows,
+        fusion_head=True,
+    )
+    h = torch.randn(5, WIDTH)
+    out = model.output(h)
+    expected = h @ rows.T if tied else out[:, :37].mean(-1, keepdim=True).expand(-1, 2)
+    torch.testing.assert_close(out[:, 37:], expected)
 
 
 def test_width_of_the_features_is_asked_of_the_encoder():

@@ -1,5 +1,7 @@
 """Checkpoints: what the world has, in; what fusion learned, out and in again."""
 
+from torchfuse.checkpoint.building import from_pretrained
+from torchfuse.checkpoint.export import export, save_pretrained
 from torchfuse.checkpoint.fusion_artifact import (
     fusion_state_dict,
     load_fusion,
@@ -9,9 +11,12 @@ from torchfuse.checkpoint.fusion_artifact import (
 from torchfuse.checkpoint.pretrained import load_pretrained
 
 __all__ = [
+    "export",
+    "from_pretrained",
     "fusion_state_dict",
     "load_fusion",
     "load_fusion_state_dict",
     "load_pretrained",
     "save_fusion",
+    "save_pretrained",
 ]

@@ -18,6 +18,7 @@ from torchfuse.checkpoint.model_formats import open_checkpoint, read_model_spec
 from torchfuse.checkpoint.pretrained import sources_of_model, sources_of_part
 from torchfuse.checkpoint.spec import Spec
 from torchfuse.models.base import FusedModel
+from torchfuse.models.encoding import OnMissing
 from torchfuse.models.fuse import fuse
 from torchfuse.options import call_with_options
 from torchfuse.params import set_trainable
@@ -40,6 +41,7 @@ def from_pretrained(
     decoder_trainable: bool = False,
     encoder_trainable: bool | Mapping[str, bool] = False,
     fusion_trainable: bool = True,
+    on_missing: OnMissing | None = None,
     prepare: Callable[[FusedModel], Any] | None = None,
     **fuse_options: Any,
 ) -> FusedModel:
@@ -60,6 +62,7 @@ def from_pretrained(
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
+        on_missing: see ``FusedModel``; what the directory of a whole model says unless given.
         prepare: called with the model of a whole directory before it is read, while it has no memory:
             ``torchfuse.training.shard``, so that every rank only ever holds its own part.
         **fuse_options: for ``decoder`` and ``encoder``: what ``fuse`` takes, ``arch``, ``every``,
@@ -87,7 +90,7 @@ def from_pretrained(
                 f"{', '.join(given)} cannot be given: the directory of a whole model says of itself how "
                 "it is fused."
             )
-        return _whole(path, dtype, place, max_seq_len, flags, prepare)
+        return _whole(path, dtype, place, max_seq_len, flags, on_missing, prepare)
     if prepare is not None:
         raise ValueError(
             "prepare= is for the directory of a whole model; shard the fused model instead."
@@ -115,6 +118,7 @@ def from_pretrained(
             "decoder_trainable": decoder_trainable,
             "encoder_trainable": encoder_trainable,
             "fusion_trainable": fusion_trainable,
+            "on_missing": on_missing or "skip",
         },
     )
 
@@ -135,7 +139,7 @@ def _part(
     sources, faults = sources_of_part(module, directory, formats, set())
     _refuse(directory, faults)
     fill(sources, [module], device)
-    return module
+    return module.to(device)  # buffers that no checkpoint holds
 
 
 def _whole(
@@ -144,6 +148,7 @@ def _whole(
     device: torch.device,
     max_seq_len: int | None,
     flags: Mapping[str, Any],
+    on_missing: OnMissing | None,
     prepare: Callable[[FusedModel], Any] | None,
 ) -> FusedModel:
     """A whole model, built and loaded."""
@@ -156,12 +161,14 @@ def _whole(
         model = _build(spec, checkpoint, dtype or _dtype_of(checkpoint))
         assert isinstance(model, FusedModel)
         set_trainable(model, **flags)
+        if on_missing is not None:
+            model.set_on_missing(on_missing)
         if prepare is not None:
             prepare(model)
-        sources, faults = sources_of_model(model, checkpoint, spec)
+        sources, faults = sources_of_model(model, checkpoint, type(spec).of(model))
         _refuse(checkpoint, faults)
         fill(sources, [model], device)
-    return model
+    return model.to(device)
 
 
 def _chosen(spec: Spec, choices: Mapping[str, Any]) -> Spec:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +17,7 @@ from torchfuse.checkpoint.files import write_directory
 from torchfuse.checkpoint.fusion_artifact import whole
 from torchfuse.checkpoint.key_table import KeyTable, Layout
 from torchfuse.checkpoint.loading import tensors_of
-from torchfuse.checkpoint.model_formats import model_spec
+from torchfuse.checkpoint.model_formats import spec_to_export
 from torchfuse.naming import canonical_name, unwrap
 
 __all__ = ["export", "save_pretrained"]
@@ -54,10 +53,12 @@ def export(
     rank zero writes.
 
     Args:
-        model: a fused model.
+        model: a fused model, or a part of one.
         path: the directory.
         format: ``"llava"`` or ``"mllama"``, which transformers loads; ``"torchtune"``, one file that
-            torchtune's checkpointers load; ``"torchfuse"``, which holds any model.
+            torchtune's checkpointers load; ``"torchfuse"``, which holds any model. For a part alone,
+            ``model.decoder`` or ``model.encoder``: ``"llama"``, ``"clip"``, or ``"hf"`` for a tower of
+            transformers.
         files: what to copy beside: tokenizer, preprocessor.
         max_shard_size: bytes of a file at most, unless one tensor is larger.
 
@@ -66,7 +67,7 @@ def export(
             can; for a file that is missing. Nothing is written then.
     """
     path, copies = Path(path), [Path(file) for file in files]
-    spec = model_spec(format, model)
+    spec = spec_to_export(format, model)
     outputs, faults = _outputs(model, spec.table(), spec.rows())
     names = [file.name for file in copies]
     faults += [f"the file {file} does not exist" for file in copies if not file.is_file()]
@@ -76,8 +77,8 @@ def export(
     ]
     if faults:
         raise ValueError(spec.cannot_hold(faults))
-    table: Any = unwrap(model).tok_embeddings
-    config = {**spec.to_config(), "dtype": str(table.weight.dtype).removeprefix("torch.")}
+    dtype = str(outputs[0].parts[0].dtype).removeprefix("torch.")
+    config = {**spec.to_config(), "dtype": dtype}
     shards = _shards(outputs, max_shard_size if spec.may_be_sharded else None)
 
     def write(folder: Path) -> None:

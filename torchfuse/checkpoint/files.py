@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
@@ -96,16 +96,21 @@ def write_directory(
     _to_disk(place.parent)
 
 
-def holds_only_a_checkpoint(path: Path) -> bool:
+def holds_only_a_checkpoint(path: Path, besides: Collection[str] = ()) -> bool:
     """Whether a directory is a checkpoint or an artifact, and holds nothing else that would be missed.
 
     It must hold ``config.json`` or ``fusion.safetensors``, and besides only regular files with names
     that weights, configurations, tokenizers and processors have.
+
+    Args:
+        path: the directory.
+        besides: names of files that may be there, too, because the new directory has its own.
     """
     with os.scandir(path) as entries:
         names = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     return bool(_MARKS & set(names)) and all(
-        is_file and (name in _COMPANIONS or _WEIGHTS.fullmatch(name)) for name, is_file in names.items()
+        is_file and (name in _COMPANIONS or name in besides or _WEIGHTS.fullmatch(name))
+        for name, is_file in names.items()
     )
 
 

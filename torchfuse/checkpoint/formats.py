@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.clip import ClipVision
+from torchfuse.checkpoint.hf_tower import HfTower
 from torchfuse.checkpoint.llama import Llama
 from torchfuse.checkpoint.mllama_vision import MllamaVision
 from torchfuse.checkpoint.spec import Spec
@@ -16,7 +17,7 @@ from torchfuse.naming import unwrap
 __all__ = ["DECODERS", "ENCODERS", "format_of", "read_spec", "spec_of"]
 
 DECODERS: Final[Sequence[type[Spec]]] = (Llama,)
-ENCODERS: Final[Sequence[type[Spec]]] = (ClipVision, MllamaVision)
+ENCODERS: Final[Sequence[type[Spec]]] = (ClipVision, MllamaVision, HfTower)
 
 
 def format_of(module: nn.Module, formats: Sequence[type[Spec]]) -> type[Spec]:
@@ -53,7 +54,7 @@ def read_spec(config: Mapping[str, Any], formats: Sequence[type[Spec]]) -> Spec:
     """
     kind = config.get("model_type")
     for format_ in formats:
-        if kind in format_.model_types:
+        if format_.reads(config):
             return format_.from_config(config)
     known = sorted(kind for format_ in formats for kind in format_.model_types)
     raise ValueError(f"config.json says model_type {kind!r}; known here: {', '.join(known)}.")

@@ -14,7 +14,7 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.formats import DECODERS, ENCODERS, read_spec
-from torchfuse.checkpoint.key_table import IdentityTable, KeyTable
+from torchfuse.checkpoint.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.settings import Settings
 from torchfuse.checkpoint.spec import ModelSpec, Spec, setting
 from torchfuse.models.base import FusedModel
@@ -157,7 +157,7 @@ class Fused(ModelSpec):
         )
 
     def table(self) -> KeyTable:
-        return IdentityTable()
+        return SAME_NAMES
 
     def differences(self, ours: Spec) -> list[str]:
         faults = super().differences(ours)

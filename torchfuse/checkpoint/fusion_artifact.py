@@ -3,12 +3,15 @@
 An artifact is a directory. ``fusion.safetensors`` holds the tensors and, in its header, what model
 they are for, so that one file, replaced as a whole, is the truth; ``fusion.json`` repeats the header
 for people and scripts.
+
+The header also says which base fusion was trained over (see ``fingerprint``), so that it is not loaded
+over another one of the same shapes, and what of the model trained, for the record.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,14 +22,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchfuse.checkpoint.files import write_whole
+from torchfuse.checkpoint.fingerprint import (
+    compare,
+    explain,
+    fingerprint,
+    pretrained_tensors,
+    read_fingerprint,
+)
+from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import unwrap
-from torchfuse.params import fusion_buffers, get_fusion_params
+from torchfuse.params import fusion_buffers, get_fusion_params, partition
 
 __all__ = [
     "ARTIFACT_FILE",
     "FusionMismatch",
     "describe_fusion",
     "fusion_state_dict",
+    "load_artifact",
     "load_fusion",
     "load_fusion_state_dict",
     "save_fusion",
@@ -41,11 +53,19 @@ _FORMAT: Final = 1
 
 
 class FusionMismatch(NamedTuple):
-    """What a load with ``strict=False`` passed over, by name."""
+    """What a load with ``strict=False`` passed over, by name.
+
+    Attributes:
+        missing: tensors of the model that were not given.
+        unexpected: tensors given that the model has not.
+        mismatched: tensors of another shape.
+        base: pretrained tensors that differ from those that the artifact was made over, and how.
+    """
 
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
+    base: dict[str, str]
 
 
 def _fusion_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -86,12 +106,16 @@ def load_fusion_state_dict(
         ValueError: with every tensor that is missing, unexpected or of another shape, if ``strict``;
             if none fits at all or the model has no memory, in any case. The model is as it was then.
     """
-    return _load(model, state_dict, strict, [])
+    return _load(model, state_dict, strict, [], {})
 
 
 @torch.no_grad()
 def _load(
-    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, faults: list[str]
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    strict: bool,
+    faults: list[str],
+    base: dict[str, str],
 ) -> FusionMismatch:
     ours = _fusion_tensors(model)
     if any(tensor.is_meta for tensor in ours.values()):
@@ -102,6 +126,7 @@ def _load(
         missing=[name for name in ours if name not in state_dict],
         unexpected=[name for name in state_dict if name not in ours],
         mismatched=[n for n, t in ours.items() if n in state_dict and t.shape != state_dict[n].shape],
+        base=base,
     )
     fitting = [n for n in ours if n in state_dict and n not in skipped.mismatched]
     if (strict and (faults or any(skipped))) or not fitting:
@@ -126,16 +151,23 @@ def _explain(
         f"shape: {name} is {list(theirs[name].shape)}, the model's is {list(ours[name].shape)}"
         for name in skipped.mismatched
     ]
+    advice = ""
+    if lines:
+        advice += " Was it fused in the same way (arch, every, adapter, fusion_vocab_size, fusion_head)?"
+    if skipped.base:
+        lines += explain(skipped.base)
+        advice += (
+            " Fusion belongs to the base that it was trained over: load that one's pretrained parts "
+            "first. Parts that trained with it come with it by load_trained."
+        )
     listing = "\n  ".join(lines)
-    return (
-        "The fusion tensors do not fit this model; nothing was loaded. Was it fused in the same way "
-        f"(arch, every, adapter, fusion_vocab_size)?\n  {listing}"
-    )
+    return f"The fusion tensors do not fit this model; nothing was loaded.{advice}\n  {listing}"
 
 
 def save_fusion(model: nn.Module, path: str | Path) -> None:
     """Write what fusion learned as an artifact; an older one at this place is replaced whole.
 
+    It belongs to the pretrained parts as they are now; if one of them trains, use ``save_trained``.
     On a sharded model every rank calls this and rank zero writes.
 
     Args:
@@ -146,8 +178,9 @@ def save_fusion(model: nn.Module, path: str | Path) -> None:
         ValueError: if fusion added nothing to this model, or the path is no directory.
     """
     tensors = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
+    description = describe_fusion(model)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        write_artifact(path, tensors, describe_fusion(model))
+        write_artifact(path, tensors, description)
 
 
 def write_artifact(
@@ -175,19 +208,36 @@ def write_artifact(
 
 
 def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> FusionMismatch:
-    """Load an artifact that ``save_fusion`` wrote into a model fused in the same way.
+    """Load an artifact of ``save_fusion`` into a model fused in the same way, over the same base.
+
+    On a sharded model every rank calls this.
 
     Args:
-        model: a fused model, with its pretrained parts loaded.
+        model: a fused model, with its pretrained parts loaded, in fp32, bf16 or quantized.
         path: directory of the artifact.
-        strict: as in ``load_fusion_state_dict``.
+        strict: as in ``load_fusion_state_dict``; if not, another base is reported, not refused.
 
     Returns:
         What was passed over: all empty if ``strict``.
 
     Raises:
-        ValueError: if there is no such artifact, it is damaged, it is for another architecture, or its
-            tensors do not fit. The model is as it was then.
+        ValueError: if there is no such artifact, it is damaged, it is for another architecture or
+            another base, or its tensors do not fit. The model is as it was then.
+    """
+    return load_artifact(model, path, strict=strict)
+
+
+def load_artifact(
+    model: nn.Module, path: str | Path, *, strict: bool, replaced: Collection[str] = ()
+) -> FusionMismatch:
+    """As ``load_fusion``.
+
+    Args:
+        model: as in ``load_fusion``.
+        path: as in ``load_fusion``.
+        strict: as in ``load_fusion``.
+        replaced: pretrained parameters whose values are about to be replaced, so that those which they
+            have now do not matter.
     """
     file = Path(path) / ARTIFACT_FILE
     if not file.is_file():
@@ -196,10 +246,13 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
         with safe_open(file, framework="pt") as reader:
             description = dict(json.loads((reader.metadata() or {})[_KEY]))
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        base = read_fingerprint(description["base"]) if "base" in description else None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    faults = _differences(description, describe_fusion(model)) if strict else []
-    return _load(model, tensors, strict, faults)
+    faults = _differences(description, _kind(model)) if strict else []
+    # Artifacts of earlier versions do not say what base they are for.
+    other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
+    return _load(model, tensors, strict, faults, other)
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -213,21 +266,55 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
         return faults
     options = theirs["options"] if isinstance(theirs.get("options"), dict) else {}
     here = json.loads(json.dumps(ours["options"]))  # as a file holds them
-    return [
+    faults = [
         f"{name} {options[name]!r}, the model's is {here[name]!r}"
         for name in here
         if name in options and options[name] != here[name] and None not in (options[name], here[name])
     ]
+    head = theirs.get("fusion_head", ours["fusion_head"])
+    if head != ours["fusion_head"]:
+        faults.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
+    return faults
 
 
-def describe_fusion(model: nn.Module) -> dict[str, Any]:
-    """What an artifact says of the model that it is for."""
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """How a model was fused, as far as the shapes of its tensors do not show it."""
     strategy = getattr(unwrap(model), "strategy", None)
+    head = getattr(unwrap(model), "output", None)
     return {
         "format": _FORMAT,
         "architecture": None if strategy is None else strategy.arch,
         "options": {} if strategy is None else strategy.options(),
+        "fusion_head": isinstance(head, FusionLinear | TiedFusionLinear),
     }
+
+
+def describe_fusion(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+    """What an artifact says of the model that it is for.
+
+    On a sharded model every rank calls this, and all get the same.
+
+    Args:
+        model: a fused model.
+        without: pretrained parameters that are kept beside the artifact, and so are no part of its base.
+
+    Returns:
+        ``format``, ``architecture``, ``options`` and ``fusion_head``, which a load compares with the
+        model's; ``base``, by name the shape, dtype and hash of sampled values of each pretrained tensor,
+        which it compares too; and ``trainable``, for each part whether it trains, or the names of those
+        of its parameters that do, which is for the record.
+    """
+    base = fingerprint(pretrained_tensors(model, without))
+    return {
+        **_kind(model),
+        "trainable": {part: _trainable(parameters) for part, parameters in partition(model).items()},
+        "base": {name: tensor._asdict() for name, tensor in base.items()},
+    }
+
+
+def _trainable(parameters: Mapping[str, nn.Parameter]) -> bool | list[str]:
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    return names if 0 < len(names) < len(parameters) else bool(names)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Final
 
 from torch import Tensor
 
-__all__ = ["Entry", "IdentityTable", "KeyTable", "Layout", "Numbers"]
+__all__ = ["SAME_NAMES", "Entry", "KeyTable", "Layout", "Numbers"]
 
 _NUMBER = r"(0|[1-9][0-9]{0,8})"
 
@@ -46,7 +47,7 @@ class Entry:
     """One kind of name.
 
     Attributes:
-        theirs: their name, with ``{}`` for one number at most.
+        theirs: their name, with ``{}`` for one number at most, or ``*`` for anything.
         ours: our name, with the same.
         layout: None where values are laid out as ours are.
         numbers: None where both count alike.
@@ -67,7 +68,7 @@ class KeyTable:
     """All names of one kind of checkpoint.
 
     Attributes:
-        entries: at most one of them fits a name.
+        entries: the first that fits a name counts.
         spellings: beginnings of their names that mean another beginning, the one in ``entries``. Each is
             tried once, in order.
         ignored: patterns of names that are of no use to us, which they must match whole.
@@ -143,29 +144,13 @@ class KeyTable:
         return key
 
 
-@dataclass(frozen=True)
-class IdentityTable(KeyTable):
-    """A table in which every name is the same there and here.
-
-    Attributes:
-        layouts: by name, where values are laid out otherwise.
-    """
-
-    entries: tuple[Entry, ...] = ()
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-
-    def read(self, keys: Iterable[str]) -> tuple[dict[str, tuple[str, Layout | None]], list[str]]:
-        return {key: (key, self.layouts.get(key)) for key in keys}, []
-
-    def write(self, name: str) -> tuple[str, Layout | None] | None:
-        return name, self.layouts.get(name)
-
-    def under(self, theirs: str, ours: str) -> KeyTable:
-        raise NotImplementedError("Names that are the same cannot begin differently.")
-
-
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{\}", _NUMBER))
+    escaped = re.escape(template)
+    return re.compile(escaped.replace(r"\{\}", _NUMBER).replace(r"\*", "(.+)"), re.DOTALL)
+
+
+SAME_NAMES: Final = KeyTable((Entry("*", "*"),))
+"""The table of a format that has our names."""
 
 
 def _translate(
@@ -180,6 +165,8 @@ def _translate(
             continue
         if not match.groups():
             return target(entry), entry.layout
+        if "*" in entry.theirs:
+            return target(entry).replace("*", match[1]), entry.layout
         number: int | None = int(match[1])
         if entry.numbers is not None:
             assert number is not None

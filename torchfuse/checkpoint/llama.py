@@ -6,6 +6,7 @@ code does, Hugging Face the two halves, so rows of the query and key projections
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -187,6 +188,13 @@ class Llama(Spec):
             rope_high_freq_factor=self.high_freq_factor,
             rope_old_context_len=self.old_context_len,
         )
+
+    def to_export(self, module: nn.Module) -> Llama:
+        embedding: Any = module.tok_embeddings
+        return dataclasses.replace(self, vocab_size=embedding.num_embeddings)
+
+    def rows(self) -> dict[str, int]:
+        return dict.fromkeys(("tok_embeddings.weight", "output.weight"), self.vocab_size)
 
     def depth(self) -> int:
         return self.num_layers

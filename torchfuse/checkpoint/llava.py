@@ -19,6 +19,7 @@ from torchfuse.checkpoint.settings import Settings
 from torchfuse.checkpoint.spec import ModelSpec, Spec, setting
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.adapters import MLP2LayerAdapter
+from torchfuse.naming import unwrap
 
 __all__ = ["Llava"]
 
@@ -54,8 +55,8 @@ class Llava(ModelSpec):
         bias = given.flag("multimodal_projector_bias", True)
         feature_layer = given.count("vision_feature_layer", -2, least=-(2**20))
         given.done()
-        tower |= {"feature_layer": feature_layer, "keep_cls": keep_cls}
-        return cls(read_llama(text), read_spec(tower, ENCODERS), image_token, activation, bias)
+        vision = read_spec(tower, ENCODERS).selecting(feature_layer, keep_cls)
+        return cls(read_llama(text), vision, image_token, activation, bias)
 
     @classmethod
     def of(cls, module: nn.Module) -> Llava:
@@ -75,14 +76,14 @@ class Llava(ModelSpec):
         assert isinstance(text, Llama)
         assert vision is not None
         token = options["encoder_token"]
-        rows = max(cls.rows_of(model.decoder), token + 1)  # transformers looks the token up, too
-        return cls(
-            dataclasses.replace(text, vocab_size=rows),
-            vision,
-            token,
-            adapter.options()["activation"],
-            adapter.options()["bias"],
-        )
+        made = adapter.options()
+        return cls(text, vision, token, made["activation"], made["bias"])
+
+    def to_export(self, module: nn.Module) -> Llava:
+        model: Any = unwrap(module)
+        text = self.text.to_export(unwrap(model.decoder))
+        rows = max(text.vocab_size, self.image_token + 1)  # transformers looks the token up, too
+        return dataclasses.replace(self, text=dataclasses.replace(text, vocab_size=rows))
 
     def to_config(self) -> dict[str, Any]:
         vision = self.vision.to_config()
@@ -133,10 +134,7 @@ class Llava(ModelSpec):
         )
 
     def rows(self) -> dict[str, int]:
-        return {
-            "decoder.tok_embeddings.weight": self.text.vocab_size,
-            "decoder.output.weight": self.text.vocab_size,
-        }
+        return {f"decoder.{name}": rows for name, rows in self.text.rows().items()}
 
 
 def read_llama(config: Mapping[str, Any]) -> Llama:

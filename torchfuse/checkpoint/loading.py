@@ -114,7 +114,7 @@ def _misfit(source: Source) -> list[str]:
     try:
         read = meta if source.rows is None else meta[source.rows]
         read = read if source.layout is None else source.layout.read(read)
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, ValueError):
         read = meta
         shape = None
     else:

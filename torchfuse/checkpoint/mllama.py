@@ -20,6 +20,7 @@ from torchfuse.checkpoint.mllama_vision import MllamaVision
 from torchfuse.checkpoint.settings import Settings
 from torchfuse.checkpoint.spec import ModelSpec, setting
 from torchfuse.models.base import FusedModel
+from torchfuse.naming import unwrap
 
 __all__ = ["NEW_TOKENS", "Mllama"]
 
@@ -109,8 +110,14 @@ class Mllama(ModelSpec):
             raise ValueError(cls.cannot_hold(faults))
         assert isinstance(text, Llama)
         assert isinstance(vision, MllamaVision)
-        rows = max(text.vocab_size, cls.rows_of(model.decoder) - NEW_TOKENS)
-        return cls(dataclasses.replace(text, vocab_size=rows), vision, tuple(options["layers"]))
+        return cls(text, vision, tuple(options["layers"]))
+
+    def to_export(self, module: nn.Module) -> Mllama:
+        model: Any = unwrap(module)
+        embedded = self.text.to_export(unwrap(model.decoder)).vocab_size
+        scored = getattr(unwrap(model.decoder).output, "out_features", self.text.vocab_size)
+        rows = max(scored, embedded - NEW_TOKENS)
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, vocab_size=rows))
 
     def to_config(self) -> dict[str, Any]:
         crossing = [layer + before for before, layer in enumerate(self.fused)]

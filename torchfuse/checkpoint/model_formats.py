@@ -8,19 +8,26 @@ from typing import Final
 
 from torch import nn
 
+from torchfuse.checkpoint.clip import ClipVision
 from torchfuse.checkpoint.directory import Checkpoint, CheckpointDirectory, CheckpointFile
 from torchfuse.checkpoint.formats import read_spec
 from torchfuse.checkpoint.fused import Fused
+from torchfuse.checkpoint.hf_tower import HfTower
+from torchfuse.checkpoint.llama import Llama
 from torchfuse.checkpoint.llava import Llava
 from torchfuse.checkpoint.meta import Meta, has_meta_names
 from torchfuse.checkpoint.mllama import Mllama
-from torchfuse.checkpoint.spec import ModelSpec
+from torchfuse.checkpoint.spec import ModelSpec, Spec
 from torchfuse.checkpoint.torchtune import Torchtune, has_torchtune_names
+from torchfuse.models.base import FusedModel
+from torchfuse.naming import unwrap
 
-__all__ = ["model_spec", "open_checkpoint", "read_model_spec"]
+__all__ = ["open_checkpoint", "read_model_spec", "spec_to_export"]
 
 _READ: Final[Sequence[type[ModelSpec]]] = (Fused, Llava, Mllama, Torchtune, Meta)
-_WRITTEN: Final[dict[str, type[ModelSpec]]] = {f.name: f for f in (Fused, Llava, Mllama, Torchtune)}
+_MODELS: Final[Sequence[type[ModelSpec]]] = (Fused, Llava, Mllama, Torchtune)
+_WRITTEN: Final[dict[str, type[Spec]]] = {f.name: f for f in (Fused, Llava, Mllama, Torchtune)}
+_PARTS: Final[dict[str, type[Spec]]] = {"llama": Llama, "clip": ClipVision, "hf": HfTower}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -52,7 +59,7 @@ def read_model_spec(checkpoint: Checkpoint, model: nn.Module | None = None) -> M
         config = {**config, "model_type": Meta.name}
         if "n_layers" not in config and model is not None:
             return Meta.of(model)
-    elif has_torchtune_names(checkpoint) and config.get("model_type") not in _WRITTEN:
+    elif has_torchtune_names(checkpoint) and config.get("model_type") not in {f.name for f in _READ}:
         if model is None:
             raise ValueError(
                 "the names are torchtune's, and nothing says what model they are of: build it, and give "
@@ -64,28 +71,31 @@ def read_model_spec(checkpoint: Checkpoint, model: nn.Module | None = None) -> M
     return spec
 
 
-def model_spec(name: str, model: nn.Module) -> ModelSpec:
-    """The settings of a model in the format of a name.
+def spec_to_export(name: str, model: nn.Module) -> Spec:
+    """The settings of a checkpoint of a model, or of a part of one, in the format of a name.
 
     Raises:
         ValueError: for an unknown name, or a model that the format cannot hold, with what of it, and the
             formats that can.
     """
-    if name not in _WRITTEN:
-        raise ValueError(f"Unknown format {name!r}; there are {', '.join(_WRITTEN)}.")
+    whole = isinstance(unwrap(model), FusedModel)
+    formats = _WRITTEN if whole else _PARTS
+    if name not in formats:
+        raise ValueError(
+            f"Unknown format {name!r} for {'a fused model' if whole else 'a part'}; there are "
+            f"{', '.join(formats)}."
+        )
     try:
-        spec = _WRITTEN[name].of(model)
+        return formats[name].of(unwrap(model)).to_export(unwrap(model))
     except ValueError as error:
-        others = [other for other in _WRITTEN if other != name and _can_hold(other, model)]
+        others = [other for other in formats if other != name and _can_hold(formats[other], model)]
         hint = f"Formats that can: {', '.join(others)}." if others else "No format here can."
         raise ValueError(f"{error} {hint}") from error
-    assert isinstance(spec, ModelSpec)
-    return spec
 
 
-def _can_hold(name: str, model: nn.Module) -> bool:
+def _can_hold(format_: type[Spec], model: nn.Module) -> bool:
     try:
-        _WRITTEN[name].of(model)
+        format_.of(unwrap(model))
     except ValueError:
         return False
     return True

@@ -21,6 +21,7 @@ from torchfuse.checkpoint.loading import Source, fill, find_sources, tensors_of
 from torchfuse.checkpoint.model_formats import open_checkpoint, read_model_spec
 from torchfuse.checkpoint.spec import Spec
 from torchfuse.modules.fusion_embedding import FusionEmbedding
+from torchfuse.modules.fusion_linear import FusionLinear
 from torchfuse.naming import canonical_name, unwrap
 from torchfuse.params import get_fusion_params, parts_of
 
@@ -45,7 +46,7 @@ def load_pretrained(
     bytes where someone looks. A sharded model keeps of each tensor what is its own.
 
     New tokens that ``fusion_init="mean"`` gave the mean of the table as it was, and that nothing has
-    changed since, get the mean of the loaded table.
+    changed since, get the mean of the loaded table; so do new rows of the head.
 
     Args:
         model: a fused model.
@@ -142,7 +143,7 @@ def sources_of_part(
     try:
         format_ = format_of(module, formats)
         kind = directory.config.get("model_type")
-        if format_.model_types and kind not in format_.model_types:
+        if not format_.reads(directory.config):
             known = ", ".join(sorted(format_.model_types))
             return [], [f"config.json says model_type {kind!r}; known here: {known}."]
         theirs, ours = format_.from_config(directory.config), format_.of(unwrap(module))
@@ -155,17 +156,16 @@ def sources_of_part(
 
 
 class _MeansFollow:
-    """New tokens that start as the mean of the table shall be the mean of the table that is loaded."""
+    """New rows that start as the mean of the pretrained ones shall be the mean of those loaded."""
 
     def __init__(self, model: nn.Module, sources: list[Source]) -> None:
         loaded = {id(source.target) for source in sources}
         self._modules = [
             module
             for module in model.modules()
-            if isinstance(module, FusionEmbedding)
+            if isinstance(module, FusionEmbedding | FusionLinear)
             and id(module.weight) in loaded
-            and id(module.fusion_embedding.weight) not in loaded
-            and not module.fusion_embedding.weight.is_meta
+            and not any(p.is_meta for p in module.parameters())
             and module.new_rows_are_means()
         ]
 

@@ -40,6 +40,9 @@ class Spec(ABC):
     model_types: ClassVar[frozenset[str]]
     """What ``model_type`` in a ``config.json`` may be."""
 
+    may_be_sharded: ClassVar[bool] = True
+    """Whether a checkpoint may be several files."""
+
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Spec:
@@ -59,6 +62,11 @@ class Spec(ABC):
         """
 
     @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a ``config.json`` is of this format."""
+        return config.get("model_type") in cls.model_types
+
+    @classmethod
     def holds(cls, module: nn.Module) -> bool:
         """Whether a module is of the kind that this format is for."""
         return False
@@ -71,6 +79,19 @@ class Spec(ABC):
     def build(self) -> nn.Module:
         """Build the module, on the default device and in the default dtype."""
 
+    def to_export(self, module: nn.Module) -> Spec:
+        """The settings of a checkpoint of this module: new tokens are merged into the tables there."""
+        return self
+
+    def rows(self) -> dict[str, int]:
+        """How many rows tables have there, by our name; where ours have fewer, they are filled up."""
+        return {}
+
+    @classmethod
+    def cannot_hold(cls, faults: Collection[str]) -> str:
+        """The message for a module that the format cannot hold."""
+        return f"The format {cls.name} cannot hold this: {'; '.join(faults)}."
+
     @abstractmethod
     def table(self) -> KeyTable:
         """Their names and ours."""
@@ -79,6 +100,14 @@ class Spec(ABC):
         """How many layers there are, all parts together."""
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return sum(part.depth() for part in parts if isinstance(part, Spec))
+
+    def selecting(self, feature_layer: int, keep_cls: bool) -> Spec:
+        """The settings of a tower of which another model takes this hidden state.
+
+        Raises:
+            ValueError: if the tower has no such thing.
+        """
+        return dataclasses.replace(self, feature_layer=feature_layer, keep_cls=keep_cls)  # type: ignore[call-arg]
 
     def num_tokens(self) -> int:
         """Features of one image, where the settings fix it."""
@@ -107,18 +136,6 @@ class Spec(ABC):
 
 class ModelSpec(Spec):
     """The settings of a format for whole fused models."""
-
-    may_be_sharded: ClassVar[bool] = True
-    """Whether a checkpoint may be several files."""
-
-    def rows(self) -> dict[str, int]:
-        """How many rows tables have there, by our name; where ours have fewer, they are filled up."""
-        return {}
-
-    @classmethod
-    def cannot_hold(cls, faults: Collection[str]) -> str:
-        """The message for a model that the format cannot hold."""
-        return f"The format {cls.name} cannot hold this model: {'; '.join(faults)}."
 
     @classmethod
     def parts_of(cls, module: nn.Module, arch: str) -> nn.Module:
@@ -158,12 +175,6 @@ class ModelSpec(Spec):
                 f"{what}, a {type(inner).__name__}: it can hold {', '.join(f.name for f in formats)}"
             )
         return None
-
-    @staticmethod
-    def rows_of(decoder: nn.Module) -> int:
-        """How many tokens a decoder embeds, new ones too."""
-        embedding: Any = decoder.tok_embeddings
-        return int(embedding.num_embeddings)
 
 
 def _show(value: Any) -> str:

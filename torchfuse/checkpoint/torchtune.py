@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from torchfuse.checkpoint.fused import Fused
-from torchfuse.checkpoint.key_table import IdentityTable, KeyTable, Layout
+from torchfuse.checkpoint.key_table import SAME_NAMES, Entry, KeyTable, Layout
 from torchfuse.checkpoint.mllama_vision import TILE_EMBEDDINGS, MllamaVision
 from torchfuse.checkpoint.spec import ModelSpec
 from torchfuse.models.base import FusedModel
@@ -103,17 +103,17 @@ class Torchtune(ModelSpec):
         return self.model.build()
 
     def table(self) -> KeyTable:
-        layouts = {
-            prefix + name: grid_layout(spec)
+        grids = tuple(
+            Entry(prefix + name, prefix + name, grid_layout(spec))
             for prefix, spec in self.towers.items()
             for name in TILE_EMBEDDINGS
-        }
-        return IdentityTable(layouts=layouts)
+        )
+        return KeyTable(grids) + SAME_NAMES
 
 
 def grid_layout(spec: MllamaVision) -> Layout:
     """Embeddings of tiles: a grid ``[t, t, n, d]`` there, a row an aspect ratio here."""
-    from torchfuse.encoders.mllama import grid_to_table, table_to_grid  # imports torchtune
+    from torchfuse.encoders.mllama_tiles import grid_to_table, table_to_grid
 
     return Layout(
         lambda grid: grid_to_table(grid, spec.aspect_ratios, spec.max_num_tiles),

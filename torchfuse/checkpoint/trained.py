@@ -23,7 +23,7 @@ from torchfuse.checkpoint.fusion_artifact import (
     ARTIFACT_FILE,
     describe_fusion,
     fusion_state_dict,
-    load_fusion,
+    load_artifact,
     whole,
     write_artifact,
 )
@@ -56,8 +56,9 @@ def save_trained(model: nn.Module, path: str | Path) -> None:
     parameters = dict(named_parameters(model))
     fusion = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
     trained = {n: whole(parameters[n].detach()) for n in trained_pretrained_names(model)}
+    description = describe_fusion(model, without=trained)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        write_trained(path, fusion, trained, describe_fusion(model))
+        write_trained(path, fusion, trained, description)
 
 
 def write_trained(
@@ -72,7 +73,7 @@ def write_trained(
         path: directory of the artifact, made if need be.
         fusion: the tensors that fusion added.
         trained: pretrained tensors that were trained.
-        description: what ``describe_fusion`` returned.
+        description: what ``describe_fusion`` returned, without what trained.
     """
     path = Path(path)
     write_artifact(path, fusion, description)
@@ -107,7 +108,7 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
     ]
     if wrong:
         raise ValueError(f"{file} does not fit this model; nothing was loaded: {'; '.join(wrong[:8])}.")
-    load_fusion(model, path)
+    load_artifact(model, path, strict=True, replaced=tensors)
     for name, tensor in tensors.items():
         target = ours[name].detach()
         if isinstance(target, DTensor):

@@ -87,9 +87,9 @@ class FusionCheckpointer:
 
         model: nn.Module = config.instantiate(self._model)
         load_pretrained(model, decoder=self._decoder, encoder=self._encoder)
-        self._description = describe_fusion(model)
         self._fusion_names = list(fusion_state_dict(model))
         self._trained_names = trained_pretrained_names(model)
+        self._description = describe_fusion(model, without=self._trained_names)
         recipe_state: dict[str, Any] = {}
         if self._resume_from is not None:
             recipe_state = torch.load(self._resume_from / _RECIPE_STATE, weights_only=True)

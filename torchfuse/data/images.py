@@ -169,6 +169,46 @@ class ImageTransform:
             scale=values.get("rescale_factor", 1.0),
         )
 
+    def check(
+        self, image_size: int | None = None, *, preprocessor: str | Path | None = None, what: str = ""
+    ) -> None:
+        """Compare with what an encoder was trained on.
+
+        Args:
+            image_size: side of the images that it takes (``encoder.image_size``); None: not compared.
+            preprocessor: its directory. What the ``preprocessor_config.json`` in it, if there is one,
+                says about ``image_mean``, ``image_std`` and ``rescale_factor`` is compared.
+            what: the encoder's name, for the message.
+
+        Raises:
+            ValueError: if something differs, naming each number.
+        """
+        wanted: dict[str, tuple[Any, Any]] = {}
+        if image_size is not None:
+            wanted["size"] = (self.size, image_size)
+        file = None if preprocessor is None else Path(preprocessor) / "preprocessor_config.json"
+        if file is not None and file.is_file():
+            said = read_json(file)
+            for ours, key, step, without in (
+                ("mean", "image_mean", "do_normalize", [0.0] * 3),
+                ("std", "image_std", "do_normalize", [1.0] * 3),
+                ("scale", "rescale_factor", "do_rescale", 1.0),
+            ):
+                theirs = said.get(key) if said.get(step, True) else without
+                if theirs is not None:
+                    wanted[ours] = (getattr(self, ours), theirs)
+        faults = [
+            f"{name} is {ours}, the encoder's {theirs}"
+            for name, (ours, theirs) in wanted.items()
+            if not _same(ours, theirs)
+        ]
+        if faults:
+            raise ValueError(
+                f"Images are not made as the encoder{what and f' {what!r}'} was trained on them: "
+                f"{'; '.join(faults)}. ImageTransform.from_directory reads these from the encoder's own "
+                "directory."
+            )
+
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into pixels ``[3, size, size]``."""
         if self.resize:
@@ -195,3 +235,10 @@ def _numbers(value: Any, count: int, above: float = -math.inf) -> list[float]:
     if len(numbers) != count or not all(above < number < math.inf for number in numbers):
         raise ValueError(f"not {count} numbers above {above}: {value}")
     return numbers
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    try:
+        return np.allclose(theirs, ours, rtol=1e-5, atol=0) and np.shape(theirs) == np.shape(ours)
+    except (TypeError, ValueError):  # a file may say anything
+        return False

@@ -5,7 +5,7 @@ a tile are padded with zeros to a multiple of eight, and these padding tokens ar
 that is valid; what is invalid (padding tokens, and all tokens of padding tiles) attends to what is
 valid only. And transformers holds the embeddings of tiles as one row an aspect ratio where Meta and
 torchtune hold one grid that every aspect ratio cuts its corner from. Rows can say all that a grid
-can, and more, so rows are the form here; ``grid_to_table`` and ``table_to_grid`` change one into the
+can, and more, so rows are the form here; ``mllama_tiles`` changes one into the
 other. Layers, gates, norms and names are torchtune's.
 """
 
@@ -27,11 +27,10 @@ from torchtune.modules import (
 )
 
 from torchfuse.encoders.clip import ACTIVATIONS
+from torchfuse.encoders.mllama_tiles import AspectRatios, ratio_faults
 from torchfuse.params import register_fusion_module
 
-__all__ = ["MllamaVisionEncoder", "encoder_mask_of_tiles", "grid_to_table", "table_to_grid"]
-
-AspectRatios = Sequence[Sequence[int]]
+__all__ = ["MllamaVisionEncoder"]
 
 
 class MllamaVisionEncoder(nn.Module):
@@ -117,7 +116,7 @@ class MllamaVisionEncoder(nn.Module):
         outside = [i for i in intermediate_layers if not -num_layers <= i < num_layers]
         if outside:
             faults.append(f"intermediate_layers {outside} must lie in [{-num_layers}, {num_layers})")
-        faults += _ratio_faults(supported_aspect_ratios, max_num_tiles)
+        faults += ratio_faults(supported_aspect_ratios, max_num_tiles)
         if faults:
             raise ValueError(f"Mllama vision tower: {'; '.join(faults)}.")
         self.image_size, self.in_channels = image_size, in_channels
@@ -404,124 +403,3 @@ def _layer(
         sa_scale=TanhGate() if gated else None,
         mlp_scale=TanhGate() if gated else None,
     )
-
-
-def encoder_mask_of_tiles(
-    cross_attention_mask: Tensor, tokens_per_tile: int, max_num_tiles: int | None = None
-) -> Tensor:
-    """Which features each text token may attend to, from which tiles it may attend to.
-
-    Args:
-        cross_attention_mask: ``[b, s, m, t]``, True (or 1): may attend, as transformers' processor
-            makes it.
-        tokens_per_tile: features of one tile.
-        max_num_tiles: tiles that the tower pads to; what is beyond ``t`` is hidden. None: ``t``.
-
-    Returns:
-        An ``encoder_mask``, bool ``[b, s, m * max_num_tiles * tokens_per_tile]``, True: may attend.
-
-    Raises:
-        ValueError: for a mask of another shape, or with more tiles than ``max_num_tiles``.
-
-    Examples:
-        >>> encoder_mask_of_tiles(torch.tensor([[[[1, 0]], [[0, 0]]]]), tokens_per_tile=2).int()
-        tensor([[[1, 1, 0, 0],
-                 [0, 0, 0, 0]]], dtype=torch.int32)
-    """
-    t = cross_attention_mask.shape[-1]
-    if cross_attention_mask.dim() != 4 or t > (max_num_tiles or t):
-        raise ValueError(
-            f"cross_attention_mask must be [b, s, m, t] with t up to {max_num_tiles or 'any number'}, "
-            f"got {list(cross_attention_mask.shape)}."
-        )
-    mask = F.pad(cross_attention_mask != 0, (0, (max_num_tiles or t) - t))
-    return mask.repeat_interleave(tokens_per_tile, dim=-1).flatten(2)
-
-
-def grid_to_table(grid: Tensor, aspect_ratios: AspectRatios, max_num_tiles: int) -> Tensor:
-    """Meta's and torchtune's form of an embedding of tiles as transformers', which is the tower's.
-
-    Args:
-        grid: ``[t, t, n, d]``; an image of (h, w) tiles has the corner ``[:h, :w]``.
-        aspect_ratios: (tiles high, tiles wide) of the ids 1, 2, ...
-        max_num_tiles: tiles that every image is padded to.
-
-    Returns:
-        ``[ids + 1, max_num_tiles, n, d]``, zero for padding tiles and for images that pad a row (id
-        0).
-
-    Raises:
-        ValueError: if an aspect ratio does not fit the grid or ``max_num_tiles``.
-
-    Examples:
-        >>> grid = torch.arange(4.0).view(2, 2, 1, 1)
-        >>> grid_to_table(grid, [(1, 1), (1, 2), (2, 1)], max_num_tiles=2).flatten(1)
-        tensor([[0., 0.],
-                [0., 0.],
-                [0., 1.],
-                [0., 2.]])
-    """
-    faults = _ratio_faults(aspect_ratios, max_num_tiles)
-    if grid.dim() != 4 or grid.shape[0] != grid.shape[1]:
-        faults.append(f"the grid must be [t, t, n, d], got {list(grid.shape)}")
-    elif max((max(ratio) for ratio in aspect_ratios), default=0) > grid.shape[0]:
-        faults.append(f"a grid of {grid.shape[0]} x {grid.shape[0]} tiles has no place for all of them")
-    if faults:
-        raise ValueError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(faults)}.")
-    table = grid.new_zeros(len(aspect_ratios) + 1, max_num_tiles, *grid.shape[2:])
-    for index, (h, w) in enumerate(aspect_ratios, start=1):
-        table[index, : h * w] = grid[:h, :w].flatten(0, 1)
-    return table
-
-
-def table_to_grid(table: Tensor, aspect_ratios: AspectRatios) -> Tensor:
-    """Transformers' form of an embedding of tiles as Meta's and torchtune's, if that can hold it.
-
-    Args:
-        table: ``[ids + 1, t, n, d]``.
-        aspect_ratios: (tiles high, tiles wide) of the ids 1, 2, ...
-
-    Returns:
-        ``[t, t, n, d]``, from which ``grid_to_table`` makes the same table; zero where no aspect ratio
-        reaches.
-
-    Raises:
-        ValueError: if a grid cannot hold the table: aspect ratios that share a tile disagree on it,
-            or padding tiles or the padding image have values other than zero.
-
-    Examples:
-        >>> table = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 2.0]]).view(3, 2, 1, 1)
-        >>> table_to_grid(table, [(1, 1), (1, 2)])[..., 0, 0]
-        tensor([[1., 2.],
-                [0., 0.]])
-    """
-    if table.dim() != 4 or table.shape[0] != len(aspect_ratios) + 1:
-        raise ValueError(
-            f"The table of {len(aspect_ratios)} aspect ratios must be [{len(aspect_ratios) + 1}, t, n, "
-            f"d], got {list(table.shape)}."
-        )
-    t = table.shape[1]
-    faults = _ratio_faults(aspect_ratios, t)
-    if faults:
-        raise ValueError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(faults)}.")
-    grid = table.new_zeros(t, t, *table.shape[2:])
-    for index, (h, w) in enumerate(aspect_ratios, start=1):
-        grid[:h, :w] = table[index, : h * w].unflatten(0, (h, w))
-    back = grid_to_table(grid, aspect_ratios, t)
-    lost = [index for index in range(len(table)) if not torch.equal(back[index], table[index])]
-    if lost:
-        raise ValueError(
-            f"A grid cannot hold rows {lost} of this table: aspect ratios {list(aspect_ratios)}, rows 1 "
-            f"to {len(aspect_ratios)}, must agree on the tiles that they share, and tiles beyond h * w, "
-            "and row 0, must be zero. Keep transformers' form."
-        )
-    return grid
-
-
-def _ratio_faults(aspect_ratios: AspectRatios, max_num_tiles: int) -> list[str]:
-    ratios = [tuple(ratio) for ratio in aspect_ratios]
-    bad = [r for r in ratios if len(r) != 2 or min(r) < 1 or r[0] * r[1] > max_num_tiles]
-    faults = [f"aspect ratios {bad} must be (h, w) with 1 to {max_num_tiles} tiles"] if bad else []
-    if len(set(ratios)) < len(ratios):
-        faults.append(f"aspect ratios {ratios} must all be different")
-    return faults if ratios else ["at least one aspect ratio is needed"]

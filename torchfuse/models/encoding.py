@@ -42,9 +42,6 @@ class EncoderOwner(nn.Module):
         on_missing: OnMissing,
         example_input: EncoderInput | None,
     ) -> None:
-        if on_missing not in ("skip", "participate"):
-            raise ValueError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
-        self.on_missing = on_missing
         self.example_input = example_input
         if isinstance(encoder, Mapping | nn.ModuleDict):
             self._own_by_name(dict(encoder.items()), adapter)
@@ -53,9 +50,20 @@ class EncoderOwner(nn.Module):
         else:
             self.encoder = encoder
             self.adapter = adapter
+        self.set_on_missing(on_missing)
+
+    def set_on_missing(self, on_missing: OnMissing) -> None:
+        """Say what happens to the encoders in a batch without input for them, see ``FusedModel``.
+
+        Raises:
+            ValueError: if it is neither ``"skip"`` nor ``"participate"``, or there is no example input.
+        """
+        if on_missing not in ("skip", "participate"):
+            raise ValueError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
         if on_missing == "participate":
             for name in self.encoder_names:
                 self._example_input(name)
+        self.on_missing = on_missing
 
     def _own_by_name(
         self,

@@ -8,14 +8,21 @@ below it, ``fusion_embedding.weight``. No key is ever renamed, so no hook is nee
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FusionEmbedding", "RowInit"]
+from torchfuse.modules.new_rows import (
+    RowInit,
+    append_rows,
+    check_num_new,
+    check_sizes,
+    first_rows,
+    merged_parameters,
+    reset_rows,
+    rows_are_means,
+)
 
-RowInit = Literal["mean", "normal"] | Tensor
+__all__ = ["FusionEmbedding", "RowInit"]
 
 
 class FusionEmbedding(nn.Embedding):
@@ -55,14 +62,12 @@ class FusionEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = {
-            "vocab_size": vocab_size,
-            "fusion_vocab_size": fusion_vocab_size,
-            "embed_dim": embed_dim,
-        }
-        bad = [f"{name}={size}" for name, size in sizes.items() if size < 1]
-        if bad:
-            raise ValueError(f"FusionEmbedding needs positive sizes, got {', '.join(bad)}.")
+        check_sizes(
+            "FusionEmbedding",
+            vocab_size=vocab_size,
+            fusion_vocab_size=fusion_vocab_size,
+            embed_dim=embed_dim,
+        )
         super().__init__(vocab_size, embed_dim, device=device, dtype=dtype)
         self.fusion_embedding = nn.Embedding(fusion_vocab_size, embed_dim, device=device, dtype=dtype)
         self.dim = embed_dim
@@ -109,14 +114,13 @@ class FusionEmbedding(nn.Embedding):
             >>> torch.allclose(fused(torch.tensor(12)), base.weight.mean(0))
             True
         """
-        if num_new < 1:
-            raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        check_num_new(num_new)
         _refuse_what_would_break(embedding)
-        rows = _new_rows(embedding.weight, num_new, init)
+        rows = first_rows(embedding, num_new, init)
         vocab_size, embed_dim = embedding.weight.shape
         fused = cls(vocab_size, num_new, embed_dim, device="meta")
         fused.weight = embedding.weight
-        fused.fusion_embedding.weight = nn.Parameter(rows)
+        fused.fusion_embedding.weight = nn.Parameter(rows["weight"])
         fused.padding_idx, fused.sparse = embedding.padding_idx, embedding.sparse
         return fused.train(embedding.training)
 
@@ -135,25 +139,15 @@ class FusionEmbedding(nn.Embedding):
         Raises:
             ValueError: as in ``from_pretrained``; nothing has changed then.
         """
-        if num_new < 1:
-            raise ValueError(f"num_new must be at least 1, got {num_new}.")
-        table = self.fusion_embedding
-        rows = _new_rows(self.weight, num_new, init).to(table.weight)
-        grown = nn.Parameter(torch.cat([table.weight.detach(), rows]), table.weight.requires_grad)
-        table.weight = grown
-        table.num_embeddings += num_new
+        append_rows(self, self.fusion_embedding, num_new, init)
+        self.fusion_embedding.num_embeddings += num_new
         self.num_embeddings += num_new
         return self
 
-    @torch.no_grad()
     def new_rows_are_means(self) -> bool:
         """Whether every new row still is the mean of the pretrained rows, as ``init="mean"`` sets it."""
-        rows = self.fusion_embedding.weight
-        if rows.is_meta or self.weight.is_meta:
-            return False
-        return torch.equal(rows, _new_rows(self.weight, self.fusion_vocab_size, "mean").to(rows))
+        return rows_are_means(self, self.fusion_embedding)
 
-    @torch.no_grad()
     def reset_new_rows(self, init: RowInit = "mean") -> None:
         """Give the new rows their first values anew, for example after the pretrained table was loaded.
 
@@ -163,9 +157,8 @@ class FusionEmbedding(nn.Embedding):
         Raises:
             ValueError: as in ``from_pretrained``; nothing has changed then.
         """
-        self.fusion_embedding.weight.copy_(_new_rows(self.weight, self.fusion_vocab_size, init))
+        reset_rows(self, self.fusion_embedding, init)
 
-    @torch.no_grad()
     def merge(self) -> nn.Embedding:
         """One plain embedding of all tokens, old and new; the tables here stay as they are.
 
@@ -173,9 +166,8 @@ class FusionEmbedding(nn.Embedding):
             An ``nn.Embedding`` with ``vocab_size + fusion_vocab_size`` rows in the pretrained
             table's dtype, trainable if either table was.
         """
-        weight = torch.cat([self.weight, self.fusion_embedding.weight.to(self.weight.dtype)])
-        trainable = self.weight.requires_grad or self.fusion_embedding.weight.requires_grad
-        return _plain(nn.Parameter(weight, trainable), self.padding_idx, self.sparse)
+        weight = merged_parameters(self, self.fusion_embedding)["weight"]
+        return _plain(weight, self.padding_idx, self.sparse)
 
     def fusion_params(self) -> list[str]:
         """The names, relative to this module, of the parameters that fusion added."""
@@ -248,22 +240,3 @@ def _refuse_what_would_break(embedding: nn.Embedding) -> None:
         faults.append("forward hooks (is it sharded already? add tokens first)")
     if faults:
         raise ValueError(f"New tokens cannot be added beside an embedding with {', '.join(faults)}.")
-
-
-@torch.no_grad()
-def _new_rows(weight: Tensor, num_new: int, init: RowInit) -> Tensor:
-    shape = (num_new, weight.shape[1])
-    if isinstance(init, Tensor):
-        if init.shape != shape:
-            raise ValueError(f"init must have shape {list(shape)}, got {list(init.shape)}.")
-        return init.detach().to(weight).clone()
-    if init not in ("mean", "normal"):
-        raise ValueError(f'init must be "mean", "normal" or a tensor {list(shape)}, got {init!r}.')
-    # In fp32 without an fp32 copy of the table, which may be gigabytes.
-    mean = weight.mean(dim=0, dtype=torch.float32)
-    rows = mean.expand(shape)
-    if init == "normal":
-        square = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square()
-        deviation = (square / weight.shape[0] - mean.square()).clamp(min=0).sqrt()
-        rows = rows + deviation * torch.randn(shape, device=weight.device)
-    return rows.to(weight.dtype).clone()

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.modules.fusion_embedding import FusionEmbedding, RowInit, _new_rows
+from torchfuse.modules.fusion_embedding import FusionEmbedding
+from torchfuse.modules.new_rows import (
+    RowInit,
+    append_rows,
+    check_num_new,
+    check_sizes,
+    first_rows,
+    merged_parameters,
+    reset_rows,
+    rows_are_means,
+)
 
 __all__ = ["FusionLinear", "TiedFusionLinear"]
 
@@ -56,14 +66,12 @@ class FusionLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = {
-            "embed_dim": embed_dim,
-            "vocab_size": vocab_size,
-            "fusion_vocab_size": fusion_vocab_size,
-        }
-        bad = [f"{name}={size}" for name, size in sizes.items() if size < 1]
-        if bad:
-            raise ValueError(f"FusionLinear needs positive sizes, got {', '.join(bad)}.")
+        check_sizes(
+            "FusionLinear",
+            embed_dim=embed_dim,
+            vocab_size=vocab_size,
+            fusion_vocab_size=fusion_vocab_size,
+        )
         super().__init__(embed_dim, vocab_size, bias=bias, device=device, dtype=dtype)
         self.fusion_linear = nn.Linear(
             embed_dim, fusion_vocab_size, bias=bias, device=device, dtype=dtype
@@ -106,19 +114,16 @@ class FusionLinear(nn.Linear):
             >>> torch.allclose(fused(x)[-1], base(x).mean(), atol=1e-6)
             True
         """
-        if num_new < 1:
-            raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        check_num_new(num_new)
         _refuse_what_would_break(linear)
-        rows, bias = _rows_and_bias(linear, num_new, init)
+        rows = first_rows(linear, num_new, init)
         vocab_size, embed_dim = linear.weight.shape
-        fused = cls(embed_dim, vocab_size, num_new, bias=bias is not None, device="meta")
+        fused = cls(embed_dim, vocab_size, num_new, bias="bias" in rows, device="meta")
         fused.weight, fused.bias = linear.weight, linear.bias
-        fused.fusion_linear.weight = nn.Parameter(rows)
-        if bias is not None:
-            fused.fusion_linear.bias = nn.Parameter(bias)
+        for name, values in rows.items():
+            setattr(fused.fusion_linear, name, nn.Parameter(values))
         return fused.train(linear.training)
 
-    @torch.no_grad()
     def expand(self, num_new: int, init: RowInit = "mean") -> FusionLinear:
         """Add more new tokens behind those there are, in place.
 
@@ -134,29 +139,15 @@ class FusionLinear(nn.Linear):
         Raises:
             ValueError: as in ``from_pretrained``; nothing has changed then.
         """
-        if num_new < 1:
-            raise ValueError(f"num_new must be at least 1, got {num_new}.")
-        rows, bias = _rows_and_bias(self, num_new, init)
-        head = self.fusion_linear
-        head.weight = _longer(head.weight, rows)
-        if bias is not None:
-            head.bias = _longer(head.bias, bias)
-        head.out_features += num_new
+        append_rows(self, self.fusion_linear, num_new, init)
+        self.fusion_linear.out_features += num_new
         self.out_features += num_new
         return self
 
-    @torch.no_grad()
     def new_rows_are_means(self) -> bool:
         """Whether every new row still is the mean of the pretrained rows, as ``init="mean"`` sets it."""
-        if self.fusion_linear.weight.is_meta or self.weight.is_meta:
-            return False
-        rows, bias = _rows_and_bias(self, self.fusion_vocab_size, "mean")
-        new = self.fusion_linear
-        return torch.equal(new.weight, rows.to(new.weight)) and (
-            bias is None or torch.equal(new.bias, bias.to(new.bias))
-        )
+        return rows_are_means(self, self.fusion_linear)
 
-    @torch.no_grad()
     def reset_new_rows(self, init: RowInit = "mean") -> None:
         """Give the new rows their first values anew, for example after the pretrained head was loaded.
 
@@ -166,12 +157,8 @@ class FusionLinear(nn.Linear):
         Raises:
             ValueError: as in ``from_pretrained``; nothing has changed then.
         """
-        rows, bias = _rows_and_bias(self, self.fusion_vocab_size, init)
-        self.fusion_linear.weight.copy_(rows)
-        if bias is not None:
-            self.fusion_linear.bias.copy_(bias)
+        reset_rows(self, self.fusion_linear, init)
 
-    @torch.no_grad()
     def merge(self) -> nn.Linear:
         """One plain head of all tokens, old and new; the heads here stay as they are.
 
@@ -182,10 +169,8 @@ class FusionLinear(nn.Linear):
         merged = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
-        for name, old in self.named_parameters(recurse=False):
-            new = self.fusion_linear.get_parameter(name)
-            trainable = old.requires_grad or new.requires_grad
-            setattr(merged, name, nn.Parameter(torch.cat([old, new.to(old.dtype)]), trainable))
+        for name, parameter in merged_parameters(self, self.fusion_linear).items():
+            setattr(merged, name, parameter)
         return merged.train(self.training)
 
     def fusion_params(self) -> list[str]:
@@ -249,21 +234,6 @@ class TiedFusionLinear:
         pretrained = F.linear(input, self.tied_module.weight)
         new = F.linear(input.to(rows.dtype), rows)
         return torch.cat([pretrained, new.to(pretrained.dtype)], dim=-1)
-
-
-@torch.no_grad()
-def _rows_and_bias(linear: nn.Linear, num_new: int, init: RowInit) -> tuple[Tensor, Tensor | None]:
-    rows = _new_rows(linear.weight, num_new, init)
-    bias = linear._parameters["bias"]
-    if bias is None:
-        return rows, None
-    # A bias is one more column of the table.
-    column = _new_rows(bias[:, None], num_new, "mean" if isinstance(init, Tensor) else init)
-    return rows, column[:, 0]
-
-
-def _longer(parameter: Tensor, more: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.cat([parameter, more.to(parameter)]), parameter.requires_grad)
 
 
 def _refuse_what_would_break(linear: nn.Module) -> None:

@@ -1,0 +1,129 @@
+"""Llama 3.2 Vision at a tiny size, as torchtune builds it, and the same out of torchfuse's parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.models.llama3_2_vision import llama3_2_vision_decoder, llama3_2_vision_encoder
+from torchtune.modules import model_fusion
+
+from torchfuse import fuse
+from torchfuse.encoders.mllama import MllamaVisionEncoder
+from torchfuse.models.llama import llama_decoder
+
+VOCAB = 37
+NEW = 8
+LAYERS = 6
+FUSED = [1, 3, 5]
+WIDTH = 24
+TOKENS = 10  # of a tile: nine patches and a class token
+RATIOS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
+DECODER = {
+    "vocab_size": VOCAB,
+    "num_layers": LAYERS,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "embed_dim": WIDTH,
+    "max_seq_len": 61,
+    "intermediate_dim": 41,
+}
+
+
+def their_encoder() -> nn.Module:
+    return shake(
+        llama3_2_vision_encoder(
+            patch_size=4,
+            num_heads=5,
+            clip_embed_dim=20,
+            clip_num_layers=5,
+            clip_hidden_states=[1, 3],
+            num_layers_projection=2,
+            decoder_embed_dim=WIDTH,
+            tile_size=12,
+            max_num_tiles=4,
+        )
+    )
+
+
+def their_decoder(**changes: Any) -> nn.Module:
+    return shake(
+        llama3_2_vision_decoder(
+            fusion_interval=2,
+            num_special_tokens=NEW,
+            encoder_max_seq_len=89,
+            rope_base=500_000.0,
+            **DECODER | changes,
+        )
+    )
+
+
+def their_model(**changes: Any) -> nn.Module:
+    """torchtune's, with random parameters and open gates."""
+    return model_fusion.DeepFusionModel(their_decoder(**changes), their_encoder()).eval()
+
+
+def our_decoder(**changes: Any) -> nn.Module:
+    return llama_decoder(rope_base=500_000.0, rope_scale_factor=8, **DECODER | changes)
+
+
+def our_encoder(**changes: Any) -> MllamaVisionEncoder:
+    """The same tower; torchtune's has no padding tokens, and counts layers from before them."""
+    numbers: dict[str, Any] = {
+        "image_size": 12,
+        "patch_size": 4,
+        "embed_dim": 20,
+        "num_layers": 5,
+        "num_global_layers": 2,
+        "num_heads": 5,
+        "hidden_dim": 80,
+        "decoder_dim": WIDTH,
+        "intermediate_layers": [0, 2],
+        "max_num_tiles": 4,
+        "supported_aspect_ratios": RATIOS,
+        "pad_tokens_to": 1,
+    }
+    return MllamaVisionEncoder(**numbers | changes)
+
+
+def our_model(encoder: nn.Module | None = None, **changes: Any) -> nn.Module:
+    """The same around a plain decoder; its tower is ours unless torchtune's is given."""
+    return fuse(
+        our_decoder(**changes),
+        our_encoder() if encoder is None else encoder,
+        adapter=None,
+        layers=FUSED,
+        fusion_vocab_size=NEW,
+    ).eval()
+
+
+def with_their_epsilons(model: Any) -> Any:
+    """torchtune's builder leaves the two norms of a fused layer at 1e-6; all others have 1e-5."""
+    for index in FUSED:
+        layer = model.decoder.layers[index].fusion_layer
+        assert layer.attn.q_norm.eps == layer.attn.k_norm.eps == 1e-5
+        layer.ca_norm.eps = layer.mlp_norm.eps = 1e-6
+    return model
+
+
+@torch.no_grad()
+def shake(module: nn.Module) -> nn.Module:
+    """Random parameters, none of which starts like another, and open gates."""
+    for parameter in module.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.8))
+    return module
+
+
+def example(rows: list[list[tuple[int, int]]]) -> tuple[Tensor, dict[str, Any]]:
+    """Text with new tokens, and what stands beside it: images of four tiles and their mask.
+
+    The first token of every row may attend to nothing, the last row to nothing at all.
+    """
+    b, s, m = len(rows), 13, len(rows[0])
+    tokens = torch.randint(0, VOCAB + NEW, (b, s))
+    tokens[:, 1] = VOCAB + 3
+    mask = torch.rand(b, s, m * 4 * TOKENS) < 0.6
+    mask[:, 0] = mask[-1] = False
+    images = {"images": torch.randn(b, m, 4, 3, 12, 12), "aspect_ratio": torch.tensor(rows)}
+    return tokens, {"encoder_input": images, "encoder_mask": mask}

@@ -1,0 +1,211 @@
+"""What a base is known by, without keeping a copy of it.
+
+Fusion is trained against the values of one base; over another one of the same shapes it loads, runs
+and is wrong. So an artifact says of every pretrained tensor its name, shape, dtype and a hash of a few
+values at fixed places. Values are rounded to bfloat16 first: a base is the same base in fp32 and in
+bf16, and so is one that differs by less than that. From a sharded tensor each rank takes what it holds,
+so nothing is gathered but the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from torchfuse.naming import canonical_name, named_parameters, unwrap
+from torchfuse.params import fusion_buffers, get_fusion_params
+
+__all__ = ["TensorPrint", "compare", "explain", "fingerprint", "pretrained_tensors", "read_fingerprint"]
+
+_SAMPLES: Final = 64
+_LISTED: Final = 8
+_FLOATING: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Rounded to bfloat16 these two agree; rounding another one of them on the way there can end elsewhere.
+_INTERCHANGEABLE: Final = {"float32", "bfloat16"}
+_NOT_HELD: Final = -1  # below every bit pattern
+
+
+class TensorPrint(NamedTuple):
+    """What a tensor is known by; ``values`` is None where they cannot be read."""
+
+    shape: list[int]
+    dtype: str
+    values: str | None
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+def pretrained_tensors(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """The parameters and persistent buffers that fusion did not add, by canonical name.
+
+    Args:
+        model: a fused model.
+        without: names of parameters to leave out, for example because they train; buffers beside them
+            in the same module, which training moves too, are left out with them.
+    """
+    added = get_fusion_params(model).keys() | fusion_buffers(model).keys() | set(without)
+    moving = {name.rpartition(".")[0] for name in without}
+    tensors: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(model) if n not in added}
+    for path, module in unwrap(model).named_modules():
+        owner = canonical_name(path)
+        for key, buffer in module.named_buffers(recurse=False):
+            name = f"{owner}.{key}" if owner else key
+            kept = key not in module._non_persistent_buffers_set and owner not in moving
+            if kept and name not in added:
+                tensors[name] = buffer
+    return tensors
+
+
+@torch.no_grad()
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
+    """What each tensor is known by.
+
+    At most 64 values of each are read, evenly spread from the first to the last. Values of tensors on
+    the meta device, of quantized ones, and of what is not fp64, fp32, bf16 or fp16 are not read.
+
+    Args:
+        tensors: tensors by name, sharded or not. If any is sharded, every rank calls this with the same
+            names, and all get the same result.
+
+    Examples:
+        >>> whole = fingerprint({"x": torch.ones(3, 5)})["x"]
+        >>> print(whole)
+        float32 [3, 5]
+        >>> whole.values == fingerprint({"x": torch.ones(3, 5).bfloat16()})["x"].values
+        True
+        >>> whole.values == fingerprint({"x": torch.zeros(3, 5)})["x"].values
+        False
+    """
+    samples = {name: _samples(tensor) for name, tensor in tensors.items() if _is_readable(tensor)}
+    sharded = [sample for name, sample in samples.items() if isinstance(tensors[name], DTensor)]
+    values = dict(zip(samples, _on_every_rank(list(samples.values()), sharded), strict=True))
+    return {
+        name: TensorPrint(
+            shape=list(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            values=_hash(values[name]) if name in values else None,
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def read_fingerprint(described: Mapping[str, Any]) -> dict[str, TensorPrint]:
+    """A fingerprint from what JSON made of it.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    return {str(name): TensorPrint(**fields) for name, fields in described.items()}
+
+
+def compare(theirs: Mapping[str, TensorPrint], ours: Mapping[str, TensorPrint]) -> dict[str, str]:
+    """How the base that an artifact was made over differs from a model's.
+
+    Values are compared where both could be read, and either both dtypes are the same or one is fp32 and
+    the other bf16.
+
+    Args:
+        theirs: the artifact's.
+        ours: the model's.
+
+    Returns:
+        By name of the tensor, in words. Empty if it is the same base.
+    """
+    found = {}
+    for name, there in theirs.items():
+        here = ours.get(name)
+        if here is None:
+            found[name] = f"{there} in the artifact's base, missing here"
+        elif here.shape != there.shape:
+            found[name] = f"{there} in the artifact's base, {here} here"
+        elif _are_comparable(there, here) and here.values != there.values:
+            found[name] = f"{there} in the artifact's base, {here} with other values here"
+    return found | {
+        name: f"not in the artifact's base, {here} here"
+        for name, here in ours.items()
+        if name not in theirs
+    }
+
+
+def explain(differences: Mapping[str, str]) -> list[str]:
+    """What ``compare`` found as lines of a message: how many tensors, and the first few by name."""
+    count = f"{len(differences)} pretrained tensor{'s are' if len(differences) > 1 else ' is'}"
+    lines = [f"base: {count} not what the artifact was made over"]
+    lines += [f"base: {name} is {how}" for name, how in list(differences.items())[:_LISTED]]
+    more = len(differences) - _LISTED
+    return [*lines, f"base: and {more} more"] if more > 0 else lines
+
+
+def _are_comparable(one: TensorPrint, other: TensorPrint) -> bool:
+    dtypes = {one.dtype, other.dtype}
+    return None not in (one.values, other.values) and (len(dtypes) == 1 or dtypes == _INTERCHANGEABLE)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        # Other placements do not leave every rank a box of the tensor.
+        if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+            return False
+    else:
+        local = tensor
+    plain = type(local) in (Tensor, nn.Parameter)
+    return plain and local.dtype in _FLOATING and not local.is_meta
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    """Bit patterns of sampled values, ``[k]``; a value that another rank holds is ``_NOT_HELD``."""
+    local, offset = _box(tensor)
+    size, count = tensor.numel(), min(tensor.numel(), _SAMPLES)
+    result = torch.full((count,), _NOT_HELD, dtype=torch.int32, device=local.device)
+    if not count or local.numel() == 0:
+        return result
+    places = torch.tensor([i * (size - 1) // max(count - 1, 1) for i in range(count)])
+    inside, index = torch.ones(count, dtype=torch.bool), []
+    for at, start, length in zip(
+        torch.unravel_index(places, tensor.shape or (1,)), offset, local.shape, strict=True
+    ):
+        inside &= (at >= start) & (at < start + length)
+        index.append(at - start)
+    held = inside.nonzero().flatten()
+    values = local[tuple(at[held].to(local.device) for at in index)]
+    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+    result[held.to(local.device)] = bits
+    return result
+
+
+def _box(tensor: Tensor) -> tuple[Tensor, Iterable[int]]:
+    """What this rank holds of a tensor, and where in it that begins."""
+    if not isinstance(tensor, DTensor):
+        local = tensor if tensor.dim() else tensor[None]
+        return local, [0] * local.dim()
+    local = tensor.to_local()
+    if not local.dim():
+        return local[None], [0]
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return local, offset
+
+
+def _on_every_rank(samples: list[Tensor], sharded: list[Tensor]) -> list[list[int]]:
+    if not samples:
+        return []
+    # One reduction and one copy to the host for all tensors together, where the ranks can talk.
+    device = (sharded or samples)[0].device
+    joined = torch.cat([sample.to(device) for sample in samples])
+    if sharded:
+        distributed.all_reduce(joined, op=distributed.ReduceOp.MAX)
+    return [part.tolist() for part in joined.cpu().split([len(sample) for sample in samples])]
+
+
+def _hash(bits: list[int]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(bits)}H", *bits)).hexdigest()[:16]

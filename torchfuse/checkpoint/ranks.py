@@ -1,0 +1,78 @@
+"""Ranks that act as one: what happens on rank zero, and what fails on any, is known to all.
+
+Without a process group a process is its own rank zero, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import distributed
+
+__all__ = ["agree", "coordination_group", "from_rank_zero", "is_rank_zero"]
+
+_T = TypeVar("_T")
+
+_coordination: tuple[Any, Any] = (None, None)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes for all."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def coordination_group() -> Any:
+    """A group of all ranks that only checkpoints use, on the CPU; None without a process group."""
+    # Training goes on while a checkpoint is written: in one group their messages would be mixed up.
+    global _coordination
+    if not distributed.is_initialized():
+        return None
+    world = distributed.group.WORLD
+    if _coordination[0] is not world:
+        _coordination = (world, distributed.new_group(backend="gloo"))
+    return _coordination[1]
+
+
+def from_rank_zero(group: Any, make: Callable[[], _T]) -> _T:
+    """What ``make`` returns on rank zero, or the exception that it raises there, on every rank.
+
+    Args:
+        group: what ``coordination_group`` returned.
+        make: called on rank zero alone; its result is sent, so it must be small.
+    """
+    box: list[Any] = [None, None]
+    if is_rank_zero():
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    if group is not None:
+        distributed.broadcast_object_list(box, src=0, group=group)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def agree(group: Any, faults: list[str], headline: str, same: Any = None) -> None:
+    """One error on every rank if there is a fault on any.
+
+    Args:
+        group: what ``coordination_group`` returned.
+        faults: what is wrong on this rank.
+        headline: first line of the error.
+        same: a value that must be equal on all ranks.
+
+    Raises:
+        ValueError: with the faults of all ranks, each once.
+    """
+    everywhere = [(faults, same)]
+    if group is not None:
+        everywhere = [([], None)] * distributed.get_world_size(group)
+        distributed.all_gather_object(everywhere, (faults, same), group=group)
+    if any(other != everywhere[0][1] for _, other in everywhere):
+        faults = [f"the ranks disagree: {', '.join(repr(other) for _, other in everywhere)}"]
+        everywhere.append((faults, None))
+    collected = dict.fromkeys(fault for theirs, _ in everywhere for fault in theirs)
+    if collected:
+        raise ValueError("\n  ".join([headline, *collected]))

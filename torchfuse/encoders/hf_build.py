@@ -1,0 +1,217 @@
+"""Towers of transformers from their configuration: no weights, no network, no foreign code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from torchfuse.encoders.hf import AXES, HfEncoder, computed_buffers
+
+__all__ = ["hf_encoder", "saved_names", "tower_config"]
+
+# The encoder half of a model that also has a decoder.
+_ENCODERS: Final = {"whisper": ("transformers.models.whisper.modeling_whisper", "WhisperEncoder")}
+# What a file must not choose: code that is not transformers' own.
+_FOREIGN_CODE: Final = (
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+)
+
+
+def hf_encoder(
+    path_or_config: Any,
+    *,
+    feature_layer: int | None = None,
+    keep_cls: bool | None = None,
+    image_size: int | None = None,
+    num_special_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> HfEncoder:
+    """Build the tower that a checkpoint's ``config.json`` describes, without its weights.
+
+    Nothing is initialised: memory is taken, and every parameter is NaN until a checkpoint is loaded into
+    it, so that a tensor that was forgotten cannot go unseen. Under ``torch.device("meta")`` no memory is
+    taken but for buffers that no checkpoint holds. A pooler that features do not pass is left out where
+    the tower's class allows it, and layers are never dropped at random. Neither the network nor code
+    from the directory is ever used.
+
+    Args:
+        path_or_config: a directory with a ``config.json``, or a configuration of transformers, of a
+            tower or of a whole model, see ``tower_config``.
+        feature_layer: see ``HfEncoder``.
+        keep_cls: see ``HfEncoder``.
+        image_size: see ``HfEncoder``.
+        num_special_tokens: see ``HfEncoder``.
+        dtype: of the parameters; torch's default dtype unless given.
+
+    Raises:
+        ImportError: if transformers is not installed.
+        ValueError: if there is no such tower, or an argument does not fit it.
+
+    Examples:
+        >>> from transformers import Dinov2Config
+        >>> config = Dinov2Config(
+        ...     hidden_size=6, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        ... )
+        >>> hf_encoder(config, keep_cls=False).num_tokens
+        4
+    """
+    transformers = _transformers()
+    config = deepcopy(tower_config(path_or_config))
+    kind = config.model_type
+    if kind in _ENCODERS:
+        module, name = _ENCODERS[kind]
+        tower_class = getattr(import_module(module), name)
+    elif type(config) in transformers.MODEL_MAPPING:
+        tower_class = transformers.MODEL_MAPPING[type(config)]
+    else:
+        raise ValueError(f"transformers has no tower for the configuration of a {kind!r}.")
+    if getattr(tower_class, "main_input_name", None) not in AXES:
+        raise ValueError(f"A {kind!r} ({tower_class.__name__}) is no vision or audio tower.")
+    for name in {"layerdrop", "encoder_layerdrop"} & vars(config).keys():
+        setattr(config, name, 0.0)  # all ranks run the same layers, and hidden states can be counted
+    pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
+    tower = _build(tower_class, config, dtype, {"add_pooling_layer": False} if pooler else {})
+    return HfEncoder(
+        tower,
+        feature_layer=feature_layer,
+        keep_cls=keep_cls,
+        image_size=image_size,
+        num_special_tokens=num_special_tokens,
+    )
+
+
+def tower_config(path_or_config: Any) -> Any:
+    """The configuration of the tower in a checkpoint.
+
+    Args:
+        path_or_config: a directory with a ``config.json``, what such a file holds, or a configuration
+            of transformers. One with a ``vision_config`` or an ``audio_config`` is a whole model's, and
+            that is the tower's.
+
+    Returns:
+        A configuration of transformers, whose ``model_type`` says which tower it is.
+
+    Raises:
+        ImportError: if transformers is not installed.
+        ValueError: if it is no such thing, or there are several towers.
+
+    Examples:
+        >>> from transformers import CLIPConfig
+        >>> tower_config(CLIPConfig()).model_type
+        'clip_vision_model'
+    """
+    transformers = _transformers()
+    config, source = path_or_config, "The configuration"
+    if isinstance(config, str | Path):
+        path = Path(config)
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a directory, and nothing is downloaded; give a local one.")
+        config, source = _read_config(path / "config.json"), str(path / "config.json")
+    if isinstance(config, Mapping):
+        said = _without_foreign_code(dict(config))
+        kind = said.get("model_type")
+        if kind not in transformers.CONFIG_MAPPING:
+            raise ValueError(f"{source}: transformers knows no model_type {kind!r}.")
+        try:
+            config = transformers.CONFIG_MAPPING[kind].from_dict(said)
+        except Exception as error:  # each configuration checks itself in its own way
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"{source} is no {kind} configuration: {reason}.") from error
+    if not isinstance(config, transformers.PreTrainedConfig):
+        raise ValueError(
+            "A tower is built from a directory or a configuration of transformers, got a "
+            f"{type(config).__name__}."
+        )
+    towers = [name for name in ("vision_config", "audio_config") if getattr(config, name, None)]
+    if len(towers) > 1:
+        raise ValueError(f"A {config.model_type!r} has {' and '.join(towers)}: give one of the two.")
+    return getattr(config, towers[0]) if towers else config
+
+
+def saved_names(tower: nn.Module) -> dict[str, str]:
+    """The names that a tower's tensors have in a file, by those that they have in memory.
+
+    Since its version 5 transformers renames on the way in and out, so that old files keep their names.
+
+    Raises:
+        ValueError: for a tensor that is not renamed only, but stored otherwise.
+    """
+    state = tower.state_dict()
+    names = dict.fromkeys(state, "")
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # versions that rename nothing
+        return {name: name for name in names}
+    mine = {id(tensor): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(tower, state)
+    names |= {mine[id(tensor)]: key for key, tensor in saved.items() if id(tensor) in mine}
+    if otherwise := [name for name, key in names.items() if not key]:
+        raise ValueError(
+            f"transformers stores {', '.join(otherwise[:8])} of a {type(tower).__name__} otherwise; such"
+            " a tower cannot be loaded here."
+        )
+    return names
+
+
+def _build(tower_class: Any, config: Any, dtype: torch.dtype | None, options: Any) -> nn.Module:
+    """A tower whose parameters are NaN and whose computed buffers are right, on the meta device too."""
+    from transformers.initialization import no_init_weights
+
+    def make() -> nn.Module:
+        with no_init_weights():
+            return tower_class(deepcopy(config), **options)
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or default)
+    try:
+        tower = make()
+        computed = list(computed_buffers(tower))
+        if any(buffer.is_meta for _, _, buffer in computed):
+            with torch.device("cpu"):  # memory that is not touched costs nothing
+                real = [buffer for _, _, buffer in computed_buffers(make())]
+            for (module, name, _), buffer in zip(computed, real, strict=True):
+                module._buffers[name] = buffer
+    finally:
+        torch.set_default_dtype(default)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.fill_(torch.nan)
+    return tower
+
+
+def _read_config(file: Path) -> Any:
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(said).__name__}.")
+    return said
+
+
+def _without_foreign_code(said: Any) -> Any:
+    """A file's configuration without what would make transformers fetch or run other code."""
+    if not isinstance(said, dict):
+        return said
+    return {key: _without_foreign_code(v) for key, v in said.items() if key not in _FOREIGN_CODE}
+
+
+def _transformers() -> ModuleType:
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise ImportError("Towers come from transformers: pip install torchfuse[hf].") from error

@@ -44,7 +44,7 @@ from torchfuse.data.questions import (
 )
 from torchfuse.devices import device_and_dtype
 from torchfuse.evaluation import Answered, accuracy, answer_questions, exchange_images
-from torchfuse.runs import build_model
+from torchfuse.runs import build_model, check_images
 from torchfuse.training import next_token_loss, shard
 
 
@@ -116,6 +116,7 @@ def main(config: Config) -> None:
     longest = check_questions(transform, held_out, test) if test else 0
     model = _build_model(config, shard_it=distributed_run)
     _check_image_token(model, transform.image_token)
+    check_images(model, transform.image_transform, config.pretrained.encoder)
     say(f"\n{describe(model)}\n")
 
     def ask(asked: list[Question]) -> list[Answered]:

@@ -12,11 +12,13 @@ from torch import nn
 from torchfuse.checkpoint.pretrained import load_pretrained
 from torchfuse.checkpoint.trained import load_trained
 from torchfuse.config import build, read_config, read_yaml
+from torchfuse.data.images import ImageTransform
 from torchfuse.data.questions import QuestionTransform
 from torchfuse.devices import device_and_dtype
+from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
-__all__ = ["build_model", "load_run", "read_yaml"]
+__all__ = ["build_model", "check_images", "load_run", "read_yaml"]
 
 
 def build_model(
@@ -41,6 +43,27 @@ def build_model(
         built: nn.Module = build(model, what=f"{where}model", kind=nn.Module)
     call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
     return built
+
+
+def check_images(
+    model: nn.Module, transform: ImageTransform, encoder: str | Path | Mapping[str, str | Path] | None
+) -> None:
+    """Compare what images are made into with what the model's encoders were trained on.
+
+    Args:
+        model: a fused model.
+        transform: what turns images into pixels.
+        encoder: the encoders' directories, as for ``load_pretrained``; where they hold a
+            ``preprocessor_config.json``, mean and deviation are compared too.
+
+    Raises:
+        ValueError: naming each number that differs.
+    """
+    owner: Any = unwrap(model)
+    for name in owner.encoder_names:
+        size = getattr(unwrap(owner.get_encoder(name)), "image_size", None)
+        folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder
+        transform.check(size, preprocessor=folder, what=name)
 
 
 def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, QuestionTransform]:
@@ -68,5 +91,6 @@ def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Q
         config["transform"], what=f"{where}transform", kind=QuestionTransform
     )
     model = build_model(config["model"], config["pretrained"], device=device, dtype=dtype, where=where)
+    check_images(model, transform.image_transform, config["pretrained"].get("encoder"))
     load_trained(model, Path(path) / "fusion")
     return model, transform

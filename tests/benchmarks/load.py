@@ -29,6 +29,7 @@ FUSED, META, THEIRS = "from_pretrained, fused", "load_pretrained, from meta", "t
 DTYPE = torch.bfloat16
 MOST_TIME, MOST_MEMORY = 1.1, 1.15
 HEAD_DIM = 64
+IMPORTS = ["torchtune", "torchfuse.checkpoint.building", "transformers.models.llama.modeling_llama"]
 
 
 def save(options, folder):
@@ -105,21 +106,21 @@ def measured(pipe, options, folder, kind):
     call = calls(options, folder, kind)
     pipe.send(None)
     pipe.recv()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     model = call()
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     tensors = [*model.parameters(), *model.buffers()]
     assert not any(tensor.is_meta for tensor in tensors)
+    pipe.send((seconds, worked, allocated(os.getpid()), sum(tensor.nbytes for tensor in tensors)))
     table = next(p for p in tensors if p.shape == (options.vocab, options.width))
     assert table.dtype == DTYPE
-    pipe.send(
-        (seconds, allocated(os.getpid()), sum(t.nbytes for t in tensors), table.double().sum().item())
-    )
+    pipe.send(table.double().sum().item())
 
 
 def measure(options, folder, kind):
     """One call in a fresh process: seconds, peak of memory, size of the model, sum of its embedding."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # each a fresh copy of what only imported
+    context.set_forkserver_preload(IMPORTS)
     mine, its = context.Pipe()
     process = context.Process(target=measured, args=(its, options, folder, kind))
     process.start()
@@ -129,9 +130,10 @@ def measure(options, folder, kind):
     mine.send(None)
     while not mine.poll(0.002):
         peak = max(peak, allocated(process.pid))
-    seconds, after, size, checksum = mine.recv()
+    seconds, worked, after, size = mine.recv()
+    checksum = mine.recv()
     process.join()
-    return seconds, max(peak, after) - before, size, checksum
+    return seconds, worked, max(peak, after) - before, size, checksum
 
 
 def warm(folder):
@@ -154,14 +156,14 @@ def compare(options, folder):
     for turn in tqdm(range(options.rounds), desc=folder.name, disable=None, leave=False):
         for kind in kinds if turn % 2 == 0 else reversed(kinds):
             found[kind].append(measure(options, folder, kind))
-    assert len({once[3] for runs in found.values() for once in runs}) == 1
+    assert len({once[-1] for runs in found.values() for once in runs}) == 1
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
     print(f"{folder.name}: {len(files)} of together {sum(files) / 1e6:,.1f} MB")
     ratios = {}
     for kind, runs in found.items():
-        seconds, peaks, sizes, _ = zip(*runs, strict=True)
+        seconds, worked, peaks, sizes, _ = zip(*runs, strict=True)
         memory = [peak / size for peak, size in zip(peaks, sizes, strict=True)]
-        line = f"  {kind:<26} {spread(seconds, 3)} s   model {sizes[0] / 1e6:,.1f} MB, "
+        line = f"  {kind:<26} {spread(seconds, 3)} s   {statistics.median(worked):.2f} s CPU   model {sizes[0] / 1e6:,.1f} MB, "
         line += f"peak / model {spread(memory, 3)}"
         if kind != THEIRS:
             times = [ours[0] / theirs[0] for ours, theirs in zip(runs, found[THEIRS], strict=True)]

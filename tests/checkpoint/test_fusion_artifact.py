@@ -18,7 +18,8 @@ from torchfuse import (
     save_fusion,
 )
 from torchfuse.checkpoint import files
-from torchfuse.checkpoint.fusion_artifact import describe_fusion, write_artifact
+from torchfuse.checkpoint.description import describe_fusion
+from torchfuse.checkpoint.fusion_artifact import write_artifact
 from torchfuse.training import shard
 
 

@@ -448,8 +448,9 @@ def hostile_index(draw, files):
     index = {"weight_map": dict.fromkeys(THEIR_NAMES, "model.safetensors")}
     try:
         index = json.loads(files.get(INDEX, json.dumps(index)))
-        weight_map = index["weight_map"]
+        weight_map = dict(index["weight_map"])
         key = some_key(draw, weight_map)
+        index["weight_map"] = weight_map
     except (ValueError, KeyError, TypeError, RecursionError):
         return set()
     shards = sorted(name for name in files if name.endswith(".safetensors"))

@@ -1,9 +1,6 @@
-import json
-import shutil
-
 import pytest
 import torch
-from hf import LLAMA, clip_tower, edit, llama, ours, rename
+from hf import clip_tower, edit, llama, ours, rename
 from safetensors.torch import load_file, save_file
 from support import TinyEncoder, same_state, state, text, tiny_decoder
 

@@ -28,7 +28,7 @@ from torchtune_models import (
     with_their_epsilons,
 )
 
-from torchfuse import DeepFusionModel, EarlyFusionModel, FusionEmbedding, export, fuse, load_pretrained
+from torchfuse import DeepFusionModel, EarlyFusionModel, export, fuse, load_pretrained
 from torchfuse.checkpoint.building import from_pretrained
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.mllama_tiles import grid_to_table
@@ -141,9 +141,16 @@ def test_cached_decoding_is_theirs(parts):
 def test_their_epsilons_show_where_states_are_small():
     """Why the two norms of a fused layer are set by hand here."""
     theirs, ours = their_model(), our_model(their_encoder())
-    for name in ("weight", "fusion_embedding.weight"):
-        theirs.state_dict()[f"decoder.tok_embeddings.{name}"].mul_(0.01)
-    ours.load_state_dict(theirs.state_dict())
+    state = theirs.state_dict()
+    for name in (
+        "tok_embeddings",
+        "tok_embeddings.fusion_embedding",
+        "layers.0.attn.output_proj",
+        "layers.0.mlp.w2",
+    ):
+        state[f"decoder.{name}.weight"].mul_(0.01)
+    state["decoder.layers.1.fusion_layer.ca_scale.scale"].mul_(0.001)
+    ours.load_state_dict(state)
     tokens, beside = example(ANY_TILES)
     expected = theirs(tokens, **beside)
     assert (ours(tokens, **beside) - expected).abs().max() > 1e-4
@@ -225,7 +232,7 @@ def test_parts_that_no_config_describes_go_out_and_in(tmp_path):
     load_pretrained(again, tmp_path / "export")
     same(again.state_dict(), ours.state_dict())
     with pytest.raises(
-        ValueError, match="does not say what model this is; build it, and give it to load"
+        ValueError, match="does not say what model this is: build it, and give it to load"
     ):
         from_pretrained(tmp_path / "export")
 
@@ -262,7 +269,7 @@ class Towers:
     @staticmethod
     def clip():
         numbers = {"image_size": 12, "patch_size": 4, "embed_dim": 18, "num_layers": 3, "num_heads": 2}
-        return shake(ClipVisionEncoder(**numbers))
+        return shake(ClipVisionEncoder(**numbers, keep_cls=True))
 
     @staticmethod
     def plain():
@@ -275,9 +282,9 @@ def early(cls, encoders, decoder=None):
 
 
 def early_example():
-    """Nine features an image, and four tokens of what else there is."""
+    """Ten features an image, and four tokens of what else there is."""
     tokens = torch.randint(0, VOCAB, (2, 29))
-    tokens[:, 3:12], tokens[0, 17:21], tokens[1, 23:27] = IMAGE, IMAGE + 2, IMAGE + 2
+    tokens[:, 3:13], tokens[0, 17:21], tokens[1, 23:27] = IMAGE, IMAGE + 2, IMAGE + 2
     return tokens, {
         "image": {"images": torch.randn(2, 3, 12, 12)},
         "tiles": {"input": torch.randn(2, 4, 5)},
@@ -310,34 +317,13 @@ def test_early_fusion_files_go_both_ways(tmp_path):
     export(ours, tmp_path / "export", format="torchtune")
     reader = their_reader(tmp_path / "export", "model.safetensors", tmp_path / "again")
     theirs.load_state_dict(reader.load_checkpoint()["model"], strict=True)
-    again = from_pretrained(tmp_path / "export").eval()
+    again = from_pretrained(tmp_path / "export", fusion_trainable=False).eval()
     same(again.state_dict(), ours.state_dict())
     tokens, given = early_example()
     tokens[tokens > IMAGE], given = 1, {"image": given["image"]}
     expected = ours(tokens, encoder_input=given)
     close(theirs(tokens, encoder_input=given), expected)
     assert torch.equal(again(tokens, encoder_input=given), expected)
-
-
-@torch.no_grad()
-def test_early_fusion_with_new_tokens(tmp_path):
-    """torchtune forgets to move a FusionEmbedding's table into the decoder's names."""
-    their_embedding = shake(model_fusion.FusionEmbedding(VOCAB, 3, 18))
-    decoder = shake(tiny_decoder())
-    decoder.tok_embeddings = their_embedding
-    theirs = early(model_fusion.EarlyFusionModel, {"image": Towers.clip()}, decoder)
-    assert "tok_embeddings.weight" in theirs.state_dict()
-    decoder = tiny_decoder()
-    decoder.tok_embeddings = FusionEmbedding(VOCAB, 3, 18)
-    ours = early(EarlyFusionModel, {"image": Towers.clip()}, decoder)
-    load_pretrained(ours, their_file(tmp_path, theirs))
-    tokens, given = early_example()
-    tokens[tokens > IMAGE], given = VOCAB + 2, {"image": given["image"]}
-    close(ours(tokens, encoder_input=given), theirs(tokens, encoder_input=given))
-    shake(ours)
-    export(ours, tmp_path / "export", format="torchtune")
-    theirs.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"), strict=True)
-    close(ours(tokens, encoder_input=given), theirs(tokens, encoder_input=given))
 
 
 @torch.no_grad()
@@ -390,7 +376,7 @@ def test_what_becomes_of_a_mllama_directory_is_what_torchtune_makes_of_it(tmp_pa
     expected = reader.load_checkpoint()["model"]
     export(from_pretrained(folder), tmp_path / "export", format="torchtune")
     got = load_file(tmp_path / "export" / "model.safetensors")
-    gates = [got[name] for name in got if name.endswith("scale.scale") or name.endswith(".gate")]
+    gates = [got[name] for name in got if name.endswith(("scale.scale", ".gate"))]
     assert len(gates) == 2 * 2 + 2 * 2 + 3
     assert all(gate.abs() > 0 for gate in gates)
     same(got, expected)
@@ -399,10 +385,65 @@ def test_what_becomes_of_a_mllama_directory_is_what_torchtune_makes_of_it(tmp_pa
 
 def test_embeddings_of_tiles_that_no_grid_holds_are_named(tmp_path):
     model = from_pretrained(hf_directory(tmp_path / "hf", grids=False))
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (what it says is looked at)
+    with pytest.raises(ValueError, match="The format torchtune cannot hold") as error:
         export(model, tmp_path / "export", format="torchtune")
     text = str(error.value)
     for name in TABLES:
-        assert f"{name}: A grid cannot hold rows [0, 1, 2, 3, 4, 5, 6, 7, 8]" in text
-    assert text.endswith("Formats that can: torchfuse, mllama.")
+        assert f"{name}: A grid cannot hold rows [0, 1, 2, " in text
+    assert "The format torchfuse can hold it, and mllama where it can hold the rest" in text
+    assert not (tmp_path / "export").exists()
+    for name in ("torchfuse", "mllama"):
+        export(model, tmp_path / name, format=name)
+        same(from_pretrained(tmp_path / name).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "complaints"),
+    [
+        (
+            lambda: fuse(tiny_decoder(), Towers.clip(), every=2),
+            ["the adapter of 'encoder': torchtune has none"],
+        ),
+        (
+            lambda: fuse(
+                tiny_decoder(), {"a": Towers.clip(), "b": Towers.clip()}, every=2, adapter=None
+            ),
+            ["its named encoders: torchtune's DeepFusionModel has one without a name"],
+        ),
+        (
+            lambda: fuse(tiny_decoder(), Towers.clip(), arch="joint_decoder", encoder_token=IMAGE),
+            ["its encoder without a name: torchtune's EarlyFusionModel", "the adapter of 'encoder'"],
+        ),
+        (
+            lambda: fuse(
+                tiny_decoder(),
+                {"a": Towers.clip()},
+                arch="joint_decoder",
+                placement="prefix",
+                adapter=None,
+            ),
+            ["its placement: torchtune's EarlyFusionModel has placeholders"],
+        ),
+        *(
+            (
+                lambda tied=tied: fuse(
+                    tiny_decoder(tied=tied),
+                    Towers.clip(),
+                    every=2,
+                    adapter=None,
+                    fusion_vocab_size=2,
+                    fusion_head=True,
+                ),
+                ["the head's new rows: no head of torchtune scores new tokens"],
+            )
+            for tied in (False, True)
+        ),
+    ],
+    ids="adapter named unnamed prefix head tied".split(),
+)
+def test_what_torchtune_cannot_hold_is_named(tmp_path, make, complaints):
+    with pytest.raises(ValueError, match="The format torchtune cannot hold") as error:
+        export(make(), tmp_path / "export", format="torchtune")
+    assert [text for text in complaints if text not in str(error.value)] == []
+    assert "Formats that can: torchfuse" in str(error.value)
     assert not (tmp_path / "export").exists()

@@ -58,7 +58,7 @@ def test_commands_name_what_exists(page):
     for recipe in re.findall(r"torchfuse/recipes/(\w+\.py)|torchfuse\.recipes\.(\w+) ", text):
         file = recipe[0] or f"{recipe[1]}.py"
         assert (ROOT / "recipes" / file).is_file(), file
-    for link in re.findall(r"\]\(([^)#]+)", text):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from torchfuse.checkpoint.directory import Checkpoint, CheckpointDirectory
 from torchfuse.checkpoint.formats import DECODERS, ENCODERS, read_spec
-from torchfuse.checkpoint.loading import fill
+from torchfuse.checkpoint.loading import Source, fill
 from torchfuse.checkpoint.model_formats import open_checkpoint, read_model_spec
 from torchfuse.checkpoint.pretrained import sources_of_model, sources_of_part
 from torchfuse.checkpoint.spec import Spec
@@ -27,6 +27,9 @@ __all__ = ["from_pretrained"]
 
 PathLike = str | Path
 
+_DECODER: Final = ".decoder"  # no encoder can have this name
+_ONE: Final = ""  # the name of an encoder without a name
+
 
 def from_pretrained(
     path: PathLike | None = None,
@@ -38,6 +41,7 @@ def from_pretrained(
     max_seq_len: int | None = None,
     feature_layer: int | Mapping[str, int] | None = None,
     keep_cls: bool | Mapping[str, bool] | None = None,
+    intermediate_layers: Sequence[int] | None = None,
     decoder_trainable: bool = False,
     encoder_trainable: bool | Mapping[str, bool] = False,
     fusion_trainable: bool = True,
@@ -59,6 +63,8 @@ def from_pretrained(
         max_seq_len: longest sequence, if not the one that the checkpoint names.
         feature_layer: which hidden state of the tower the features are; by name for named encoders.
         keep_cls: whether the tower's class token is a feature too; by name for named encoders.
+        intermediate_layers: for a directory of Llama 3.2 Vision: behind which layers of the tower the
+            hidden states are taken that features are projected from; what it says unless given.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
         fusion_trainable: whether what fusion added trains.
@@ -90,74 +96,78 @@ def from_pretrained(
                 f"{', '.join(given)} cannot be given: the directory of a whole model says of itself how "
                 "it is fused."
             )
-        return _whole(path, dtype, place, max_seq_len, flags, on_missing, prepare)
-    if prepare is not None:
-        raise ValueError(
-            "prepare= is for the directory of a whole model; shard the fused model instead."
-        )
+        layers = None if intermediate_layers is None else tuple(intermediate_layers)
+        wanted = {"max_seq_len": max_seq_len, "intermediate_layers": layers}
+        return _whole(path, dtype, place, wanted, flags, on_missing, prepare)
+    alone = {"intermediate_layers": intermediate_layers, "prepare": prepare}
+    if given := [name for name, value in alone.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} cannot be given: only for the directory of a whole model.")
     assert decoder is not None
     assert encoder is not None
-    folders = dict(encoder) if isinstance(encoder, Mapping) else {"": encoder}
-    choices = {"feature_layer": feature_layer, "keep_cls": keep_cls}
-    with ExitStack() as stack:
-        directory = stack.enter_context(CheckpointDirectory(decoder))
-        dtype = dtype or _dtype_of(directory)
-        built = _part(directory, DECODERS, dtype, place, {"max_seq_len": max_seq_len})
-        towers = {}
-        for name, folder in folders.items():
-            chosen = {k: v.get(name) if isinstance(v, Mapping) else v for k, v in choices.items()}
-            opened = stack.enter_context(CheckpointDirectory(folder))
-            towers[name] = _part(opened, ENCODERS, dtype, place, chosen)
-    return call_with_options(
-        fuse,
-        built,
-        towers if isinstance(encoder, Mapping) else towers[""],
-        what="fuse",
-        options={
-            **fuse_options,
-            "decoder_trainable": decoder_trainable,
-            "encoder_trainable": encoder_trainable,
-            "fusion_trainable": fusion_trainable,
-            "on_missing": on_missing or "skip",
-        },
-    )
+    folders = dict(encoder) if isinstance(encoder, Mapping) else {_ONE: encoder}
+    choices: dict[str, Any] = {"feature_layer": feature_layer, "keep_cls": keep_cls}
+    parts = {_DECODER: (decoder, DECODERS, {"max_seq_len": max_seq_len})}
+    for name, folder in folders.items():
+        chosen = {k: v.get(name) if isinstance(v, Mapping) else v for k, v in choices.items()}
+        parts[name] = (folder, ENCODERS, chosen)
+    options = {
+        **fuse_options,
+        "decoder_trainable": decoder_trainable,
+        "encoder_trainable": encoder_trainable,
+        "fusion_trainable": fusion_trainable,
+        "on_missing": on_missing or "skip",
+    }
+    return _fused(parts, dtype, place, options)
 
 
-def _part(
-    directory: CheckpointDirectory,
-    formats: Any,
-    dtype: torch.dtype,
+def _fused(
+    parts: Mapping[str, tuple[PathLike, Any, Mapping[str, Any]]],
+    dtype: torch.dtype | None,
     device: torch.device,
-    choices: Mapping[str, Any],
-) -> nn.Module:
-    """A decoder or an encoder, built and loaded."""
-    try:
-        spec = _chosen(read_spec(directory.config, formats), choices)
-    except ValueError as error:
-        raise ValueError(f"{directory.path}: {error}") from error
-    module = _build(spec, directory, dtype)
-    sources, faults = sources_of_part(module, directory, formats, set())
-    _refuse(directory, faults)
-    fill(sources, [module], device)
-    return module.to(device)  # buffers that no checkpoint holds
+    options: Mapping[str, Any],
+) -> FusedModel:
+    """A decoder and encoders, each from a directory with its formats and choices, fused."""
+
+    def fused(modules: Mapping[str, nn.Module]) -> FusedModel:
+        encoders = {name: module for name, module in modules.items() if name != _DECODER}
+        single = list(encoders) == [_ONE]
+        given = encoders[_ONE] if single else encoders
+        return call_with_options(fuse, modules[_DECODER], given, what="fuse", options=options)
+
+    with ExitStack() as stack:
+        directories, specs = {}, {}
+        for name, (folder, formats, choices) in parts.items():
+            directories[name] = stack.enter_context(CheckpointDirectory(folder))
+            specs[name] = _chosen(_read(directories[name], formats), choices)
+        dtype = dtype or _dtype_of(directories[_DECODER])
+        # First without memory: what does not fit shall show before anything is read.
+        fused({name: _build(spec, directories[name], dtype) for name, spec in specs.items()})
+        modules = {name: _build(spec, directories[name], dtype) for name, spec in specs.items()}
+        sources: list[Source] = []
+        faults: list[str] = []
+        for name, module in modules.items():
+            found, wrong = sources_of_part(module, directories[name], parts[name][1], set())
+            sources += found
+            faults += [_unfit(directories[name], wrong)] if wrong else []
+        if faults:
+            raise ValueError("\n".join(faults))
+        fill(sources, list(modules.values()), device)
+    # Buffers that no checkpoint holds have yet to follow.
+    return fused({name: module.to(device) for name, module in modules.items()})
 
 
 def _whole(
     path: PathLike,
     dtype: torch.dtype | None,
     device: torch.device,
-    max_seq_len: int | None,
+    choices: Mapping[str, Any],
     flags: Mapping[str, Any],
     on_missing: OnMissing | None,
     prepare: Callable[[FusedModel], Any] | None,
 ) -> FusedModel:
     """A whole model, built and loaded."""
     with open_checkpoint(path) as checkpoint:
-        try:
-            said = read_model_spec(checkpoint)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.path}: {error}") from error
-        spec = _chosen(said, {"max_seq_len": max_seq_len})
+        spec = _chosen(_read(checkpoint, None), choices)
         model = _build(spec, checkpoint, dtype or _dtype_of(checkpoint))
         assert isinstance(model, FusedModel)
         set_trainable(model, **flags)
@@ -166,23 +176,40 @@ def _whole(
         if prepare is not None:
             prepare(model)
         sources, faults = sources_of_model(model, checkpoint, type(spec).of(model))
-        _refuse(checkpoint, faults)
+        if faults:
+            raise ValueError(_unfit(checkpoint, faults))
         fill(sources, [model], device)
     return model.to(device)
 
 
+def _read(checkpoint: Checkpoint, formats: Sequence[type[Spec]] | None) -> Spec:
+    """The settings of a part in one of these formats, or of a whole model."""
+    try:
+        return read_spec(checkpoint.config, formats) if formats else read_model_spec(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
 def _chosen(spec: Spec, choices: Mapping[str, Any]) -> Spec:
     """The settings with what the caller wants otherwise."""
-    wanted = {name: value for name, value in choices.items() if value is not None}
-    if not wanted:
-        return spec
-    names = {field.name for field in dataclasses.fields(spec)}
-    inner = next((n for n in ("decoder", "text", "model") if n in names), None)
-    if not wanted.keys() <= names and inner is not None:
-        return dataclasses.replace(spec, **{inner: _chosen(getattr(spec, inner), wanted)})
-    if unknown := wanted.keys() - names:
-        raise ValueError(f"A {spec.name} has no choice of {', '.join(sorted(unknown))}.")
-    return dataclasses.replace(spec, **wanted)
+    for name, value in choices.items():
+        if value is not None:
+            chosen = _replace(spec, name, value)
+            if chosen is None:
+                raise ValueError(f"{name} cannot be chosen: a {spec.name} has no such setting.")
+            spec = chosen
+    return spec
+
+
+def _replace(spec: Spec, name: str, value: Any) -> Spec | None:
+    """The settings with another value of the first setting of this name, in a part where need be."""
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    if name in fields:
+        return dataclasses.replace(spec, **{name: value})
+    for part, inner in fields.items():
+        if isinstance(inner, Spec) and (chosen := _replace(inner, name, value)) is not None:
+            return dataclasses.replace(spec, **{part: chosen})
+    return None
 
 
 def _build(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
@@ -206,10 +233,9 @@ def _build(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _refuse(checkpoint: Checkpoint, faults: list[str]) -> None:
-    if faults:
-        listing = "\n  ".join(faults)
-        raise ValueError(f"{checkpoint.path} does not fit what its config.json says:\n  {listing}")
+def _unfit(checkpoint: Checkpoint, faults: list[str]) -> str:
+    listing = "\n  ".join(faults)
+    return f"{checkpoint.path} does not fit what its config.json says:\n  {listing}"
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

@@ -29,7 +29,7 @@ _INDEX: Final = ".metadata"
 
 
 def read_index(path: Path) -> Metadata:
-    """The index of a checkpoint, rebuilt from what is in the file and checked against the files beside it.
+    """Read the index of a checkpoint, and check it against the files beside it.
 
     Args:
         path: the directory of the checkpoint.

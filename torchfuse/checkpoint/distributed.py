@@ -200,8 +200,7 @@ def load_checkpoint(
         faults.append(str(error))
     agree(group, faults, f"{path} does not fit; nothing was loaded.")
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    # The optimizer's faults would have been raised if nothing had been saved of one.
-    saved = description.optimizer if optimizer is not None else None
+    saved = description.optimizer if optimizer is not None else None  # not there: a fault above
     if saved is not None:
         target |= optimizer_targets(stored, saved, model)
     read_tensors(target, reader, group)

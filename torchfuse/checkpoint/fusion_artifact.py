@@ -5,7 +5,7 @@ they are for, so that one file, replaced as a whole, is the truth; ``fusion.json
 for people and scripts.
 
 The header also says which base fusion was trained over (see ``fingerprint``), so that it is not loaded
-over another one of the same shapes, and what of the model trained, for the record.
+over another one of the same shapes, and what of the model trained, for the record (see ``description``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchfuse.checkpoint.description import describe_fusion, description_faults
 from torchfuse.checkpoint.files import write_whole
 from torchfuse.checkpoint.fingerprint import (
     compare,
@@ -29,14 +30,11 @@ from torchfuse.checkpoint.fingerprint import (
     pretrained_tensors,
     read_fingerprint,
 )
-from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import unwrap
-from torchfuse.params import fusion_buffers, get_fusion_params, partition
+from torchfuse.params import fusion_buffers, get_fusion_params
 
 __all__ = [
     "ARTIFACT_FILE",
     "FusionMismatch",
-    "describe_fusion",
     "fusion_state_dict",
     "load_artifact",
     "load_fusion",
@@ -49,7 +47,6 @@ __all__ = [
 ARTIFACT_FILE: Final = "fusion.safetensors"
 _DESCRIPTION: Final = "fusion.json"
 _KEY: Final = "torchfuse"
-_FORMAT: Final = 1
 
 
 class FusionMismatch(NamedTuple):
@@ -249,72 +246,10 @@ def load_artifact(
         base = read_fingerprint(description["base"]) if "base" in description else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    faults = _differences(description, _kind(model)) if strict else []
+    faults = description_faults(description, model) if strict else []
     # Artifacts of earlier versions do not say what base they are for.
     other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
     return _load(model, tensors, strict, faults, other)
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """What two descriptions say differently, in words; None is what the pretrained layers say."""
-    faults = [
-        f"{name} {theirs.get(name)!r}, the model's is {ours[name]!r}"
-        for name in ("format", "architecture")
-        if theirs.get(name) != ours[name]
-    ]
-    if faults:
-        return faults
-    options = theirs["options"] if isinstance(theirs.get("options"), dict) else {}
-    here = json.loads(json.dumps(ours["options"]))  # as a file holds them
-    faults = [
-        f"{name} {options[name]!r}, the model's is {here[name]!r}"
-        for name in here
-        if name in options and options[name] != here[name] and None not in (options[name], here[name])
-    ]
-    head = theirs.get("fusion_head", ours["fusion_head"])
-    if head != ours["fusion_head"]:
-        faults.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
-    return faults
-
-
-def _kind(model: nn.Module) -> dict[str, Any]:
-    """How a model was fused, as far as the shapes of its tensors do not show it."""
-    strategy = getattr(unwrap(model), "strategy", None)
-    head = getattr(unwrap(model), "output", None)
-    return {
-        "format": _FORMAT,
-        "architecture": None if strategy is None else strategy.arch,
-        "options": {} if strategy is None else strategy.options(),
-        "fusion_head": isinstance(head, FusionLinear | TiedFusionLinear),
-    }
-
-
-def describe_fusion(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
-    """What an artifact says of the model that it is for.
-
-    On a sharded model every rank calls this, and all get the same.
-
-    Args:
-        model: a fused model.
-        without: pretrained parameters that are kept beside the artifact, and so are no part of its base.
-
-    Returns:
-        ``format``, ``architecture``, ``options`` and ``fusion_head``, which a load compares with the
-        model's; ``base``, by name the shape, dtype and hash of sampled values of each pretrained tensor,
-        which it compares too; and ``trainable``, for each part whether it trains, or the names of those
-        of its parameters that do, which is for the record.
-    """
-    base = fingerprint(pretrained_tensors(model, without))
-    return {
-        **_kind(model),
-        "trainable": {part: _trainable(parameters) for part, parameters in partition(model).items()},
-        "base": {name: tensor._asdict() for name, tensor in base.items()},
-    }
-
-
-def _trainable(parameters: Mapping[str, nn.Parameter]) -> bool | list[str]:
-    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    return names if 0 < len(names) < len(parameters) else bool(names)
 
 
 def whole(tensor: Tensor) -> Tensor:

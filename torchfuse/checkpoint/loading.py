@@ -8,8 +8,9 @@ gets its memory tensor by tensor, too. A sharded module keeps of each tensor the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torchfuse.checkpoint.directory import Checkpoint
 from torchfuse.checkpoint.key_table import KeyTable, Layout
 
 __all__ = ["Source", "copy_into", "fill", "find_sources", "tensors_of"]
+
+_MAX_THREADS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -138,16 +141,28 @@ def fill(sources: list[Source], modules: list[nn.Module], device: torch.device) 
         modules: what the tensors belong to; those on the meta device get memory.
         device: where that memory is.
     """
-    total = sum(s.target.numel() * s.target.element_size() for s in sources)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=None) as bar:
-        for source in sources:
-            target = source.target
-            if target.is_meta:
-                _give_memory(target, device)
-            copy_into(target, source.read())
-            bar.update(target.numel() * target.element_size())
+    for source in sources:
+        if source.target.is_meta:
+            _give_memory(source.target, device)
+    # What stands under two names is written once, so that no two threads write to it.
+    each = list({id(source.target): source for source in sources}.values())
+    total = sum(source.target.nbytes for source in each)
+    sharded = any(isinstance(source.target, DTensor) for source in each)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=None) as bar,
+        ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool,
+    ):
+        # Several at once: most of the time goes into the system's giving pages, one by one and to one
+        # thread. A sharded tensor may talk to the other ranks, so those keep to one order and thread.
+        for nbytes in (map if sharded else pool.map)(_read_into_target, each):
+            bar.update(nbytes)
     for module in modules:
         _compute_buffers(module, device)
+
+
+def _read_into_target(source: Source) -> int:
+    copy_into(source.target, source.read())
+    return source.target.nbytes
 
 
 @torch.no_grad()

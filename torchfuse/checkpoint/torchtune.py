@@ -11,14 +11,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchfuse.checkpoint.fused import Fused
 from torchfuse.checkpoint.key_table import SAME_NAMES, Entry, KeyTable, Layout
 from torchfuse.checkpoint.mllama_vision import TILE_EMBEDDINGS, MllamaVision
-from torchfuse.checkpoint.spec import ModelSpec
+from torchfuse.checkpoint.spec import ModelSpec, Spec
 from torchfuse.models.base import FusedModel
-from torchfuse.modules.fusion_linear import FusionLinear
+from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import unwrap
 
 __all__ = ["Torchtune", "grid_layout", "has_torchtune_names"]
@@ -43,8 +43,10 @@ class Torchtune(ModelSpec):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Torchtune:
         inner = config.get("model")
+        if inner is None:  # only load_pretrained has a use for it then, which is given the model
+            return cls(None, {})
         if not isinstance(inner, Mapping):
-            raise ValueError("torchtune: config.json: model must be a section, which says what it is.")
+            raise ValueError(f"torchtune: config.json: model must be a section, got {inner!r:.80}.")
         model = Fused.from_config(inner)
         named = list(model.encoders) != [""]
         return cls(
@@ -76,8 +78,8 @@ class Torchtune(ModelSpec):
             for name in model.encoder_names
             if model.get_adapter(name) is not None
         ]
-        if isinstance(unwrap(model.decoder).output, FusionLinear):
-            faults.append("the head's new rows: torchtune has no FusionLinear")
+        if isinstance(unwrap(model.decoder).output, FusionLinear | TiedFusionLinear):
+            faults.append("the head's new rows: no head of torchtune scores new tokens")
         if faults:
             raise ValueError(cls.cannot_hold(faults))
         towers = {
@@ -99,7 +101,10 @@ class Torchtune(ModelSpec):
 
     def build(self) -> FusedModel:
         if self.model is None:
-            raise ValueError("torchtune: config.json does not say what model this is; build it first.")
+            raise ValueError(
+                "torchtune: config.json does not say what model this is: build it, and give it to "
+                "load_pretrained with this checkpoint."
+            )
         return self.model.build()
 
     def table(self) -> KeyTable:
@@ -110,14 +115,27 @@ class Torchtune(ModelSpec):
         )
         return KeyTable(grids) + SAME_NAMES
 
+    def differences(self, ours: Spec) -> list[str]:
+        if isinstance(ours, Torchtune) and (self.model is None or ours.model is None):
+            return []  # names and shapes are all there is to compare
+        return super().differences(ours)
+
 
 def grid_layout(spec: MllamaVision) -> Layout:
     """Embeddings of tiles: a grid ``[t, t, n, d]`` there, a row an aspect ratio here."""
     from torchfuse.encoders.mllama_tiles import grid_to_table, table_to_grid
 
+    def write(table: Tensor) -> Tensor:
+        try:
+            return table_to_grid(table, spec.aspect_ratios)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The format torchfuse can hold it, and mllama where it can hold the rest."
+            ) from error
+
     return Layout(
         lambda grid: grid_to_table(grid, spec.aspect_ratios, spec.max_num_tiles),
-        lambda table: table_to_grid(table, spec.aspect_ratios),
+        write,
         holds_all=False,
     )
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchfuse.checkpoint.description import describe_fusion
 from torchfuse.checkpoint.files import write_whole
 from torchfuse.checkpoint.fusion_artifact import (
     ARTIFACT_FILE,
-    describe_fusion,
     fusion_state_dict,
     load_artifact,
     whole,

@@ -16,8 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from torchfuse.checkpoint.description import describe_fusion
 from torchfuse.checkpoint.files import write_whole
-from torchfuse.checkpoint.fusion_artifact import describe_fusion, fusion_state_dict, load_fusion
+from torchfuse.checkpoint.fusion_artifact import fusion_state_dict, load_fusion
 from torchfuse.checkpoint.pretrained import load_pretrained
 from torchfuse.checkpoint.trained import load_trained, trained_pretrained_names, write_trained
 

@@ -12,8 +12,9 @@ from torchfuse.models.base import FusedModel, refuse_fused
 from torchfuse.models.encoding import EncoderInput, OnMissing
 from torchfuse.models.strategies import build_modality_strategy
 from torchfuse.modules.adapters import build_adapter
-from torchfuse.modules.fusion_embedding import FusionEmbedding, RowInit
+from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
+from torchfuse.modules.new_rows import RowInit
 
 __all__ = ["fuse"]
 

@@ -1,0 +1,94 @@
+"""What an artifact says of the model that it is for.
+
+Shapes of tensors do not show how a model was fused: which architecture, with which options. So an
+artifact says it, a load compares it, and every difference is named. It also says which base fusion was
+trained over (see ``fingerprint``) and, for the record, what of the model trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from torch import nn
+
+from torchfuse.checkpoint.fingerprint import fingerprint, pretrained_tensors
+from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
+from torchfuse.naming import unwrap
+from torchfuse.params import partition
+
+__all__ = ["describe_fusion", "description_faults"]
+
+_FORMAT: Final = 1
+
+
+def describe_fusion(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+    """What an artifact says of the model that it is for.
+
+    On a sharded model every rank calls this, and all get the same.
+
+    Args:
+        model: a fused model.
+        without: pretrained parameters that are kept beside the artifact, and so are no part of its base.
+
+    Returns:
+        ``format``, ``architecture``, ``options`` and ``fusion_head``, which a load compares with the
+        model's; ``base``, by name the shape, dtype and hash of sampled values of each pretrained tensor,
+        which it compares too; and ``trainable``, for each part whether it trains, or the names of those
+        of its parameters that do, which is for the record.
+    """
+    base = fingerprint(pretrained_tensors(model, without))
+    return {
+        **_kind(model),
+        "trainable": {part: _trainable(parameters) for part, parameters in partition(model).items()},
+        "base": {name: tensor._asdict() for name, tensor in base.items()},
+    }
+
+
+def description_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """How a model was fused otherwise than a description says, in words.
+
+    The base is not compared here (see ``fingerprint``). An option that is None on either side is as
+    the pretrained layers say, and differs from nothing.
+
+    Args:
+        theirs: what ``describe_fusion`` returned for the model of an artifact, as a file holds it.
+        model: a fused model.
+    """
+    ours = _kind(model)
+    faults = [
+        f"{name} {theirs.get(name)!r}, the model's is {ours[name]!r}"
+        for name in ("format", "architecture")
+        if theirs.get(name) != ours[name]
+    ]
+    if faults:
+        return faults
+    options = theirs["options"] if isinstance(theirs.get("options"), dict) else {}
+    here = json.loads(json.dumps(ours["options"]))  # as a file holds them
+    faults = [
+        f"{name} {options[name]!r}, the model's is {here[name]!r}"
+        for name in here
+        if name in options and options[name] != here[name] and None not in (options[name], here[name])
+    ]
+    head = theirs.get("fusion_head", ours["fusion_head"])
+    if head != ours["fusion_head"]:
+        faults.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
+    return faults
+
+
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """How a model was fused, as far as the shapes of its tensors do not show it."""
+    strategy = getattr(unwrap(model), "strategy", None)
+    head = getattr(unwrap(model), "output", None)
+    return {
+        "format": _FORMAT,
+        "architecture": None if strategy is None else strategy.arch,
+        "options": {} if strategy is None else strategy.options(),
+        "fusion_head": isinstance(head, FusionLinear | TiedFusionLinear),
+    }
+
+
+def _trainable(parameters: Mapping[str, nn.Parameter]) -> bool | list[str]:
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    return names if 0 < len(names) < len(parameters) else bool(names)

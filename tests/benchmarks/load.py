@@ -1,6 +1,7 @@
 """Loading a Llama from a directory against transformers: seconds and memory, side by side in one run.
 
-Every call is measured in a process of its own, in which a tiny Llama was loaded the same way before, so
+``from_pretrained`` also reads a tiny tower and makes the new layers, which transformers does not have; that
+is measured alone (``fuse``) and taken off. ``load_pretrained`` fills a decoder on the meta device. Every call is measured in a process of its own, in which a tiny Llama was loaded the same way before, so
 that imports are done. The file cache is warm for all. Memory is what the process allocated during the
 call (RssAnon, Linux only, read every 2 ms from outside) over what it had before; pages of the files that
 both map do not count.
@@ -21,15 +22,25 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-FUSED, META, THEIRS = "from_pretrained, fused", "load_pretrained, from meta", "transformers"
+FUSED, META, THEIRS = "from_pretrained", "load_pretrained", "transformers"
+FUSE, REST = "  fuse alone", "  the rest"
 DTYPE = torch.bfloat16
 MOST_TIME, MOST_MEMORY = 1.1, 1.15
 HEAD_DIM = 64
 IMPORTS = ["torchtune", "torchfuse.checkpoint.building", "transformers.models.llama.modeling_llama"]
+
+
+class Run(NamedTuple):
+    seconds: float
+    worked: float  # seconds of CPU, all threads together
+    peak: int  # bytes allocated at most
+    size: int  # bytes of the model
+    checksum: float  # sum of the embedding
 
 
 def save(options, folder):
@@ -73,7 +84,8 @@ def calls(options, folder, kind):
         return functools.partial(
             from_pretrained, decoder=folder, encoder=clip, arch="cross_attention", every=6, dtype=DTYPE
         )
-    from torchfuse import load_pretrained
+    from torchfuse import fuse, load_pretrained
+    from torchfuse.checkpoint.clip import ClipVision
     from torchfuse.checkpoint.directory import read_json
     from torchfuse.checkpoint.llama import Llama
 
@@ -81,7 +93,12 @@ def calls(options, folder, kind):
     torch.set_default_dtype(DTYPE)
     with torch.device("meta"):
         decoder = Llama.from_config(read_json(folder / "config.json")).build()
+        tower = ClipVision.from_config(read_json(clip / "config.json")).build()
     torch.set_default_dtype(before)
+
+    if kind == FUSE:
+        parts = decoder.to_empty(device="cpu"), tower.to_empty(device="cpu")
+        return lambda: fuse(*parts, arch="cross_attention", every=6)
 
     def call():
         load_pretrained(decoder, decoder=folder)
@@ -118,7 +135,7 @@ def measured(pipe, options, folder, kind):
 
 
 def measure(options, folder, kind):
-    """One call in a fresh process: seconds, peak of memory, size of the model, sum of its embedding."""
+    """One call in a fresh process."""
     context = multiprocessing.get_context("forkserver")  # each a fresh copy of what only imported
     context.set_forkserver_preload(IMPORTS)
     mine, its = context.Pipe()
@@ -133,7 +150,7 @@ def measure(options, folder, kind):
     seconds, worked, after, size = mine.recv()
     checksum = mine.recv()
     process.join()
-    return seconds, worked, max(peak, after) - before, size, checksum
+    return Run(seconds, worked, max(peak, after) - before, size, checksum)
 
 
 def warm(folder):
@@ -146,32 +163,48 @@ def warm(folder):
 
 def spread(values, digits):
     low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:6.{digits}f}  [{low:.{digits}f} .. {high:.{digits}f}]"
+    return f"{middle:.{digits}f} [{low:.{digits}f} .. {high:.{digits}f}]"
 
 
 def compare(options, folder):
-    """Print how one directory is loaded in every way; the ratios of ours and theirs."""
-    kinds = (FUSED, META, THEIRS)
+    """Print how one directory is loaded in every way; ratios of time and of memory by way."""
+    kinds = (FUSED, FUSE, META, THEIRS)
     found = {kind: [] for kind in kinds}
     for turn in tqdm(range(options.rounds), desc=folder.name, disable=None, leave=False):
         for kind in kinds if turn % 2 == 0 else reversed(kinds):
             found[kind].append(measure(options, folder, kind))
-    assert len({once[-1] for runs in found.values() for once in runs}) == 1
+    assert len({once.checksum for kind in (FUSED, META, THEIRS) for once in found[kind]}) == 1
+    seconds = {kind: [once.seconds for once in runs] for kind, runs in found.items()}
+    seconds[REST] = [whole - fuse for whole, fuse in zip(seconds[FUSED], seconds[FUSE], strict=True)]
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
     print(f"{folder.name}: {len(files)} of together {sum(files) / 1e6:,.1f} MB")
+    head = ("seconds", "seconds of CPU", "model, MB", "peak / model", "time / transformers'")
+    print(f"{'':<17} {head[0]:<23} {head[1]:<15} {head[2]:<10} {head[3]:<23} {head[4]}")
     ratios = {}
-    for kind, runs in found.items():
-        seconds, worked, peaks, sizes, _ = zip(*runs, strict=True)
-        memory = [peak / size for peak, size in zip(peaks, sizes, strict=True)]
-        line = f"  {kind:<26} {spread(seconds, 3)} s   {statistics.median(worked):.2f} s CPU   model {sizes[0] / 1e6:,.1f} MB, "
-        line += f"peak / model {spread(memory, 3)}"
-        if kind != THEIRS:
-            times = [ours[0] / theirs[0] for ours, theirs in zip(runs, found[THEIRS], strict=True)]
-            line += f"   time / transformers' {spread(times, 2)}"
-            ratios[folder.name, kind] = statistics.median(times), statistics.median(memory)
+    for kind in (FUSED, FUSE, REST, META, THEIRS):
+        line = f"{kind:<17} {spread(seconds[kind], 3):<23} "
+        if kind != REST:
+            line += f"{statistics.median(once.worked for once in found[kind]):<15.2f} "
+            line += f"{found[kind][0].size / 1e6:<10,.1f} "
+        if kind in (FUSED, META, THEIRS):
+            line += f"{spread([once.peak / once.size for once in found[kind]], 3):<23} "
+        if kind in (REST, META):
+            times = [a / b for a, b in zip(seconds[kind], seconds[THEIRS], strict=True)]
+            memory = statistics.median(o.peak / o.size for o in found[META if kind == META else FUSED])
+            ratios[folder.name, kind] = statistics.median(times), memory
+            line = f"{line:<92} {spread(times, 2)}"
         print(line)
+    for kind in (REST, META):
+        time_ratio, memory = ratios[folder.name, kind]
+        print(
+            f"{kind.strip()}: time {verdict(time_ratio, MOST_TIME)}, peak {verdict(memory, MOST_MEMORY)}"
+        )
     print()
     return ratios
+
+
+def verdict(ratio, most):
+    return f"{ratio:.2f}, {'within' if ratio <= most else 'ABOVE'} {most}"
 
 
 def main(argv=None):
@@ -192,7 +225,8 @@ def main(argv=None):
 
         print(f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}")
         print(f"transformers {transformers.__version__}, safetensors {safetensors.__version__}")
-        print(f"a random Llama: {options.layers} layers, width {options.width}, vocabulary")
+        sizes = f"{options.layers} layers, width {options.width}, vocabulary {options.vocab}"
+        print(f"a random Llama of {sizes}: fp32 in the files, loaded as bf16")
         print("median of", options.rounds, "fresh processes each, in turns, and [least .. most]\n")
         ratios = {}
         for kind in ("shards", "one file"):

@@ -201,3 +201,28 @@ def test_an_own_directory_that_was_tampered_with(folders, tmp_path):
     refused("Unknown architecture 'telepathy'", path=tmp_path / "own")
     edit(tmp_path / "own", format=2)
     refused("format 2 is not known here, only 1", path=tmp_path / "own")
+
+
+def test_metas_files_for_several_devices_are_refused(tmp_path):
+    for number in range(2):
+        torch.save({"text_model.norm.weight": torch.ones(3)}, tmp_path / f"consolidated.0{number}.pth")
+    (tmp_path / "params.json").write_text("{}")
+    refused("holds 2 files, consolidated.00.pth and so on", path=tmp_path)
+
+
+def test_a_whole_directory_without_anything_that_fusion_added(tmp_path):
+    from torchfuse import fuse
+    from torchfuse.params import get_fusion_params
+
+    llama(tmp_path / "llama")
+    clip_tower(tmp_path / "clip")
+    parts = from_pretrained(decoder=tmp_path / "llama", encoder=tmp_path / "clip", every=3)
+    decoder = from_pretrained(
+        decoder=tmp_path / "llama", encoder=tmp_path / "clip", arch="joint_decoder", encoder_token=1
+    ).decoder
+    tower = parts.encoder
+    tower.feature_dim = 24
+    plain = fuse(decoder, tower, arch="joint_decoder", encoder_token=1, adapter=None)
+    assert not get_fusion_params(plain)
+    save_pretrained(plain, tmp_path / "plain")
+    assert not any(p.requires_grad for p in from_pretrained(tmp_path / "plain").parameters())

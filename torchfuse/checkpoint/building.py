@@ -21,7 +21,7 @@ from torchfuse.models.base import FusedModel
 from torchfuse.models.encoding import OnMissing
 from torchfuse.models.fuse import fuse
 from torchfuse.options import call_with_options
-from torchfuse.params import set_trainable
+from torchfuse.params import get_fusion_params, set_trainable
 
 __all__ = ["from_pretrained"]
 
@@ -170,7 +170,9 @@ def _whole(
         spec = _chosen(_read(checkpoint, None), choices)
         model = _build(spec, checkpoint, dtype or _dtype_of(checkpoint))
         assert isinstance(model, FusedModel)
-        set_trainable(model, **flags)
+        # A model without any fusion parameter is allowed; the default must not refuse it.
+        fusion = flags["fusion"] and bool(get_fusion_params(model))
+        set_trainable(model, **{**flags, "fusion": fusion})
         if on_missing is not None:
             model.set_on_missing(on_missing)
         if prepare is not None:
@@ -239,10 +241,13 @@ def _unfit(checkpoint: Checkpoint, faults: list[str]) -> str:
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """What the configuration says, or else the dtype of the first floating tensor."""
+    """What the configuration says, or else the dtype that most of the values have."""
     said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     named = getattr(torch, said, None) if isinstance(said, str) else None
     if isinstance(named, torch.dtype) and named.is_floating_point:
         return named
-    kinds = (checkpoint.dtype(name) for name in checkpoint)
-    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+    sizes: dict[torch.dtype, int] = {}
+    for name in checkpoint:
+        sizes[checkpoint.dtype(name)] = sizes.get(checkpoint.dtype(name), 0) + checkpoint.nbytes(name)
+    kinds = [kind for kind in sizes if kind.is_floating_point]
+    return max(kinds, key=sizes.__getitem__, default=torch.float32)

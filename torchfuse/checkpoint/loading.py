@@ -46,13 +46,12 @@ class Source:
     rows: slice | None
 
     def read(self) -> Tensor:
-        """The values, laid out as ours are."""
+        """The values, laid out as ours are, in the dtype that they have there."""
         tensor = self.file.read(self.key)
         if self.rows is not None:
             tensor = tensor[self.rows]
         if self.layout is not None:
-            # Converted first: what is laid out anew is a copy, and theirs may be twice as large.
-            tensor = self.layout.read(tensor.to(self.target.dtype))
+            tensor = self.layout.read(tensor)
         return tensor
 
 

@@ -99,7 +99,7 @@ class Meta(ModelSpec):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Meta:
-        given = Settings(config, "Meta's params.json")
+        given = Settings(config, "Meta", "params.json")
         num_layers, width = given.count("n_layers"), given.count("dim")
         crossing = given.count("vision_num_cross_attention_layers")
         multiple, factor = given.count("multiple_of", 256), given.number("ffn_dim_multiplier", 1.0)

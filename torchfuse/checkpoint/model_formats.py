@@ -37,9 +37,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: as ``CheckpointDirectory`` and ``CheckpointFile``.
     """
     path = Path(path)
-    metas = path / "consolidated.00.pth"
-    if metas.is_file() and not (path / "config.json").exists():
-        return CheckpointFile(metas)
+    metas = sorted(path.glob("consolidated*.pth"))
+    if metas and not (path / "config.json").exists():
+        if len(metas) > 1:
+            raise ValueError(
+                f"{path} holds {len(metas)} files, {metas[0].name} and so on, each with a part of every "
+                "tensor. Only models in one file can be read; transformers' directory of the same model "
+                "can."
+            )
+        return CheckpointFile(metas[0])
     return CheckpointFile(path) if path.is_file() else CheckpointDirectory(path)
 
 
@@ -59,7 +65,10 @@ def read_model_spec(checkpoint: Checkpoint, model: nn.Module | None = None) -> M
         config = {**config, "model_type": Meta.name}
         if "n_layers" not in config and model is not None:
             return Meta.of(model)
-    elif has_torchtune_names(checkpoint) and config.get("model_type") not in {f.name for f in _READ}:
+    elif has_torchtune_names(checkpoint) and config.get("model_type") not in (
+        Fused.name,
+        Torchtune.name,
+    ):
         if model is None:
             raise ValueError(
                 "the names are torchtune's, and nothing says what model they are of: build it, and give "

@@ -21,6 +21,7 @@ class Settings:
     Args:
         values: the section.
         what: what it configures, for the message.
+        file: the file that it is from, for the message.
 
     Examples:
         >>> settings = Settings({"hidden_size": "wide", "attention_bias": True}, "Llama")
@@ -32,9 +33,9 @@ class Settings:
 num_attention_heads is missing; attention_bias=True cannot be expressed here, only False.
     """
 
-    def __init__(self, values: Mapping[str, Any], what: str) -> None:
+    def __init__(self, values: Mapping[str, Any], what: str, file: str = "config.json") -> None:
         self._values = values
-        self._what = what
+        self._what, self._file = what, file
         self._prefix = ""
         self._faults: list[str] = []
 
@@ -44,7 +45,7 @@ num_attention_heads is missing; attention_bias=True cannot be expressed here, on
         if not isinstance(value, Mapping):
             self._wrong(key, "a section", value)
             value = {}
-        inner = Settings(value, self._what)
+        inner = Settings(value, self._what, self._file)
         inner._prefix = f"{self._prefix}{key}."
         inner._faults = self._faults
         return inner
@@ -66,7 +67,7 @@ num_attention_heads is missing; attention_bias=True cannot be expressed here, on
     def done(self) -> None:
         """Raise one ``ValueError`` with all that was wrong."""
         if self._faults:
-            raise ValueError(f"{self._what}: config.json: {'; '.join(self._faults)}.")
+            raise ValueError(f"{self._what}: {self._file}: {'; '.join(self._faults)}.")
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """A whole number."""

@@ -14,11 +14,13 @@ PACKAGE = Path(torchfuse.__file__).parent
 LAYERS = [
     "naming",
     "options",
+    "json_file",
     "params",
     "modules",
     "encoders",
     "models",
     "checkpoint",
+    "quantization",
     "data",
     "generation",
     "evaluation",

@@ -23,6 +23,7 @@ from torchfuse.params import (
     register_fusion_module,
     set_trainable,
 )
+from torchfuse.quantization import quantize
 
 __all__ = [
     # fuse
@@ -47,6 +48,7 @@ __all__ = [
     "load_fusion",
     # run
     "generate",
+    "quantize",
     # train
     "set_trainable",
     "param_groups",

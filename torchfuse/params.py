@@ -26,6 +26,7 @@ __all__ = [
     "param_groups",
     "partition",
     "parts_of",
+    "quantized_dtype",
     "register_fusion_module",
     "set_trainable",
 ]
@@ -150,7 +151,8 @@ def set_trainable(
         fusion: whether what fusion added trains, wherever it stands.
 
     Raises:
-        ValueError: if something is to train that the model does not have; nothing has changed then.
+        ValueError: if something is to train that the model does not have, or that is quantized; nothing
+            has changed then.
 
     Examples:
         >>> from torchfuse import FusionEmbedding
@@ -161,6 +163,17 @@ def set_trainable(
     """
     groups = partition(model)
     wanted = _wanted(groups, decoder=decoder, encoder=encoder, fusion=fusion)
+    quantized = [
+        name
+        for part, train in wanted.items()
+        for name, parameter in groups.get(part, {}).items()
+        if train and quantized_dtype(parameter) is not None
+    ]
+    if quantized:
+        more = f" and {len(quantized) - 8} more" if len(quantized) > 8 else ""
+        raise ValueError(
+            f"Quantized weights cannot train: {', '.join(quantized[:8])}{more}. Leave their part frozen."
+        )
     empty = [part for part, train in wanted.items() if train and not groups.get(part)]
     if empty:
         there = ", ".join(part for part, parameters in groups.items() if parameters)
@@ -194,6 +207,28 @@ def _wanted(
     if encoder and not encoders:
         raise ValueError("The encoder is to train, but the model has none.")
     return wanted | dict.fromkeys(encoders, encoder)
+
+
+def quantized_dtype(tensor: Any) -> str | None:
+    """What a quantized tensor holds its values in: ``"int8"``, ``"float8_e4m3fn"``, ``"nf4"``.
+
+    Args:
+        tensor: any tensor or parameter.
+
+    Returns:
+        None if its values are held in its own dtype.
+    """
+    inner = tensor
+    while hasattr(inner, "__tensor_flatten__"):
+        if type(inner).__name__ == "NF4Tensor":
+            return "nf4"  # two to a byte; what holds them says less
+        held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
+        inner = max((t for t in held if t is not None), key=lambda t: t.nbytes)
+    return None if inner.dtype == tensor.dtype else _dtype_name(inner)
+
+
+def _dtype_name(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def param_groups(
@@ -321,7 +356,7 @@ def _summary(part: str, parameters: list[nn.Parameter]) -> PartSummary:
         tensors=len(parameters),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or "-",
+        dtype=", ".join(sorted({quantized_dtype(p) or _dtype_name(p) for p in parameters})) or "-",
         device=", ".join(sorted({str(p.device) for p in parameters})) or "-",
     )
 

@@ -1,10 +1,13 @@
 """Loading a Llama from a directory against transformers: seconds and memory, side by side in one run.
 
 ``from_pretrained`` also reads a tiny tower and makes the new layers, which transformers does not have; that
-is measured alone (``fuse``) and taken off. ``load_pretrained`` fills a decoder on the meta device. Every call is measured in a process of its own, in which a tiny Llama was loaded the same way before, so
+is measured alone (``fuse``) and taken off. ``load_pretrained`` fills a decoder on the meta device.
+
+Every call is measured in a process of its own, in which a tiny Llama was loaded the same way before, so
 that imports are done. The file cache is warm for all. Memory is what the process allocated during the
 call (RssAnon, Linux only, read every 2 ms from outside) over what it had before; pages of the files that
-both map do not count.
+both map do not count. Part of the time is the same for any size (modules are built twice, rotary tables
+computed), so that small models say little.
 
 Run: python tests/benchmarks/load.py [--folder DIR] [--rounds 5] [--width 1536 --layers 12 --vocab 32000]
 """
@@ -32,7 +35,13 @@ FUSE, REST = "  fuse alone", "  the rest"
 DTYPE = torch.bfloat16
 MOST_TIME, MOST_MEMORY = 1.1, 1.15
 HEAD_DIM = 64
-IMPORTS = ["torchtune", "torchfuse.checkpoint.building", "transformers.models.llama.modeling_llama"]
+LAYOUTS = ("shards", "one file")
+IMPORTS = [
+    "torchfuse.checkpoint.building",
+    "torchfuse.encoders.clip",
+    "torchfuse.models.llama",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 class Run(NamedTuple):
@@ -48,11 +57,8 @@ def save(options, folder):
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    for kind, width, vocab, shard in (
-        ("shards", options.width, options.vocab, options.shard),
-        ("one file", options.width, options.vocab, "100GB"),
-        ("tiny", HEAD_DIM, 97, "100GB"),
-    ):
+    for kind in (*options.layouts, "tiny"):
+        width, vocab = (HEAD_DIM, 97) if kind == "tiny" else (options.width, options.vocab)
         heads = width // HEAD_DIM
         config = LlamaConfig(
             vocab_size=vocab,
@@ -63,6 +69,7 @@ def save(options, folder):
             num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
         )
         if not (folder / kind).exists():
+            shard = options.shard if kind == "shards" else "100GB"
             LlamaForCausalLM(config).save_pretrained(folder / kind, max_shard_size=shard)
     if not (folder / "clip").exists():
         tower = CLIPVisionConfig(
@@ -86,8 +93,8 @@ def calls(options, folder, kind):
         )
     from torchfuse import fuse, load_pretrained
     from torchfuse.checkpoint.clip import ClipVision
-    from torchfuse.checkpoint.directory import read_json
     from torchfuse.checkpoint.llama import Llama
+    from torchfuse.json_file import read_json
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
@@ -173,6 +180,7 @@ def compare(options, folder):
     for turn in tqdm(range(options.rounds), desc=folder.name, disable=None, leave=False):
         for kind in kinds if turn % 2 == 0 else reversed(kinds):
             found[kind].append(measure(options, folder, kind))
+    # The new layers alone stand beside an embedding that was never read.
     assert len({once.checksum for kind in (FUSED, META, THEIRS) for once in found[kind]}) == 1
     seconds = {kind: [once.seconds for once in runs] for kind, runs in found.items()}
     seconds[REST] = [whole - fuse for whole, fuse in zip(seconds[FUSED], seconds[FUSE], strict=True)]
@@ -214,24 +222,26 @@ def main(argv=None):
     parser.add_argument("--layers", type=int, default=12, help="6 or more")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--shard", default="300MB")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(argv)
+    import safetensors
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         save(options, folder)
-        import safetensors
-        import transformers
-
         print(f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}")
         print(f"transformers {transformers.__version__}, safetensors {safetensors.__version__}")
         sizes = f"{options.layers} layers, width {options.width}, vocabulary {options.vocab}"
         print(f"a random Llama of {sizes}: fp32 in the files, loaded as bf16")
         print("median of", options.rounds, "fresh processes each, in turns, and [least .. most]\n")
         ratios = {}
-        for kind in ("shards", "one file"):
-            warm(folder / kind)
-            ratios |= compare(options, folder / kind)
+        for layout in options.layouts:
+            warm(folder / layout)
+            ratios |= compare(options, folder / layout)
     return ratios
 
 

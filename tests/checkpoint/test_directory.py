@@ -10,12 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from torchfuse.checkpoint.directory import (
-    CheckpointDirectory,
-    CheckpointFile,
-    open_checkpoint,
-    read_json,
-)
+from torchfuse.checkpoint.directory import CheckpointDirectory
+from torchfuse.checkpoint.model_formats import open_checkpoint
+from torchfuse.checkpoint.torch_file import CheckpointFile
+from torchfuse.json_file import read_json
 
 INDEX = "model.safetensors.index.json"
 TENSORS = {

@@ -438,14 +438,16 @@ def test_what_is_neither_directory_nor_configuration_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         hf_encoder(tmp_path)
     for said, message in (
-        ("{", "is no JSON: Expecting"),
+        ("{", "is no JSON that can be used: Expecting"),
         ("[3]", "must hold a JSON object, got a list"),
     ):
         (tmp_path / "config.json").write_text(said)
         with pytest.raises(ValueError, match=rf"config\.json {message}"):
             hf_encoder(tmp_path)
-    with pytest.raises(ValueError, match="or a configuration of transformers, got a dict"):
-        hf_encoder({"model_type": "vit"})
+    with pytest.raises(ValueError, match="or a configuration of transformers, got a int"):
+        hf_encoder(5)
+    with pytest.raises(ValueError, match="The configuration: transformers knows no model_type 'eye'"):
+        hf_encoder({"model_type": "eye"})
     both = transformers.CLIPConfig()
     both.audio_config = config("whisper")
     with pytest.raises(ValueError, match="A 'clip' has vision_config and audio_config: give one"):

@@ -11,12 +11,8 @@ impossible shapes; those are refused here.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
-import stat
-import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -26,17 +22,15 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Checkpoint", "CheckpointDirectory", "CheckpointFile", "open_checkpoint", "read_json"]
+from torchfuse.json_file import parse, read_json, regular_file
+
+__all__ = ["Checkpoint", "CheckpointDirectory"]
 
 _ONE_FILE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = (".bin", ".pt", ".pth")
-
-_MAX_JSON_BYTES: Final = 100_000_000  # what safetensors allows a header
-_MAX_DEPTH: Final = 64
-_MAX_DIGITS: Final = 300  # a longer number has no floating value
 
 _DTYPES: Final = {
     "BOOL": torch.bool,
@@ -59,105 +53,6 @@ _DTYPES: Final = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file of a directory.
-
-    A link may lead to a file of the same directory or, in the cache of the Hugging Face hub, to the
-    repository's own blobs.
-
-    Raises:
-        ValueError: if the file is missing, leaves its directory, or holds no JSON object, naming it.
-            JSON that readers take differently (a key twice, NaN, numbers no float holds, half a
-            character) or that is made to exhaust a reader (size, depth) is refused too.
-    """
-    real = _regular_file(path.parent, path.name)
-    try:
-        if real.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
-        value = _parse(real.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON that can be used: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
-    return value
-
-
-def _parse(content: bytes) -> Any:
-    """The value of a JSON text; ValueError or RecursionError if there is none or more than one."""
-    text = content.decode("utf-8")
-    value = json.loads(
-        text,
-        object_pairs_hook=_each_key_once,
-        parse_constant=_refuse_constant,
-        parse_float=_finite,
-        parse_int=_bounded,
-    )
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, dict | list)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    if level:
-        raise ValueError(f"more than {_MAX_DEPTH} levels deep")
-    if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character fails where it is encoded, so at once
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits[:20]} is too large a number")
-    return value
-
-
-def _bounded(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"{digits[:20]}... is too large a number")
-    return int(digits)
-
-
-def _regular_file(folder: Path, name: str) -> Path:
-    """Where a file of a directory really is.
-
-    Raises:
-        ValueError: if it is missing, no regular file (opening a pipe would wait for ever), or a link
-            that leaves the directory, except for the blobs of its own repository in the hub's cache.
-    """
-    path = folder / name
-    try:
-        root = Path(os.path.realpath(folder, strict=True))
-        real = Path(os.path.realpath(path, strict=True))
-        mode = real.stat().st_mode
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    cached = [p.parent for p in root.parents if p.name == "snapshots"]
-    blobs = cached[0] / "blobs" if cached and cached[0].name.startswith("models--") else None
-    if not real.is_relative_to(root) and real.parent != blobs:
-        raise ValueError(f"{path} is a link that leaves its directory; put the file itself there.")
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is no regular file.")
-    return real
 
 
 class Checkpoint(Mapping[str, tuple[int, ...]]):
@@ -296,7 +191,7 @@ class CheckpointDirectory(Checkpoint):
     def _open(self, file: str, names: list[str] | None) -> list[str]:
         """Take what one file holds; what is wrong with that."""
         path = self.path / file
-        real = _regular_file(self.path, file)
+        real = regular_file(self.path, file)
         try:
             reader = self._files.enter_context(safe_open(real, framework="pt"))
             _check_header(real)
@@ -329,65 +224,6 @@ class CheckpointDirectory(Checkpoint):
         return self
 
 
-class CheckpointFile(Checkpoint):
-    """One file of ``torch.save`` as a table of tensors, such as Meta's or torchtune's.
-
-    It is unpickled by torch's restricted reader, which runs no code of the file. What torchtune puts
-    under ``model`` is the table. ``config`` is the object in ``params.json`` or else in ``config.json``
-    beside the file, and empty if there is neither.
-
-    Args:
-        path: a file that ends in ``.pt``, ``.pth`` or ``.bin``.
-
-    Raises:
-        ValueError: if it is no such file, damaged, or holds anything but a table of plain tensors.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if self.path.suffix not in _PICKLES:
-            raise ValueError(f"{self.path} must be a file that ends in one of {', '.join(_PICKLES)}.")
-        real = _regular_file(self.path.parent, self.path.name)
-        beside = (self.path.parent / name for name in ("params.json", "config.json"))
-        self.config = next((read_json(file) for file in beside if os.path.lexists(file)), {})
-        self._tensors, sizes = _unpickle(real, self.path)
-        wrong = [
-            f"{name!r} ({why})" for name, t in self._tensors.items() if (why := _not_plain(name, t))
-        ]
-        if wrong:
-            raise ValueError(
-                f"{self.path} must hold plain tensors by name and nothing else, got "
-                f"{', '.join(wrong[:8])}{' and more' if len(wrong) > 8 else ''}."
-            )
-        storages = [tensor.untyped_storage() for tensor in self._tensors.values()]
-        placed = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-        if [placed[place] for place in sorted(placed)] != sizes:
-            raise ValueError(
-                f"{self.path} is damaged: its tensors do not fill what the file has for them."
-            )
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self._dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
-
-    def close(self) -> None:
-        self._tensors = {}
-
-    def __enter__(self) -> CheckpointFile:
-        return self
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory, or a file of ``torch.save`` if the path ends as one does.
-
-    Raises:
-        ValueError: if it is neither, naming what is wrong with it.
-    """
-    is_file = Path(path).suffix in _PICKLES and not os.path.isdir(path)
-    return CheckpointFile(path) if is_file else CheckpointDirectory(path)
-
-
 def _listed(faults: list[str]) -> str:
     more = [f"... and {len(faults) - 8} more."] if len(faults) > 8 else []
     return "\n".join(faults[:8] + more)
@@ -401,43 +237,4 @@ def _is_plain_name(file: Any) -> bool:
 def _check_header(path: Path) -> None:
     """Refuse a header, of a file that safetensors took, in which a name stands twice."""
     with path.open("rb") as file:
-        _parse(file.read(int.from_bytes(file.read(8), "little")))
-
-
-def _unpickle(real: Path, path: Path) -> tuple[dict[Any, Any], list[int]]:
-    """What stands in a file of ``torch.save``, its tensors mapped; the sizes of its records in order."""
-    try:
-        with zipfile.ZipFile(real) as archive:
-            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("it is compressed, which torch.save never does")
-        content = torch.load(str(real), map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what a hostile pickle raises is up to its author
-        # Of torch's own text only this: the rest advises to read the file without protection.
-        found = re.search(r"(?i)unsupported [^\n]{1,120}", str(error))
-        known = isinstance(error, ValueError | OSError | zipfile.BadZipFile)
-        reason = str(error) if known else found[0] if found else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as tensors ({reason}). It must be what torch.save wrote from a "
-            "state dict; a pickle that holds other things is not read, because it could run code."
-        ) from error
-    sizes = [entry.file_size for entry in entries if "/data/" in entry.filename and entry.file_size]
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        if set(content) != {"model"}:
-            others = ", ".join(sorted(repr(key) for key in content if key != "model"))
-            raise ValueError(f"{path} holds more than a model: {others[:300]}.")
-        content = content["model"]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} must hold tensors by name, got a {type(content).__name__}.")
-    return content, sizes
-
-
-def _not_plain(name: Any, value: Any) -> str | None:
-    """Why something is no name with a plain tensor."""
-    if not isinstance(name, str):
-        return f"the name is a {type(name).__name__}"
-    if type(value) not in (Tensor, nn.Parameter):
-        return f"a {type(value).__name__}"
-    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
-        return "not dense values"
-    return None
+        parse(file.read(int.from_bytes(file.read(8), "little")))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchfuse.checkpoint.files import write_directory
+from torchfuse.checkpoint.files import holds_only_a_checkpoint, write_directory
 from torchfuse.checkpoint.fusion_artifact import whole
 from torchfuse.checkpoint.key_table import KeyTable, Layout
 from torchfuse.checkpoint.loading import tensors_of
@@ -87,8 +87,11 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write_shards(shards, folder)
 
+    def may_replace(folder: Path) -> bool:
+        return holds_only_a_checkpoint(folder, besides=names)
+
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        write_directory(path, write)
+        write_directory(path, write, may_replace=may_replace)
     else:
         _write_shards(shards, None)
 

@@ -1,8 +1,8 @@
 """Tensors of a checkpoint into those of a module: compared first, all of them, then streamed.
 
-Nothing is written before everything fits. Then one tensor at a time is read from the file's pages,
+Nothing is written before everything fits. Then tensors, a few at a time, are read from the file's pages,
 converted and put in place, so that memory holds the model and little else; a module on the meta device
-gets its memory tensor by tensor, too. A sharded module keeps of each tensor the part that is its own.
+gets its memory just before. A sharded module keeps of each tensor the part that is its own.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ class Source:
     rows: slice | None
 
     def read(self) -> Tensor:
-        """The values, laid out as ours are, in the dtype that they have there."""
+        """The values, laid out as ours are."""
         tensor = self.file.read(self.key)
         if self.rows is not None:
             tensor = tensor[self.rows]
         if self.layout is not None:
-            tensor = self.layout.read(tensor)
+            # Converted first: what is laid out anew is a copy, and theirs may be twice as large.
+            tensor = self.layout.read(tensor.to(self.target.dtype))
         return tensor
 
 
@@ -143,16 +144,18 @@ def fill(sources: list[Source], modules: list[nn.Module], device: torch.device) 
     for source in sources:
         if source.target.is_meta:
             _give_memory(source.target, device)
-    # What stands under two names is written once, so that no two threads write to it.
+    # What stands under two names is written once, so that no two threads write to it; the largest come
+    # first, so that no thread is left alone with one at the end.
     each = list({id(source.target): source for source in sources}.values())
+    each.sort(key=lambda source: source.target.nbytes, reverse=True)
     total = sum(source.target.nbytes for source in each)
     sharded = any(isinstance(source.target, DTensor) for source in each)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=None) as bar,
         ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool,
     ):
-        # Several at once: most of the time goes into the system's giving pages, one by one and to one
-        # thread. A sharded tensor may talk to the other ranks, so those keep to one order and thread.
+        # Several at once: half of the time goes into fetching pages, one by one and for one thread. What
+        # is sharded may talk to other ranks, so it keeps to the order and to the thread of the caller.
         for nbytes in (map if sharded else pool.map)(_read_into_target, each):
             bar.update(nbytes)
     for module in modules:

@@ -9,7 +9,7 @@ from typing import Final
 from torch import nn
 
 from torchfuse.checkpoint.clip import ClipVision
-from torchfuse.checkpoint.directory import Checkpoint, CheckpointDirectory, CheckpointFile
+from torchfuse.checkpoint.directory import Checkpoint, CheckpointDirectory
 from torchfuse.checkpoint.formats import read_spec
 from torchfuse.checkpoint.fused import Fused
 from torchfuse.checkpoint.hf_tower import HfTower
@@ -18,6 +18,7 @@ from torchfuse.checkpoint.llava import Llava
 from torchfuse.checkpoint.meta import Meta, has_meta_names
 from torchfuse.checkpoint.mllama import Mllama
 from torchfuse.checkpoint.spec import ModelSpec, Spec
+from torchfuse.checkpoint.torch_file import CheckpointFile
 from torchfuse.checkpoint.torchtune import Torchtune, has_torchtune_names
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap

@@ -64,7 +64,8 @@ class Spec(ABC):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` is of this format."""
-        return config.get("model_type") in cls.model_types
+        kind = config.get("model_type")
+        return isinstance(kind, str) and kind in cls.model_types
 
     @classmethod
     def holds(cls, module: nn.Module) -> bool:

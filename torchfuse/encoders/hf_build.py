@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib import import_module
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from torchfuse.encoders.hf import AXES, HfEncoder, computed_buffers
+from torchfuse.json_file import read_json
 
 __all__ = ["hf_encoder", "saved_names", "tower_config"]
 
@@ -118,7 +118,7 @@ def tower_config(path_or_config: Any) -> Any:
         path = Path(config)
         if not path.is_dir():
             raise ValueError(f"{path} is not a directory, and nothing is downloaded; give a local one.")
-        config, source = _read_config(path / "config.json"), str(path / "config.json")
+        config, source = read_json(path / "config.json"), str(path / "config.json")
     if isinstance(config, Mapping):
         said = _without_foreign_code(dict(config))
         kind = said.get("model_type")
@@ -189,18 +189,6 @@ def _build(tower_class: Any, config: Any, dtype: torch.dtype | None, options: An
         for parameter in tower.parameters():
             parameter.fill_(torch.nan)
     return tower
-
-
-def _read_config(file: Path) -> Any:
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{file} is no JSON: {error}.") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{file} must hold a JSON object, got a {type(said).__name__}.")
-    return said
 
 
 def _without_foreign_code(said: Any) -> Any:

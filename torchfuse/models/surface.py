@@ -97,6 +97,9 @@ class DecoderSurface(nn.Module):
             decoder_max_seq_len: slots for the sequence, encoder tokens that stand in it included; the
                 decoder's ``max_seq_len`` unless given.
         """
+        from torchfuse.models.cached_attention import use_cached_attention  # imports torchtune
+
+        use_cached_attention(self.decoder)
         if self._caches_features:
             # torchtune's decoder sees to this only for its own cross-attention layers.
             self.decoder.encoder_max_cache_seq_len = encoder_max_seq_len or self.max_seq_len

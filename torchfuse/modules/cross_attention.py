@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.modules.grouped_attention import grouped_attention
 from torchfuse.modules.kv_cache import EncoderKVCache
 
 __all__ = ["CrossAttention", "GatedCrossAttentionLayer"]
@@ -155,14 +156,7 @@ class CrossAttention(nn.Module):
             mask = self.effective_mask(y, None)
         q = self._heads(self.q_proj(x), self.num_heads, self.q_norm)
         k, v = self._keys_and_values(y)
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask[:, None],
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        attended = grouped_attention(q, k, v, mask, self.attn_dropout if self.training else 0.0)
         return self.output_proj(attended.transpose(1, 2).flatten(2))
 
     @property

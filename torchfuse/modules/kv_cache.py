@@ -1,8 +1,11 @@
-"""The cache of what a sequence sees of the encoder.
+"""Caches of keys and values, for inference only.
 
-A self-attention cache grows by a token a step; this one is filled once, when the features arrive, and
-read at every step after that. It knows how much of it is filled: slots behind the features are never
-attended to, so it may be larger than the features without changing a result.
+``KVCache`` is that of a sequence, which grows with every step. ``EncoderKVCache`` is that of what the
+sequence sees of the encoder: it is filled once, when the features arrive, and read at every step after
+that. It knows how much of it is filled: slots behind the features are never attended to, so it may be
+larger than the features without changing a result.
+
+Neither ever allocates, branches on a value or waits for the device once it is set up.
 """
 
 from __future__ import annotations
@@ -10,7 +13,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EncoderKVCache"]
+__all__ = ["EncoderKVCache", "KVCache"]
+
+
+class KVCache(nn.Module):
+    """Keys and values of a sequence; a drop-in for torchtune's, never part of a state dict.
+
+    Args:
+        batch_size: rows.
+        max_seq_len: slots for tokens.
+        num_kv_heads: heads of keys and values.
+        head_dim: width of a head.
+        dtype: dtype of keys and values.
+
+    Examples:
+        >>> cache = KVCache(2, 7, num_kv_heads=1, head_dim=3, dtype=torch.float32)
+        >>> keys, values = cache.update(torch.ones(2, 1, 5, 3), torch.ones(2, 1, 5, 3))
+        >>> keys.shape, cache.size
+        (torch.Size([2, 1, 7, 3]), 5)
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_pos: Tensor
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        shape = (batch_size, num_kv_heads, max_seq_len, head_dim)
+        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype), persistent=False)
+        # The slots of the tokens to come; its first value is how many there are.
+        self.register_buffer("cache_pos", torch.arange(max_seq_len), persistent=False)
+        self.batch_size = batch_size
+
+    @property
+    def size(self) -> int:
+        """How many slots hold a token; asking waits for the device."""
+        return int(self.cache_pos[0])
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values of the next tokens.
+
+        Args:
+            keys: ``[b, h, s, d]``; there must be ``s`` empty slots, which only the caller can know.
+            values: as ``keys``.
+
+        Returns:
+            All keys and all values, ``[b, h, max_seq_len, d]``.
+
+        Raises:
+            ValueError: if rows or length do not fit the cache at all.
+        """
+        rows, _, length, _ = keys.shape
+        if rows != self.k_cache.shape[0] or length > self.k_cache.shape[2]:
+            raise ValueError(
+                f"The cache holds {self.k_cache.shape[0]} rows of up to {self.k_cache.shape[2]} tokens, "
+                f"got {rows} rows of {length}. Set up the caches with this batch_size and "
+                "decoder_max_seq_len."
+            )
+        slots = self.cache_pos[:length]
+        self.k_cache.index_copy_(2, slots, keys.to(self.k_cache.dtype))
+        self.v_cache.index_copy_(2, slots, values.to(self.v_cache.dtype))
+        self.cache_pos.add_(length)
+        return self.k_cache, self.v_cache
+
+    def reset(self) -> None:
+        """Empty the cache without giving its memory back."""
+        self.cache_pos.sub_(self.cache_pos[:1].clone())
 
 
 class EncoderKVCache(nn.Module):

@@ -1,0 +1,167 @@
+"""One prompt of each row, one answer of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.generation.sampling import Generators, Sampling
+from torchfuse.generation.session import Scores, Session, bucket, vocab_size
+from torchfuse.naming import unwrap
+
+__all__ = ["evaluating", "generate"]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    encoder_input: Mapping[str, Any] | None = None,
+    encoder_embeds: Tensor | Mapping[str, Tensor] | None = None,
+    encoder_mask: Tensor | Mapping[str, Tensor] | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+    pad_id: int = 0,
+    generator: Generators = None,
+    compile: bool = False,
+    stream: Callable[[Tensor], None] | None = None,
+    scores: Scores = None,
+) -> Any:
+    """Continue prompts.
+
+    Args:
+        model: a fused model; it is put into evaluation mode for the call.
+        tokens: prompts, ``[b, s]``, shorter ones padded on the left by ``pad_id``.
+        encoder_input: keywords of the encoder, as for the model's own call.
+        encoder_embeds: what ``model.encode`` returned, in place of ``encoder_input``.
+        encoder_mask: which features count, as for the model's own call, ``[b, s, n]`` or ``[b, n]``. New
+            tokens see what the last prompt token sees.
+        max_new_tokens: how many tokens to add at most.
+        temperature: divides the logits; 0 takes the likeliest token always.
+        top_k: sample from this many likeliest tokens only.
+        top_p: sample from the likeliest tokens that together have this probability only.
+        repetition_penalty: above 1 makes tokens that a row holds already less likely.
+        stop_tokens: ids after which a row is finished, or a list of them for each row; generation ends
+            when all rows are.
+        pad_id: id of padding, in the prompt and behind finished rows.
+        generator: source of randomness, on the device of ``tokens``; a list with one for each row makes
+            a row's answer independent of the batch.
+        compile: whether prompt and steps run as one compiled graph each. Graphs are kept: prompts of one
+            bucket of lengths share one, and a second call compiles nothing.
+        stream: called with the new token of every row, ``[b]``, as soon as it is known.
+        scores: ``"logits"`` or ``"log_probs"`` to get those of every new token, before sampling, too.
+
+    Returns:
+        Prompts and new tokens, ``[b, s + n]`` with ``n <= max_new_tokens``; with ``scores``, a pair of
+        that and ``[b, n, v]``.
+
+    Raises:
+        ValueError: if the arguments are out of range or the sequence does not fit the model; nothing but
+            the encoders has run then.
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    _check(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
+    if encoder_input is not None and encoder_embeds is not None:
+        raise ValueError("Give encoder_input or encoder_embeds, not both.")
+    fused: Any = model
+    with evaluating(model):
+        if encoder_input is not None:
+            encoder_embeds = fused.encode(encoder_input)
+        features = 0
+        if encoder_embeds is not None:
+            features = sum(part.shape[1] for part in _parts(encoder_embeds))
+        max_tokens = _room(fused, tokens.shape[1], features, max_new_tokens, compile)
+        options = {"batch_size": tokens.shape[0], "max_tokens": max_tokens, "max_features": features}
+        with Session(model, **options, pad_id=pad_id, compile=compile) as session:
+            new, scored = session.answer(
+                tokens,
+                max_new_tokens=max_new_tokens,
+                encoder_embeds=encoder_embeds,
+                encoder_mask=encoder_mask,
+                sampling=sampling,
+                stop_tokens=stop_tokens,
+                generator=generator,
+                stream=stream,
+                scores=scores,
+            )
+    sequence = torch.cat([tokens, new], dim=1)
+    return sequence if scores is None else (sequence, scored)
+
+
+def _parts(embeds: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
+    return [embeds] if isinstance(embeds, Tensor) else list(embeds.values())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and each of its modules as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        # FSDP2 leaves a root unsharded after a forward without backward, and an optimizer built then
+        # would hold parameters that are thrown away.
+        reshard = getattr(unwrap(model), "reshard", None)
+        if callable(reshard):
+            reshard()
+
+
+def _room(model: Any, prompt: int, features: int, new: int, compiled: bool) -> int:
+    """Tokens of text that caches are set up for; a round number where each needs a graph of its own."""
+    strategy = getattr(unwrap(model), "strategy", None)
+    extra = 0 if strategy is None else strategy.extra_tokens(features)
+    most = model.max_seq_len - extra
+    if prompt + new > most:
+        raise ValueError(
+            f"{prompt} prompt tokens, {extra} encoder tokens and {new} new ones are more than the "
+            f"model's max_seq_len of {model.max_seq_len}."
+        )
+    if not compiled:
+        return prompt + new
+    padded = bucket(prompt, most - new)
+    return min(most, -(-(padded + new) // 64) * 64)
+
+
+def _check(
+    model: Any,
+    tokens: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: Any,
+    generator: Generators,
+    scores: Scores,
+) -> None:
+    faults = []
+    if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
+        faults.append(f"tokens must be ids [b, s], got {tokens.dtype} {list(tokens.shape)}")
+    if max_new_tokens < 1:
+        faults.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    faults += sampling.faults()
+    if scores not in (None, "logits", "log_probs"):
+        faults.append(f'scores must be "logits" or "log_probs", got {scores!r}')
+    by_row = [stop for stop in stop_tokens if not isinstance(stop, int)]
+    if by_row and (len(by_row) != len(stop_tokens) or len(by_row) != tokens.shape[0]):
+        faults.append(f"stop_tokens by row must be {tokens.shape[0]} lists, got {stop_tokens}")
+    else:
+        vocab, ids = vocab_size(model), [i for row in by_row for i in row] if by_row else stop_tokens
+        outside = [i for i in ids if not 0 <= i < vocab]
+        if outside:
+            faults.append(f"stop_tokens {outside} must lie in [0, {vocab}), what the head scores")
+    if isinstance(generator, Sequence) and len(generator) != tokens.shape[0]:
+        faults.append(f"generators by row must be {tokens.shape[0]}, got {len(generator)}")
+    if model.caches_are_setup():
+        faults.append("caches are set up already (torchtune.modules.delete_kv_caches removes them)")
+    if faults:
+        raise ValueError(f"generate: {'; '.join(faults)}.")

@@ -1,0 +1,371 @@
+"""A conversation with a model on one set of caches.
+
+Prompts are padded on the left, so that every row's next token stands in the same column; padding is
+masked and positions are counted from each row's first token, so that a row gives what it would give on
+its own. What a row must not see again (padding behind a finished answer) is masked in the same way, so
+that the next turn simply goes on behind it. Everything that changes from step to step is a tensor that
+keeps its place: a step is one graph, and needs nothing from the host but the next token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.data.masks import left_padding
+from torchfuse.generation.sampling import Generators, Sampling, sample
+from torchfuse.naming import unwrap
+
+__all__ = ["Session", "bucket", "vocab_size"]
+
+Scores = Literal["logits", "log_probs"] | None
+
+# How often a device is asked whether all rows are finished; asking waits for it.
+_CHECK_EVERY: Final = 8
+_NEVER: Final = -1  # no token has this id
+
+
+class Session:
+    """Caches of a model and what has been said on them.
+
+    Use it as a context manager, or call ``close``: the caches are the model's until then.
+
+    Args:
+        model: a fused model, or a plain decoder, without caches. It should be in evaluation mode.
+        batch_size: rows.
+        max_tokens: text of all turns together at most, prompts, their padding, and answers.
+        max_features: encoder tokens of one turn at most.
+        pad_id: id of padding, in prompts and behind finished rows.
+        compile: whether prompts and steps run as one compiled graph each. Prompts are then padded to
+            the lengths of ``bucket``, so that few graphs serve all.
+
+    Raises:
+        ValueError: if the model has caches already, or cannot hold as much.
+
+    Examples:
+        >>> from torchtune.models.llama3_2 import llama3_2
+        >>> decoder = llama3_2(
+        ...     vocab_size=11, num_layers=2, num_heads=3, num_kv_heads=1, embed_dim=12, max_seq_len=32
+        ... ).eval()
+        >>> with Session(decoder, batch_size=1, max_tokens=20) as session:
+        ...     first, _ = session.answer(torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+        ...     second, _ = session.answer(torch.tensor([[5, 6]]), max_new_tokens=3)
+        >>> first.shape, second.shape, session.length
+        (torch.Size([1, 4]), torch.Size([1, 3]), 11)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        max_features: int = 0,
+        pad_id: int = 0,
+        compile: bool = False,
+    ) -> None:
+        fused: Any = model
+        self.model = fused
+        self.pad_id, self.compile = pad_id, compile
+        strategy = getattr(unwrap(model), "strategy", None)
+        extra = 0 if strategy is None else strategy.extra_tokens(max_features)
+        self.max_tokens = max_tokens
+        slots = max_tokens + extra
+        faults = []
+        if self.model.caches_are_setup():
+            faults.append("caches are set up already (torchtune.modules.delete_kv_caches removes them)")
+        if slots > self.model.max_seq_len:
+            faults.append(
+                f"{max_tokens} tokens of text and {extra} encoder tokens are more than the model's "
+                f"max_seq_len of {self.model.max_seq_len}"
+            )
+        if faults:
+            raise ValueError(f"{'; '.join(faults)}.")
+        table = next(self.model.tok_embeddings.parameters())
+        device = table.device
+        special = () if strategy is None else strategy.special_tokens()
+        self._special = torch.tensor(special, dtype=torch.long, device=device)
+        self._valid = torch.zeros(batch_size, slots, dtype=torch.bool, device=device)
+        self._count = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        # The last token of an answer, which the model has not read yet, and whether it counts.
+        self._unread: tuple[Tensor, Tensor] | None = None
+        self._seen: Tensor | None = None
+        self.length = 0
+        self._set_up_caches(batch_size, table, max_features, slots)
+
+    def _set_up_caches(self, rows: int, table: Tensor, features: int, slots: int) -> None:
+        kind = table.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.dtype
+        with table.device:
+            self.model.setup_caches(
+                rows, dtype, encoder_max_seq_len=max(features, 1), decoder_max_seq_len=slots
+            )
+
+    @torch.no_grad()
+    def answer(
+        self,
+        tokens: Tensor,
+        *,
+        max_new_tokens: int,
+        encoder_embeds: Tensor | Mapping[str, Tensor] | None = None,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None = None,
+        sampling: Sampling | None = None,
+        stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+        generator: Generators = None,
+        stream: Callable[[Tensor], None] | None = None,
+        scores: Scores = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read a prompt behind what has been said, and answer it.
+
+        Args:
+            tokens: ids ``[b, s]``, padded on the left.
+            max_new_tokens: how many tokens to add at most.
+            encoder_embeds: features that this turn brings, as ``model.encode`` returns them. Without
+                any, the turn sees what the last token of the turn before saw.
+            encoder_mask: which features count, as for the model's own call.
+            sampling: how tokens are chosen.
+            stop_tokens: ids after which a row is finished; the same for all rows, or by row.
+            generator: see ``sample``.
+            stream: called with the new token of every row, ``[b]``, as soon as it is known.
+            scores: ``"logits"`` or ``"log_probs"`` of every token at every step, before sampling.
+
+        Returns:
+            New tokens ``[b, n]``, and scores ``[b, n, v]`` if asked for.
+
+        Raises:
+            ValueError: if it does not fit into what is left of the session.
+        """
+        self._check(tokens, max_new_tokens)
+        sampling = sampling or Sampling()
+        stop = _stop_table(stop_tokens, tokens)
+        logits = self._read(tokens, encoder_embeds, encoder_mask, sampling)
+        finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        new: list[Tensor] = []
+        kept: list[Tensor] = []
+        alive: list[Tensor] = []
+        always = stream is not None or tokens.device.type == "cpu"
+        while True:
+            if scores is not None:
+                kept.append(logits.log_softmax(-1) if scores == "log_probs" else logits.clone())
+            seen = None if self._seen is None else self._seen[:, :-1]
+            chosen = sample(logits, **vars(sampling), seen=seen, generator=generator)
+            chosen = chosen.to(tokens.dtype).masked_fill(finished, self.pad_id)
+            new.append(chosen)
+            self._remember(chosen, sampling)
+            if stream is not None:
+                stream(chosen)
+            counts = ~finished
+            finished = finished | (chosen[:, None] == stop).any(dim=1)
+            alive.append(counts.any())
+            done = len(new) == max_new_tokens
+            if not done and stop.shape[1] and (always or len(new) % _CHECK_EVERY == 0):
+                done = bool(finished.all())
+            if done:
+                break
+            logits = self._step(chosen, counts)
+        self._unread = (chosen, counts)
+        num = int(torch.stack(alive).sum()) if stop.shape[1] else len(new)
+        scored = torch.stack(kept[:num], dim=1) if kept else None
+        return torch.stack(new[:num], dim=1), scored
+
+    def _check(self, tokens: Tensor, max_new_tokens: int) -> None:
+        rows = self._valid.shape[0]
+        length = tokens.shape[1] + int(self._unread is not None)
+        length = bucket(length, self.max_tokens - self.length) if self.compile else length
+        # The last new token is never read.
+        left = self.max_tokens - self.length
+        if tokens.shape[0] != rows or length + max_new_tokens - 1 > left:
+            raise ValueError(
+                f"This session has {rows} rows and room for {left} more tokens of text, got "
+                f"{tokens.shape[0]} rows of {length} with {max_new_tokens} new ones to come."
+            )
+
+    def _read(
+        self,
+        tokens: Tensor,
+        embeds: Tensor | Mapping[str, Tensor] | None,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+        sampling: Sampling,
+    ) -> Tensor:
+        """Logits ``[b, v]`` of the first token behind a prompt."""
+        valid = left_padding(tokens, self.pad_id)
+        front, front_valid = tokens[:, :0], valid[:, :0]
+        if self._unread is not None:
+            front, front_valid = (part[:, None] for part in self._unread)
+        length = tokens.shape[1] + front.shape[1]
+        padding = 0
+        if self.compile:
+            padding = bucket(length, self.max_tokens - self.length) - length
+        pads = tokens.new_full((tokens.shape[0], padding), self.pad_id)
+        tokens = torch.cat([front, pads, tokens], dim=1)
+        valid = torch.cat([front_valid, torch.zeros_like(pads, dtype=torch.bool), valid], dim=1)
+        self._unread = None
+        if sampling.repetition_penalty != 1:
+            self._remember_all(tokens, valid)
+        given: dict[str, Any] = {}
+        if embeds is not None:
+            mask = _widen(encoder_mask, tokens.shape[1])
+            given = {"encoder_embeds": embeds, "encoder_mask": mask}
+        run = _compiled(_read_prompt, tokens.device.type) if self.compile else _read_prompt
+        logits = run(
+            self.model, tokens, valid, self._valid, self._count, self._column, self._special, given
+        )
+        self.length += tokens.shape[1]
+        return logits
+
+    def _step(self, token: Tensor, counts: Tensor) -> Tensor:
+        """Logits ``[b, v]`` of the token after this one."""
+        run: Callable[..., Tensor] = _next_logits
+        if self.compile:
+            run = _compiled(_next_logits, token.device.type)
+            torch.compiler.cudagraph_mark_step_begin()
+        logits = run(self.model, token, counts, self._valid, self._count, self._column, self._special)
+        self.length += 1
+        return logits
+
+    def _remember_all(self, tokens: Tensor, valid: Tensor) -> None:
+        """Note which tokens rows hold; those that the head does not score share a column."""
+        vocab = vocab_size(self.model)
+        if self._seen is None:
+            self._seen = torch.zeros(tokens.shape[0], vocab + 1, dtype=torch.bool, device=tokens.device)
+        elsewhere = ~valid | (tokens >= vocab) | (tokens < 0)
+        self._seen.scatter_(1, tokens.masked_fill(elsewhere, vocab), True)
+
+    def _remember(self, chosen: Tensor, sampling: Sampling) -> None:
+        if sampling.repetition_penalty != 1:
+            self._remember_all(chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))
+
+    def close(self) -> None:
+        """Give the caches back."""
+        from torchtune.modules.common_utils import delete_kv_caches
+
+        if self.model.caches_are_setup():
+            delete_kv_caches(self.model)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def bucket(length: int, most: int) -> int:
+    """The length that a prompt is padded to where each length needs a graph of its own.
+
+    Powers of two up to 128, then multiples of 128, and never more than ``most``.
+
+    Examples:
+        >>> bucket(11, 500), bucket(100, 500), bucket(300, 500), bucket(300, 320)
+        (16, 128, 384, 320)
+    """
+    padded = max(16, 1 << (length - 1).bit_length()) if length <= 128 else -(-length // 128) * 128
+    return max(length, min(padded, most))
+
+
+def vocab_size(model: nn.Module) -> int:
+    """How many tokens a model's head scores."""
+    head: Any = unwrap(model).output
+    if hasattr(head, "out_features"):
+        return int(head.out_features)
+    embedding: Any = getattr(head, "tied_module", None) or unwrap(model).tok_embeddings
+    return int(embedding.weight.shape[0])
+
+
+def _stop_table(stop_tokens: Sequence[int] | Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
+    """The stop tokens of every row, ``[b, k]`` or ``[1, k]``."""
+    each = [[stop] if isinstance(stop, int) else list(stop) for stop in stop_tokens]
+    by_row = any(not isinstance(stop, int) for stop in stop_tokens)
+    rows = each if by_row else [[stop for row in each for stop in row]]
+    longest = max(map(len, rows), default=0)
+    padded = [row + [_NEVER] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=tokens.dtype, device=tokens.device).view(len(rows), longest)
+
+
+def _widen(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Any:
+    """A mask by token, for what stands in front of the prompt, too, which sees what its start does."""
+    if isinstance(mask, Mapping):
+        return {name: _widen(part, length) for name, part in mask.items()}
+    if mask is None or mask.dim() == 2 or mask.shape[1] == length:
+        return mask
+    front = mask[:, :1].expand(-1, length - mask.shape[1], -1)
+    return torch.cat([front, mask], dim=1)
+
+
+def _read_prompt(
+    model: Any,
+    tokens: Tensor,
+    counts: Tensor,
+    valid: Tensor,
+    count: Tensor,
+    column: Tensor,
+    special: Tensor,
+    given: Mapping[str, Any],
+) -> Tensor:
+    """Read ``tokens`` ``[b, s]`` of which ``counts`` count, and score what comes behind, ``[b, v]``.
+
+    ``valid`` ``[b, slots]`` (what may be seen), ``count`` ``[b]`` (tokens so far) and ``column`` ``[1]``
+    (slots so far) go on in place.
+    """
+    s, slots = tokens.shape[1], valid.shape[1]
+    here = column + torch.arange(s, device=tokens.device)
+    valid.index_copy_(1, here, counts)
+    every = torch.arange(slots, device=tokens.device)
+    # What does not count sees itself, so that its softmax is defined.
+    mask = (valid[:, None] & (every <= here[:, None])) | (every == here[:, None])
+    positions = (count[:, None] + counts.cumsum(dim=1) - 1).clamp(min=0)
+    logits = _score(model, tokens, mask, positions, special, given)
+    count.add_(counts.sum(dim=1))
+    column.add_(s)
+    return logits
+
+
+def _next_logits(
+    model: Any,
+    token: Tensor,
+    counts: Tensor,
+    valid: Tensor,
+    count: Tensor,
+    column: Tensor,
+    special: Tensor,
+) -> Tensor:
+    """Read one token ``[b]`` of each row, as ``_read_prompt`` does."""
+    valid.index_copy_(1, column, counts[:, None])
+    logits = _score(model, token[:, None], valid[:, None], count[:, None], special, {})
+    count.add_(counts)
+    column.add_(1)
+    return logits
+
+
+def _score(
+    model: Any,
+    tokens: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    special: Tensor,
+    given: Mapping[str, Any],
+) -> Tensor:
+    output = model(tokens, mask=mask, input_pos=positions, **given)
+    while isinstance(output, list):  # hidden states in front, or chunks of the sequence
+        output = output[-1]
+    logits: Tensor = output[:, -1]
+    # A token that stands for a feature is nothing to say; many lie outside the vocabulary.
+    banned = torch.isin(torch.arange(logits.shape[-1], device=logits.device), special)
+    return logits.masked_fill(banned, -torch.inf)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """A function as one graph for each shape; on CUDA, recorded and replayed."""
+    mode = "reduce-overhead" if device == "cuda" else None
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

@@ -1,0 +1,236 @@
+import pytest
+import torch
+from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, open_gates, text, tiny_decoder
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from torchfuse import fuse, generate
+from torchfuse.generation import Session, sample
+from torchfuse.generation.sampling import Sampling
+
+ARCHS = {
+    "cross_attention": {"every": 2},
+    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
+    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
+}
+GREEDY = Sampling(temperature=0)
+
+
+def make(name):
+    model = fuse(tiny_decoder(max_seq_len=97), TinyEncoder(), **ARCHS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.mul_(30)
+    return open_gates(model) if name == "cross_attention" else model
+
+
+def first_turn(name):
+    tokens = text(2, 11)
+    if name == "placeholder":
+        tokens[:, 1 : 1 + FEATURES] = IMAGE
+    tokens[0, :2] = 0  # a shorter prompt
+    if name == "placeholder":
+        tokens[0] = tokens[1].roll(0)
+    return tokens
+
+
+@torch.no_grad()
+def without_caches(model, turns, steps, embeds):
+    """All turns again at every step, rows one by one and without padding."""
+    rows = []
+    for row in range(2):
+        sequence, answers = torch.zeros(1, 0, dtype=torch.long), []
+        for turn in turns:
+            prompt = turn[row : row + 1]
+            sequence = torch.cat([sequence, prompt[:, (prompt[0] != 0).nonzero()[0, 0] :]], dim=1)
+            said = []
+            for _ in range(steps):
+                logits = model(sequence, encoder_embeds=embeds[row : row + 1])
+                said.append(logits[:, -1].argmax(-1))
+                sequence = torch.cat([sequence, said[-1][None]], dim=1)
+            answers.append(torch.stack(said, dim=1))
+        rows.append(answers)
+    return [torch.cat([rows[row][turn] for row in range(2)]) for turn in range(len(turns))]
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_second_question_goes_on_behind_the_first_and_encodes_nothing(name):
+    model = make(name)
+    embeds = model.encode(inputs())
+    turns = [first_turn(name), text(2, 5, seed=9)]
+    turns[1][1, 0] = 0
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
+        one, _ = session.answer(turns[0], max_new_tokens=6, encoder_embeds=embeds, sampling=GREEDY)
+        two, _ = session.answer(turns[1], max_new_tokens=6, sampling=GREEDY)
+        assert session.length == 11 + 5 + 1 + 5 + 5
+    assert calls == []
+    assert not model.caches_are_setup()
+    expected = without_caches(model, turns, 6, embeds)
+    assert torch.equal(one, expected[0])
+    assert torch.equal(two, expected[1])
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_row_that_stopped_early_goes_on_as_if_alone(name):
+    model = make(name)
+    embeds, prompt = model.encode(inputs()), first_turn(name)
+    with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
+        free, _ = session.answer(prompt, max_new_tokens=8, encoder_embeds=embeds, sampling=GREEDY)
+    stops = [[int(free[0, 2])], []]
+    second = text(2, 4, seed=11)
+    alone = []
+    for row in range(2):
+        with Session(model, batch_size=1, max_tokens=40, max_features=FEATURES) as session:
+            at = slice(row, row + 1)
+            given = {"encoder_embeds": embeds[at], "sampling": GREEDY, "stop_tokens": [stops[row]]}
+            one, _ = session.answer(prompt[at], max_new_tokens=8, **given)
+            two, _ = session.answer(second[at], max_new_tokens=5, sampling=GREEDY)
+            alone.append((one, two))
+    with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
+        given = {"encoder_embeds": embeds, "sampling": GREEDY, "stop_tokens": stops}
+        one, _ = session.answer(prompt, max_new_tokens=8, **given)
+        two, _ = session.answer(second, max_new_tokens=5, sampling=GREEDY)
+    for row in range(2):
+        length = alone[row][0].shape[1]
+        assert torch.equal(one[row, :length], alone[row][0][0])
+        assert (one[row, length:] == 0).all()
+        assert torch.equal(two[row], alone[row][1][0])
+
+
+def test_every_step_equals_the_model_without_caches():
+    for name in ARCHS:
+        model = make(name)
+        tokens, steps = first_turn(name), 9
+        tokens[0] = tokens[1].roll(0 if name == "placeholder" else 3)
+        sequence, logits = generate(
+            model, tokens, encoder_input=inputs(), max_new_tokens=steps, temperature=0, scores="logits"
+        )
+        with torch.no_grad():
+            expected = model(sequence[:, :-1], encoder_input=inputs())[:, -steps:]
+        if name == "placeholder":
+            assert torch.isinf(logits[..., IMAGE:]).all()
+        torch.testing.assert_close(logits[..., :VOCAB], expected[..., :VOCAB], rtol=0, atol=1e-5)
+
+
+def test_log_probabilities_on_request():
+    model = make("prefix")
+    options = {"encoder_input": inputs(), "max_new_tokens": 5, "temperature": 0}
+    _, logits = generate(model, text(2, 7), **options, scores="logits")
+    sequence, scores = generate(model, text(2, 7), **options, scores="log_probs")
+    assert scores.shape == (2, 5, VOCAB)
+    torch.testing.assert_close(scores, logits.log_softmax(-1))
+    assert torch.equal(scores.argmax(-1), sequence[:, 7:])
+
+
+def test_features_that_were_encoded_before():
+    model = make("cross_attention")
+    options = {"max_new_tokens": 5, "temperature": 0}
+    embeds = model.encode(inputs())
+    one = generate(model, text(2, 7), encoder_input=inputs(), **options)
+    assert torch.equal(generate(model, text(2, 7), encoder_embeds=embeds, **options), one)
+    with pytest.raises(ValueError, match="encoder_input or encoder_embeds, not both"):
+        generate(model, text(2, 7), encoder_input=inputs(), encoder_embeds=embeds, **options)
+
+
+def test_a_generator_for_each_row_makes_rows_independent():
+    model, prompt = make("cross_attention"), text(3, 9)
+    embeds = model.encode(inputs(batch=3))
+
+    def seeded(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    options = {"max_new_tokens": 12, "temperature": 1.3}
+    together = generate(model, prompt, encoder_embeds=embeds, generator=seeded(5, 6, 7), **options)
+    for row in range(3):
+        at = slice(row, row + 1)
+        alone = generate(
+            model, prompt[at], encoder_embeds=embeds[at], generator=seeded(5 + row), **options
+        )
+        assert torch.equal(together[at], alone)
+    with pytest.raises(ValueError, match="generators by row must be 3, got 2"):
+        generate(model, prompt, generator=seeded(1, 2), **options)
+
+
+def test_rows_may_have_stop_tokens_of_their_own():
+    model, prompt = make("prefix"), text(2, 7)
+    options = {"encoder_input": inputs(), "max_new_tokens": 9, "temperature": 0}
+    free = generate(model, prompt, **options)[:, 7:]
+    stops = [[int(free[0, 3])], [int(free[1, 1])]]
+    stopped = generate(model, prompt, **options, stop_tokens=stops)[:, 7:]
+    for row, ids in enumerate(stops):
+        first = int((free[row] == ids[0]).nonzero()[0, 0])
+        assert torch.equal(stopped[row, : first + 1], free[row, : first + 1])
+        assert (stopped[row, first + 1 :] == 0).all()
+    with pytest.raises(ValueError, match="stop_tokens by row must be 2 lists"):
+        generate(model, prompt, **options, stop_tokens=[[1], [2], [3]])
+
+
+@pytest.mark.parametrize("penalty", [1.7, 0.6])
+def test_repetition_penalty_is_transformers(penalty):
+    logits, held = torch.randn(3, VOCAB), torch.randint(0, VOCAB, (3, 5))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(held, logits.clone()).argmax(-1)
+    seen = torch.zeros(3, VOCAB, dtype=torch.bool).scatter(1, held, True)
+    chosen = sample(logits, temperature=0, repetition_penalty=penalty, seen=seen)
+    assert torch.equal(chosen, expected)
+
+
+@torch.no_grad()
+def test_a_strong_penalty_never_repeats_what_the_row_holds():
+    model, prompt = make("placeholder"), first_turn("placeholder")
+    sequence = generate(
+        model, prompt, encoder_input=inputs(), max_new_tokens=12, temperature=0, repetition_penalty=1e9
+    )
+    for row in sequence:
+        said = row[row != IMAGE]
+        assert len(set(said.tolist())) == len(said) - (len(prompt[0]) - FEATURES) + len(
+            set(row[: prompt.shape[1]][row[: prompt.shape[1]] != IMAGE].tolist())
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        ({"stop_tokens": [VOCAB]}, r"stop_tokens \[37\] must lie in \[0, 37\), what the head scores"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"scores": "everything"}, 'scores must be "logits" or "log_probs"'),
+        ({"top_p": 1.5, "top_k": 0}, r"top_k must be at least 1, got 0; top_p must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_input_is_named_before_anything_runs(call, complaint):
+    model = make("cross_attention")
+    ran = []
+    model.encoder.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match=complaint):
+        generate(model, text(), encoder_input=inputs(), max_new_tokens=3, **call)
+    assert ran == []
+    assert not model.caches_are_setup()
+
+
+def test_what_does_not_fit_into_the_session_is_named_and_changes_nothing():
+    model = make("cross_attention")
+    with Session(model, batch_size=2, max_tokens=20) as session:
+        session.answer(text(2, 6), max_new_tokens=4, sampling=GREEDY)
+        before = [buffer.clone() for buffer in model.buffers()]
+        with pytest.raises(ValueError, match=r"room for 11 more tokens of text, got 2 rows of 9 with 4"):
+            session.answer(text(2, 8), max_new_tokens=4, sampling=GREEDY)
+        with pytest.raises(ValueError, match="has 2 rows"):
+            session.answer(text(3, 2), max_new_tokens=1, sampling=GREEDY)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+        session.answer(text(2, 7), max_new_tokens=4, sampling=GREEDY)
+        with pytest.raises(ValueError, match="caches are set up already"):
+            Session(model, batch_size=2, max_tokens=20)
+    with pytest.raises(ValueError, match="98 tokens of text and 0 encoder tokens are more than"):
+        Session(model, batch_size=2, max_tokens=98)
+
+
+def test_caches_stay_where_they_are_and_enter_no_state_dict():
+    model = make("cross_attention")
+    keys = list(model.state_dict())
+    with Session(model, batch_size=2, max_tokens=30, max_features=FEATURES) as session:
+        places = [buffer.data_ptr() for buffer in model.buffers()]
+        embeds = model.encode(inputs())
+        for _ in range(2):
+            session.answer(text(2, 5), max_new_tokens=4, encoder_embeds=embeds, sampling=GREEDY)
+        assert [buffer.data_ptr() for buffer in model.buffers()] == places
+        assert list(model.state_dict()) == keys

@@ -50,8 +50,8 @@ class Quantization:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.scheme}: {self.bytes_before:,} bytes are {self.bytes_after:,} now; weights quantized: "
-            f"{len(self.quantized)}, kept in high precision: {len(self.kept)}"
+            f"{self.scheme}: {self.bytes_before:,} bytes are {self.bytes_after:,} now; weights "
+            f"quantized: {len(self.quantized)}, kept in high precision: {len(self.kept)}"
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.kept.items())])
 
@@ -71,6 +71,7 @@ def quantize(
     do layers with a forward of their own, torchtune's LoRA layers (build those with ``quantize_base``),
     and shapes that the scheme cannot hold. What stayed is in the result.
 
+    Without ``torch.compile`` a weight is widened again at each call, which saves memory and costs time.
     Convert the model to its dtype and load its pretrained parts first: quantized weights cannot be
     loaded into. A checkpoint of a quantized model is read by ``torch.load(..., weights_only=True)`` once
     ``torchao.quantization`` has been imported, and goes into a model by

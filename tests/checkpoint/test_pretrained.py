@@ -4,7 +4,7 @@ from hf import clip_tower, edit, llama, ours, rename
 from safetensors.torch import load_file, save_file
 from support import TinyEncoder, same_state, state, text, tiny_decoder
 
-from torchfuse import fuse, get_fusion_params, load_pretrained
+from torchfuse import from_pretrained, fuse, get_fusion_params, load_pretrained, quantize
 
 
 @pytest.fixture
@@ -219,3 +219,19 @@ def test_integers_are_no_weights(folders):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
     save_file(tensors, file)
     refused(ours(), "dtype: model.norm.weight is torch.int32, norm.scale is torch.float32", **folders)
+
+
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "nf4"])
+def test_quantized_weights_are_not_written_over(tmp_path, scheme):
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    llama(tmp_path / "llama", **wide)
+    clip_tower(tmp_path / "clip")
+    model = from_pretrained(decoder=tmp_path / "llama", encoder=tmp_path / "clip", every=3)
+    quantize(model, scheme)
+    llama(tmp_path / "llama", **wide, initializer_range=0.7)
+    before = model.tok_embeddings.weight.clone()
+    said = model.eval()(text())
+    with pytest.raises(ValueError, match=r"quantized: layers\.0\.attn\.q_proj\.weight; load before"):
+        load_pretrained(model, decoder=tmp_path / "llama")
+    assert torch.equal(model.tok_embeddings.weight, before)
+    assert torch.equal(model(text()), said)

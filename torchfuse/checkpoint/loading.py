@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from torchfuse.checkpoint.directory import Checkpoint
 from torchfuse.checkpoint.key_table import KeyTable, Layout
+from torchfuse.params import quantized_dtype
 
 __all__ = ["Source", "copy_into", "fill", "find_sources", "tensors_of"]
 
@@ -94,6 +95,7 @@ def find_sources(
     filled = {source.name for source in sources}
     faults += [f"unexpected: {key}" for name, (key, _) in found.items() if name not in targets]
     faults += [f"missing: {name}" for name in targets if name not in filled]
+    faults += [f"quantized: {n}; load before quantize" for n, t in targets.items() if quantized_dtype(t)]
     return sources, faults + [fault for source in sources for fault in _misfit(source)]
 
 

@@ -24,7 +24,8 @@ class Layout:
     """How values are laid out there.
 
     Attributes:
-        read: makes theirs ours, exactly.
+        read: makes theirs ours, exactly. The result may be a view whose first axes are yet to be
+            flattened into one, so that reading needs no memory of its own.
         write: makes ours theirs, exactly; where theirs cannot hold all of ours, a ``ValueError``.
         holds_all: whether theirs can hold all that ours can.
     """

@@ -32,10 +32,12 @@ def rotary_layout(head_dim: int) -> Layout:
     """Rows ``[heads * head_dim, d]`` of a rotated projection: by halves there, by pairs here."""
 
     def swap(weight: Tensor, there: tuple[int, int]) -> Tensor:
-        return weight.unflatten(0, (-1, *there)).transpose(1, 2).flatten(0, 2)
+        return weight.unflatten(0, (-1, *there)).transpose(1, 2)  # [heads, .., .., d]
 
     half = head_dim // 2
-    return Layout(lambda weight: swap(weight, (2, half)), lambda weight: swap(weight, (half, 2)))
+    return Layout(
+        lambda weight: swap(weight, (2, half)), lambda weight: swap(weight, (half, 2)).flatten(0, 2)
+    )
 
 
 def feed_forward_entries(theirs: str, ours: str) -> tuple[Entry, ...]:

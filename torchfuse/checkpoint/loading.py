@@ -47,14 +47,11 @@ class Source:
     rows: slice | None
 
     def read(self) -> Tensor:
-        """The values, laid out as ours are."""
+        """The values, laid out as ours are, with first axes that ``copy_into`` flattens into one."""
         tensor = self.file.read(self.key)
         if self.rows is not None:
             tensor = tensor[self.rows]
-        if self.layout is not None:
-            # Converted first: what is laid out anew is a copy, and theirs may be twice as large.
-            tensor = self.layout.read(tensor.to(self.target.dtype))
-        return tensor
+        return tensor if self.layout is None else self.layout.read(tensor)
 
 
 def find_sources(
@@ -123,7 +120,7 @@ def _misfit(source: Source) -> list[str]:
         read = meta
         shape = None
     else:
-        shape = read.shape
+        shape = read.flatten(0, max(0, read.dim() - source.target.dim())).shape
     faults = []
     if shape != source.target.shape:
         faults.append(
@@ -175,12 +172,12 @@ def copy_into(target: Tensor, values: Tensor) -> None:
     if isinstance(target, DTensor) and not isinstance(values, DTensor):
         # Every rank has read them, so nothing need be sent.
         values = distribute_tensor(
-            values.to(target.device, target.dtype),
+            values.reshape(target.shape).to(target.device, target.dtype),
             target.device_mesh,
             target.placements,
             src_data_rank=None,
         )
-    target.detach().copy_(values)
+    target.detach().view(values.shape).copy_(values)
 
 
 def _give_memory(target: Tensor, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchfuse.naming import canonical_name, named_parameters, unwrap
 
@@ -223,7 +223,7 @@ def quantized_dtype(tensor: Any) -> str | None:
         if type(inner).__name__ == "NF4Tensor":
             return "nf4"  # two to a byte; what holds them says less
         held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
-        inner = max((t for t in held if isinstance(t, torch.Tensor)), key=lambda t: t.nbytes)
+        inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.nbytes)
     return None if inner.dtype == tensor.dtype else _dtype_name(inner)
 
 

@@ -197,7 +197,7 @@ def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, t
         (
             "pretrained",
             {"decodr": "x"},
-            "pretrained: unknown option 'decodr'; it takes decoder, encoder.",
+            "pretrained: unknown option 'decodr'; it takes path, decoder, encoder, device.",
         ),
         ("pretrained", {"encoder": 5}, r"pretrained: encoder must be a string, .*, got 5\."),
         (

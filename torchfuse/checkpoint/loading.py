@@ -115,12 +115,14 @@ def _misfit(source: Source) -> list[str]:
     meta = torch.empty(theirs, dtype=dtype, device="meta")
     try:
         read = meta if source.rows is None else meta[source.rows]
-        read = read if source.layout is None else source.layout.read(read)
+        if source.layout is not None:
+            read = source.layout.read(read)
+            read = read.flatten(0, max(0, read.dim() - source.target.dim()))
     except (RuntimeError, IndexError, ValueError):
         read = meta
         shape = None
     else:
-        shape = read.flatten(0, max(0, read.dim() - source.target.dim())).shape
+        shape = read.shape
     faults = []
     if shape != source.target.shape:
         faults.append(

@@ -119,7 +119,7 @@ def test_clip(tmp_path, seed):
 
 
 @pytest.mark.format(
-    "SigLIP, SigLIP 2 and any other tower of transformers",
+    "SigLIP towers, and others of transformers",
     "in and out",
     "features to the bit, random small ones",
 )
@@ -138,6 +138,86 @@ def test_siglip(tmp_path, seed):
     export(model.encoder, tmp_path / "out", format="hf")
     back = AutoModel.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(back(images).last_hidden_state, expected.last_hidden_state)
+
+
+def siglip_whole():
+    config = transformers.SiglipConfig(
+        text_config={"hidden_size": 16, "intermediate_size": 19, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "vocab_size": 11},
+        vision_config=VISION,
+    )
+    return transformers.SiglipModel(config), lambda whole: whole.vision_model
+
+
+def siglip2():
+    config = transformers.Siglip2VisionConfig(**VISION, num_patches=9)
+    return transformers.Siglip2VisionModel(config), lambda tower: tower
+
+
+def dinov2_classifier():
+    config = transformers.Dinov2Config(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4
+    )
+    return transformers.Dinov2ForImageClassification(config), lambda whole: whole.dinov2
+
+
+def vit():
+    numbers = VISION | {"hidden_dropout_prob": 0.0}
+    return transformers.ViTModel(transformers.ViTConfig(**numbers)), lambda tower: tower
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        d_model=12, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=7
+    )
+    config.update({"decoder_attention_heads": 2, "encoder_ffn_dim": 19, "decoder_ffn_dim": 17})
+    config.update({"max_source_positions": 11, "vocab_size": 23, "pad_token_id": 1})
+    config.update({"bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2})
+    whole = transformers.WhisperForConditionalGeneration(config)
+    return whole, lambda whole: whole.model.encoder
+
+
+PIXELS = {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(9))}
+TOWERS = {
+    "siglip_whole": (siglip_whole, PIXELS, {}),
+    "siglip2": (
+        siglip2,
+        {
+            "pixel_values": PIXELS["pixel_values"].reshape(2, 9, 48),
+            "pixel_attention_mask": torch.ones(2, 9, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[3, 3], [3, 3]]),
+        },
+        {},
+    ),
+    "dinov2_classifier": (dinov2_classifier, PIXELS, {"keep_cls": True}),
+    "vit": (vit, PIXELS, {"keep_cls": True}),
+    "whisper": (whisper, {"input_features": torch.ones(2, 7, 22).cumsum(-1) / 22}, {}),
+}
+
+
+@pytest.mark.format(
+    "SigLIP 2, DINOv2, ViT, Whisper; towers inside whole models",
+    "in",
+    "features to the bit; through torchfuse's own directories too",
+)
+@no_grad
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_transformers(tmp_path, kind):
+    make, inputs, options = TOWERS[kind]
+    torch.manual_seed(47)
+    whole, tower_of = make()
+    shake(whole.eval())
+    whole.save_pretrained(tmp_path / "tower")
+    llama(tmp_path / "llama")
+    model = from_pretrained(
+        decoder=tmp_path / "llama", encoder=tmp_path / "tower", every=3, **options
+    ).eval()
+    expected = tower_of(whole)(**inputs).last_hidden_state
+    assert expected.std() > 0.01
+    assert torch.equal(model.encoder(**inputs), expected)
+    save_pretrained(model, tmp_path / "own")
+    again = from_pretrained(tmp_path / "own").eval()
+    assert torch.equal(again.encoder(**inputs), expected)
 
 
 # -- LLaVA --------------------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def _two_ranks(rank, folder):
         torch.save({"at": at, "after": after}, folder / "two.pt")
 
 
+@pytest.mark.format(
+    "distributed checkpoint (DCP)",
+    "in and out",
+    "two ranks, one and two again: parameters and optimizer state to the bit",
+)
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_ranks_save_and_load_what_any_other_number_saved(tmp_path):

@@ -35,6 +35,9 @@ def learned():
     return model
 
 
+@pytest.mark.format(
+    "fusion-only artifact", "in and out", "every tensor to the bit; nothing else is in it"
+)
 def test_only_what_fusion_added_and_all_of_it(tmp_path):
     model = learned()
     save_fusion(model, tmp_path / "deep" / "er")
@@ -252,6 +255,7 @@ def added(model):
     model.encoder.head = nn.Linear(2, 3, bias=False)
 
 
+@pytest.mark.format("fusion-only artifact", "in", "another base is one error that names what differs")
 @pytest.mark.parametrize(
     ("change", "complaints"),
     [

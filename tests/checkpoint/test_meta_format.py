@@ -125,6 +125,7 @@ def test_a_file_loads_into_a_model(tmp_path, tiny_vision, what, params):
     same(ours.state_dict(), expected_of(theirs))
 
 
+@pytest.mark.format("Meta's Llama 3.2 Vision file", "in", "every tensor equals torchtune's to the bit")
 @torch.no_grad()
 def test_a_directory_becomes_a_model(tmp_path, tiny_vision):
     theirs = meta_model()
@@ -274,6 +275,9 @@ def hugging_face(params, side):
     }
 
 
+@pytest.mark.format(
+    "Meta's Llama 3.2 Vision file", "in", "settings of the published 11B and 90B equal Hugging Face's"
+)
 @pytest.mark.parametrize("side", [448, 560])
 @pytest.mark.parametrize("params", [PUBLISHED, LARGE], ids=["11B", "90B"])
 def test_published_params_say_what_hugging_face_says(params, side):

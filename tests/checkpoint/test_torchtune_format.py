@@ -79,6 +79,11 @@ def ours_around(parts):
     return DeepFusionModel(their_decoder(), their_encoder()).eval()
 
 
+@pytest.mark.format(
+    "torchtune DeepFusionModel",
+    "in and out",
+    "state dicts load strictly; logits within 1e-5 in fp32, cached too",
+)
 @pytest.mark.parametrize("parts", ["plain", "theirs"])
 @torch.no_grad()
 def test_state_dicts_go_both_ways(parts):
@@ -157,6 +162,9 @@ def test_their_epsilons_show_where_states_are_small():
     close(with_their_epsilons(ours)(tokens, **beside), expected)
 
 
+@pytest.mark.format(
+    "torchtune DeepFusionModel", "in", "files of its checkpointers (.bin, .pt); logits within 1e-5"
+)
 @pytest.mark.parametrize("suffix", [".bin", ".pt"])
 @pytest.mark.parametrize("tower", ["theirs", "ours"])
 @torch.no_grad()
@@ -192,6 +200,11 @@ def a_model_that_a_grid_can_hold(folder):
     return model
 
 
+@pytest.mark.format(
+    "torchtune DeepFusionModel",
+    "out",
+    "its own checkpointer reads it; logits within 1e-5; read back to the bit",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_an_export_is_read_there_and_here(tmp_path, dtype):
@@ -291,6 +304,9 @@ def early_example():
     }
 
 
+@pytest.mark.format(
+    "torchtune EarlyFusionModel", "in and out", "state dicts load strictly; logits within 1e-5 in fp32"
+)
 @torch.no_grad()
 def test_early_fusion_state_dicts_go_both_ways():
     towers = {"image": Towers.clip(), "tiles": Towers.plain()}
@@ -307,6 +323,7 @@ def test_early_fusion_state_dicts_go_both_ways():
     assert (first - expected).abs().max() > 0.5
 
 
+@pytest.mark.format("torchtune EarlyFusionModel", "in and out", "files of its checkpointer")
 @torch.no_grad()
 def test_early_fusion_files_go_both_ways(tmp_path):
     theirs = early(model_fusion.EarlyFusionModel, {"image": Towers.clip()})
@@ -365,6 +382,9 @@ def hf_directory(folder, grids):
     return folder
 
 
+@pytest.mark.format(
+    "Llama 3.2 Vision (Mllama)", "in", "every tensor equals torchtune's own conversion to the bit"
+)
 def test_what_becomes_of_a_mllama_directory_is_what_torchtune_makes_of_it(tmp_path):
     folder = hf_directory(tmp_path / "hf", grids=True)
     reader = FullModelHFCheckpointer(

@@ -211,7 +211,7 @@ class Session:
         given: dict[str, Any] = {}
         if embeds is not None:
             mask = _widen(encoder_mask, tokens.shape[1])
-            given = {"encoder_embeds": embeds, "encoder_mask": mask}
+            given = {"encoder_embeds": _detached(embeds), "encoder_mask": mask}
         run = _compiled(_read_prompt, tokens.device.type) if self.compile else _read_prompt
         logits = run(
             self.model, tokens, valid, self._valid, self._count, self._column, self._special, given
@@ -290,6 +290,12 @@ def _stop_table(stop_tokens: Sequence[int] | Sequence[Sequence[int]], tokens: Te
     longest = max(map(len, rows), default=0)
     padded = [row + [_NEVER] * (longest - len(row)) for row in rows]
     return torch.tensor(padded, dtype=tokens.dtype, device=tokens.device).view(len(rows), longest)
+
+
+def _detached(embeds: Tensor | Mapping[str, Tensor]) -> Any:
+    if isinstance(embeds, Mapping):
+        return {name: part.detach() for name, part in embeds.items()}
+    return embeds.detach()
 
 
 def _widen(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Any:

@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import torch
 from hf import clip_tower, edit, llama, llava, mllama, rename
 from safetensors.torch import load_file, save_file
 
-from torchfuse import from_pretrained, save_pretrained
+from torchfuse import from_pretrained, fuse, get_fusion_params, save_pretrained
 from torchfuse.models.deep_fusion import DeepFusionModel
 
 
@@ -203,6 +205,14 @@ def test_an_own_directory_that_was_tampered_with(folders, tmp_path):
     refused("format 2 is not known here, only 1", path=tmp_path / "own")
 
 
+def test_an_own_directory_that_speaks_of_endless_layers(folders, tmp_path):
+    save_pretrained(from_pretrained(**folders, every=2), tmp_path / "own")
+    said = json.loads((tmp_path / "own" / "config.json").read_text())
+    said["encoders"][""]["num_hidden_layers"] = 10**9
+    edit(tmp_path / "own", encoders=said["encoders"])
+    refused("speaks of 1000000003 layers, but there are only", path=tmp_path / "own")
+
+
 def test_metas_files_for_several_devices_are_refused(tmp_path):
     for number in range(2):
         torch.save({"text_model.norm.weight": torch.ones(3)}, tmp_path / f"consolidated.0{number}.pth")
@@ -211,9 +221,6 @@ def test_metas_files_for_several_devices_are_refused(tmp_path):
 
 
 def test_a_whole_directory_without_anything_that_fusion_added(tmp_path):
-    from torchfuse import fuse
-    from torchfuse.params import get_fusion_params
-
     llama(tmp_path / "llama")
     clip_tower(tmp_path / "clip")
     parts = from_pretrained(decoder=tmp_path / "llama", encoder=tmp_path / "clip", every=3)

@@ -232,22 +232,23 @@ def conversation() -> tuple[Tensor, Tensor]:
     return text, torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(6))
 
 
+def scaled_rope(context: int) -> dict[str, object]:
+    """Llama 3.1's scaling, of a model that was trained on sequences shorter than the test's."""
+    return {
+        "rope_theta": 5e5,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": context,
+    }
+
+
 LLAVA_VARIANTS = {
     "plain": {},
     "tied_gelu_tanh_free": {"text": {"tie_word_embeddings": True}, "projector_hidden_act": "silu"},
     "no_bias": {"multimodal_projector_bias": False, "vision_feature_layer": -1},
-    "scaled_rope": {
-        "text": {
-            "rope_parameters": {
-                "rope_theta": 5e5,
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        }
-    },
+    "scaled_rope": {"text": {"rope_parameters": scaled_rope(16)}},
     "siglip": {
         "vision": SiglipVisionConfig(**VISION).to_dict(),
         "vision_feature_layer": -1,
@@ -360,18 +361,7 @@ MLLAMA_VARIANTS = {
     "plain": {},
     "neighbours": {"text": {"num_hidden_layers": 7, "cross_attention_layers": [0, 2, 4]}},
     "one": {"text": {"num_hidden_layers": 3, "cross_attention_layers": [1], "num_key_value_heads": 6}},
-    "scaled_rope": {
-        "text": {
-            "rope_parameters": {
-                "rope_theta": 5e5,
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8,
-            }
-        }
-    },
+    "scaled_rope": {"text": {"rope_parameters": scaled_rope(8)}},
     "other_states": {
         "vision": {
             "num_hidden_layers": 4,

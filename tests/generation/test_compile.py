@@ -36,7 +36,7 @@ def traced(monkeypatch):
     def compiled(function, device):
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    monkeypatch.setattr(session, "_compiled", compiled)
+    monkeypatch.setattr(session, "compiled", compiled)
     yield
     torch._dynamo.reset()
 

@@ -181,11 +181,11 @@ def test_a_strong_penalty_never_repeats_what_the_row_holds():
     sequence = generate(
         model, prompt, encoder_input=inputs(), max_new_tokens=12, temperature=0, repetition_penalty=1e9
     )
-    for row in sequence:
-        said = row[row != IMAGE]
-        assert len(set(said.tolist())) == len(said) - (len(prompt[0]) - FEATURES) + len(
-            set(row[: prompt.shape[1]][row[: prompt.shape[1]] != IMAGE].tolist())
-        )
+    held = prompt.shape[1]
+    for row in sequence.tolist():
+        new = row[held:]
+        assert len(set(new)) == len(new)
+        assert not set(new) & set(row[:held])
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,21 @@ def test_what_does_not_fit_into_the_session_is_named_and_changes_nothing():
             Session(model, batch_size=2, max_tokens=20)
     with pytest.raises(ValueError, match="98 tokens of text and 0 encoder tokens are more than"):
         Session(model, batch_size=2, max_tokens=98)
+
+
+def test_a_turn_that_is_refused_leaves_the_conversation_as_it_was():
+    model = make("placeholder")
+    embeds, prompt, again = model.encode(inputs()), first_turn("placeholder"), text(2, 4, seed=9)
+
+    def talk(interrupted):
+        with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
+            session.answer(prompt, max_new_tokens=5, encoder_embeds=embeds, sampling=GREEDY)
+            if interrupted:
+                with pytest.raises(ValueError, match="every token 41 stands for one feature"):
+                    session.answer(prompt, max_new_tokens=5, sampling=GREEDY)
+            return session.answer(again, max_new_tokens=5, sampling=GREEDY)[0]
+
+    assert torch.equal(talk(interrupted=True), talk(interrupted=False))
 
 
 def test_caches_stay_where_they_are_and_enter_no_state_dict():

@@ -18,6 +18,7 @@ from torchfuse.checkpoint.fusion_artifact import whole
 from torchfuse.checkpoint.key_table import KeyTable, Layout
 from torchfuse.checkpoint.loading import tensors_of
 from torchfuse.checkpoint.model_formats import spec_to_export
+from torchfuse.checkpoint.ranks import is_rank_zero
 from torchfuse.naming import canonical_name, unwrap
 
 __all__ = ["export", "save_pretrained"]
@@ -90,7 +91,7 @@ def export(
     def may_replace(folder: Path) -> bool:
         return holds_only_a_checkpoint(folder, besides=names)
 
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if is_rank_zero():
         write_directory(path, write, may_replace=may_replace)
     else:
         _write_shards(shards, None)

@@ -14,7 +14,7 @@ from torchfuse.checkpoint.mllama_vision import MllamaVision
 from torchfuse.checkpoint.spec import Spec
 from torchfuse.naming import unwrap
 
-__all__ = ["DECODERS", "ENCODERS", "format_of", "read_spec", "spec_of"]
+__all__ = ["DECODERS", "ENCODERS", "format_of", "read_spec"]
 
 DECODERS: Final[Sequence[type[Spec]]] = (Llama,)
 ENCODERS: Final[Sequence[type[Spec]]] = (ClipVision, MllamaVision, HfTower)
@@ -34,15 +34,6 @@ def format_of(module: nn.Module, formats: Sequence[type[Spec]]) -> type[Spec]:
         f"No checkpoint format here is for a {type(inner).__name__}; there are "
         f"{', '.join(format_.name for format_ in formats)}."
     )
-
-
-def spec_of(module: nn.Module, formats: Sequence[type[Spec]]) -> Spec:
-    """The settings of a module, in the format that it is of.
-
-    Raises:
-        ValueError: if it is of none, or is what that format cannot hold.
-    """
-    return format_of(module, formats).of(unwrap(module))
 
 
 def read_spec(config: Mapping[str, Any], formats: Sequence[type[Spec]]) -> Spec:

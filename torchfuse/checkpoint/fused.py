@@ -156,6 +156,9 @@ class Fused(ModelSpec):
             **self.options,
         )
 
+    def depth(self) -> int:
+        return super().depth() + sum(spec.depth() for spec in self.encoders.values())
+
     def table(self) -> KeyTable:
         return SAME_NAMES
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from torchfuse.checkpoint.description import describe_fusion, description_faults
 from torchfuse.checkpoint.files import write_whole
@@ -30,6 +30,8 @@ from torchfuse.checkpoint.fingerprint import (
     pretrained_tensors,
     read_fingerprint,
 )
+from torchfuse.checkpoint.loading import copy_into
+from torchfuse.checkpoint.ranks import is_rank_zero
 from torchfuse.params import fusion_buffers, get_fusion_params
 
 __all__ = [
@@ -129,12 +131,7 @@ def _load(
     if (strict and (faults or any(skipped))) or not fitting:
         raise ValueError(_explain(faults, skipped, ours, state_dict))
     for name in fitting:
-        target, source = ours[name], state_dict[name]
-        if isinstance(target, DTensor) and not isinstance(source, DTensor):
-            source = distribute_tensor(
-                source.to(target.device, target.dtype), target.device_mesh, target.placements
-            )
-        target.copy_(source)
+        copy_into(ours[name], state_dict[name])
     return skipped
 
 
@@ -176,7 +173,7 @@ def save_fusion(model: nn.Module, path: str | Path) -> None:
     """
     tensors = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
     description = describe_fusion(model)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if is_rank_zero():
         write_artifact(path, tensors, description)
 
 

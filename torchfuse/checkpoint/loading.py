@@ -179,7 +179,8 @@ def copy_into(target: Tensor, values: Tensor) -> None:
             target.placements,
             src_data_rank=None,
         )
-    target.detach().view(values.shape).copy_(values)
+    held = target.detach()
+    (held if held.shape == values.shape else held.view(values.shape)).copy_(values)
 
 
 def _give_memory(target: Tensor, device: torch.device) -> None:

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchfuse.checkpoint.description import describe_fusion
 from torchfuse.checkpoint.files import write_whole
@@ -27,6 +26,8 @@ from torchfuse.checkpoint.fusion_artifact import (
     whole,
     write_artifact,
 )
+from torchfuse.checkpoint.loading import copy_into
+from torchfuse.checkpoint.ranks import is_rank_zero
 from torchfuse.naming import named_parameters
 
 __all__ = ["load_trained", "save_trained", "trained_pretrained_names", "write_trained"]
@@ -57,7 +58,7 @@ def save_trained(model: nn.Module, path: str | Path) -> None:
     fusion = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
     trained = {n: whole(parameters[n].detach()) for n in trained_pretrained_names(model)}
     description = describe_fusion(model, without=trained)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if is_rank_zero():
         write_trained(path, fusion, trained, description)
 
 
@@ -110,12 +111,7 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{file} does not fit this model; nothing was loaded: {'; '.join(wrong[:8])}.")
     load_artifact(model, path, strict=True, replaced=tensors)
     for name, tensor in tensors.items():
-        target = ours[name].detach()
-        if isinstance(target, DTensor):
-            tensor = distribute_tensor(
-                tensor.to(target.device, target.dtype), target.device_mesh, target.placements
-            )
-        target.copy_(tensor)
+        copy_into(ours[name], tensor)
 
 
 def _read(file: Path, digest: str) -> dict[str, Tensor]:

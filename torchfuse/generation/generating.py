@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.generation.sampling import Generators, Sampling
-from torchfuse.generation.session import Scores, Session, bucket, vocab_size
+from torchfuse.generation.session import Scores, Session, vocab_size
+from torchfuse.generation.steps import bucket
 from torchfuse.naming import unwrap
 
 __all__ = ["evaluating", "generate"]

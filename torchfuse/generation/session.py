@@ -9,7 +9,6 @@ keeps its place: a step is one graph, and needs nothing from the host but the ne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from torchfuse.data.masks import left_padding
 from torchfuse.generation.sampling import Generators, Sampling, sample
+from torchfuse.generation.steps import bucket, compiled, next_logits, read_prompt
 from torchfuse.naming import unwrap
 
-__all__ = ["Session", "bucket", "vocab_size"]
+__all__ = ["Session", "vocab_size"]
 
 Scores = Literal["logits", "log_probs"] | None
 
@@ -205,25 +205,25 @@ class Session:
         pads = tokens.new_full((tokens.shape[0], padding), self.pad_id)
         tokens = torch.cat([front, pads, tokens], dim=1)
         valid = torch.cat([front_valid, torch.zeros_like(pads, dtype=torch.bool), valid], dim=1)
-        self._unread = None
         if sampling.repetition_penalty != 1:
             self._remember_all(tokens, valid)
         given: dict[str, Any] = {}
         if embeds is not None:
             mask = _widen(encoder_mask, tokens.shape[1])
             given = {"encoder_embeds": _detached(embeds), "encoder_mask": mask}
-        run = _compiled(_read_prompt, tokens.device.type) if self.compile else _read_prompt
+        run = compiled(read_prompt, tokens.device.type) if self.compile else read_prompt
         logits = run(
             self.model, tokens, valid, self._valid, self._count, self._column, self._special, given
         )
+        self._unread = None
         self.length += tokens.shape[1]
         return logits
 
     def _step(self, token: Tensor, counts: Tensor) -> Tensor:
         """Logits ``[b, v]`` of the token after this one."""
-        run: Callable[..., Tensor] = _next_logits
+        run: Callable[..., Tensor] = next_logits
         if self.compile:
-            run = _compiled(_next_logits, token.device.type)
+            run = compiled(next_logits, token.device.type)
             torch.compiler.cudagraph_mark_step_begin()
         logits = run(self.model, token, counts, self._valid, self._count, self._column, self._special)
         self.length += 1
@@ -260,19 +260,6 @@ class Session:
         self.close()
 
 
-def bucket(length: int, most: int) -> int:
-    """The length that a prompt is padded to where each length needs a graph of its own.
-
-    Powers of two up to 128, then multiples of 128, and never more than ``most``.
-
-    Examples:
-        >>> bucket(11, 500), bucket(100, 500), bucket(300, 500), bucket(300, 320)
-        (16, 128, 384, 320)
-    """
-    padded = max(16, 1 << (length - 1).bit_length()) if length <= 128 else -(-length // 128) * 128
-    return max(length, min(padded, most))
-
-
 def vocab_size(model: nn.Module) -> int:
     """How many tokens a model's head scores."""
     head: Any = unwrap(model).output
@@ -306,72 +293,3 @@ def _widen(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Any:
         return mask
     front = mask[:, :1].expand(-1, length - mask.shape[1], -1)
     return torch.cat([front, mask], dim=1)
-
-
-def _read_prompt(
-    model: Any,
-    tokens: Tensor,
-    counts: Tensor,
-    valid: Tensor,
-    count: Tensor,
-    column: Tensor,
-    special: Tensor,
-    given: Mapping[str, Any],
-) -> Tensor:
-    """Read ``tokens`` ``[b, s]`` of which ``counts`` count, and score what comes behind, ``[b, v]``.
-
-    ``valid`` ``[b, slots]`` (what may be seen), ``count`` ``[b]`` (tokens so far) and ``column`` ``[1]``
-    (slots so far) go on in place.
-    """
-    s, slots = tokens.shape[1], valid.shape[1]
-    here = column + torch.arange(s, device=tokens.device)
-    valid.index_copy_(1, here, counts)
-    every = torch.arange(slots, device=tokens.device)
-    # What does not count sees itself, so that its softmax is defined.
-    mask = (valid[:, None] & (every <= here[:, None])) | (every == here[:, None])
-    positions = (count[:, None] + counts.cumsum(dim=1) - 1).clamp(min=0)
-    logits = _score(model, tokens, mask, positions, special, given)
-    count.add_(counts.sum(dim=1))
-    column.add_(s)
-    return logits
-
-
-def _next_logits(
-    model: Any,
-    token: Tensor,
-    counts: Tensor,
-    valid: Tensor,
-    count: Tensor,
-    column: Tensor,
-    special: Tensor,
-) -> Tensor:
-    """Read one token ``[b]`` of each row, as ``_read_prompt`` does."""
-    valid.index_copy_(1, column, counts[:, None])
-    logits = _score(model, token[:, None], valid[:, None], count[:, None], special, {})
-    count.add_(counts)
-    column.add_(1)
-    return logits
-
-
-def _score(
-    model: Any,
-    tokens: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    special: Tensor,
-    given: Mapping[str, Any],
-) -> Tensor:
-    output = model(tokens, mask=mask, input_pos=positions, **given)
-    while isinstance(output, list):  # hidden states in front, or chunks of the sequence
-        output = output[-1]
-    logits: Tensor = output[:, -1]
-    # A token that stands for a feature is nothing to say; many lie outside the vocabulary.
-    banned = torch.isin(torch.arange(logits.shape[-1], device=logits.device), special)
-    return logits.masked_fill(banned, -torch.inf)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    """A function as one graph for each shape; on CUDA, recorded and replayed."""
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

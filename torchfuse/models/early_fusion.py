@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.encoding import EncoderInput, OnMissing
-from torchfuse.models.placement import Prefix, check_counts, is_flat, pick_features, take_part
+from torchfuse.models.placement import Prefix, check_counts, is_flat, pick_features
 from torchfuse.models.strategies import (
     EncoderFeatures,
     ModalityContext,
@@ -25,6 +25,7 @@ from torchfuse.models.strategies import (
     check_rows,
     register_modality_strategy,
 )
+from torchfuse.modules.routing import take_part
 
 __all__ = ["EarlyFusionModel", "JointDecoderStrategy"]
 

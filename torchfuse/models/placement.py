@@ -14,13 +14,7 @@ from torch import Tensor
 
 from torchfuse.models.strategies import EncoderFeatures
 
-__all__ = ["Prefix", "check_counts", "is_flat", "pick_features", "take_part"]
-
-
-def take_part(embeds: Tensor, stand_in: Tensor) -> Tensor:
-    """``embeds`` to the bit, as a function of the stand-in too, whose gradient is zero."""
-    never = torch.zeros((), dtype=torch.bool, device=embeds.device)
-    return torch.where(never, stand_in.sum().to(embeds.dtype), embeds)
+__all__ = ["Prefix", "check_counts", "is_flat", "pick_features"]
 
 
 def is_flat(embeds: Tensor, tokens: Tensor) -> bool:

@@ -1,0 +1,91 @@
+"""Which tokens of a sequence belong to which modality, for layers with weights of their own for each.
+
+Text has the pretrained weights, every other modality (an encoder, by name) weights beside them. Layers
+take a modality's tokens out, run its weights on them, and put the results back. In a prefix layout that
+is slicing. Where modalities alternate it is a gather to as many slots as there are features, whatever
+stands where, so that shapes never depend on values; text's weights run on every position then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Routing", "take_part"]
+
+
+def take_part(x: Tensor, stand_in: Tensor) -> Tensor:
+    """``x`` to the bit, as a function of the stand-in too, whose gradient is zero."""
+    never = torch.zeros((), dtype=torch.bool, device=x.device)
+    return torch.where(never, stand_in.sum().to(x.dtype), x)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The modalities of a sequence of ``t`` tokens; see ``prefix`` and ``interleaved``.
+
+    Attributes:
+        slots: how many slots each modality but text has, by name, in the order of the prefix.
+        places: where modalities alternate: the positions of each, bool ``[b, t]``, by name. None: they
+            stand one behind the other in front of the text.
+        valid: which slots hold a token, bool ``[b, slots]``, by name; all where there is no entry.
+        valid_text: which tokens of text are no padding, bool ``[b, text]``; None: all.
+        stand_ins: features ``[1, n, d]`` of modalities that this batch lacks but whose weights must take
+            part in the computation, without changing a bit of it.
+    """
+
+    slots: Mapping[str, int]
+    places: Mapping[str, Tensor] | None = None
+    valid: Mapping[str, Tensor] = field(default_factory=dict)
+    valid_text: Tensor | None = None
+    stand_ins: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def text(self, x: Tensor) -> Tensor:
+        """What text's weights run on, ``[b, text, d]``: all of ``x`` where modalities alternate."""
+        return x if self.places is not None else x[:, sum(self.slots.values()) :]
+
+    def take(self, name: str, x: Tensor) -> Tensor:
+        """The tokens of a modality, ``[b, slots, d]``; a slot without a token repeats some other."""
+        if self.places is None:
+            start = 0
+            for other, length in self.slots.items():
+                if other == name:
+                    return x[:, start : start + length]
+                start += length
+            raise KeyError(name)
+        index = self._positions(name).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return x.gather(1, index)
+
+    def merge(self, text: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Results for text ``[b, text, d]`` and for each modality ``[b, slots, d]``, as ``[b, t, d]``."""
+        if self.places is None:
+            return torch.cat([*(parts[name] for name in self.slots), text], dim=1)
+        for name, part in parts.items():
+            place = self.places[name]
+            rank = (place.cumsum(dim=1) - 1).clamp(min=0, max=part.shape[1] - 1)
+            spread = part.gather(1, rank.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+            text = torch.where(place.unsqueeze(-1), spread, text)
+        return text
+
+    def is_text(self, x: Tensor) -> Tensor | None:
+        """Which of ``text(x)`` are tokens of text, bool ``[b, text]``; None: all."""
+        if self.places is None:
+            return self.valid_text
+        others = torch.stack(list(self.places.values())).any(dim=0)
+        return ~others if self.valid_text is None else self.valid_text & ~others
+
+    def holds_token(self, name: str) -> Tensor | None:
+        """Which slots of a modality hold a token, bool ``[b, slots]``; None: all."""
+        if self.places is None:
+            return self.valid.get(name)
+        counts = self.places[name].sum(dim=1, keepdim=True)
+        return torch.arange(self.slots[name], device=counts.device) < counts
+
+    def _positions(self, name: str) -> Tensor:
+        """Where the tokens of a modality stand, ``[b, slots]``."""
+        assert self.places is not None
+        order = (~self.places[name]).to(torch.int8).argsort(dim=1, stable=True)
+        return order[:, : self.slots[name]]

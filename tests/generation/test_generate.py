@@ -164,8 +164,8 @@ def test_other_bad_calls():
         generate(model, text(), encoder_input=inputs(), max_new_tokens=34)
     with pytest.raises(ValueError, match=r"tokens must be ids \[b, s\]"):
         generate(model, torch.ones(3), max_new_tokens=1)
-    model.setup_caches(2, torch.float32)
-    with pytest.raises(ValueError, match="caches are set up already"):
+    model.setup_caches(3, torch.float32)
+    with pytest.raises(ValueError, match="the caches hold 3 rows, not 2"):
         generate(model, text(), max_new_tokens=1)
 
 

@@ -218,7 +218,7 @@ def test_what_does_not_fit_into_the_session_is_named_and_changes_nothing():
             session.answer(text(3, 2), max_new_tokens=1, sampling=GREEDY)
         assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
         session.answer(text(2, 7), max_new_tokens=4, sampling=GREEDY)
-        with pytest.raises(ValueError, match="caches are set up already"):
+        with pytest.raises(ValueError, match="the caches hold a sequence already"):
             Session(model, batch_size=2, max_tokens=20)
     with pytest.raises(ValueError, match="98 tokens of text and 0 encoder tokens are more than"):
         Session(model, batch_size=2, max_tokens=98)
@@ -249,3 +249,46 @@ def test_caches_stay_where_they_are_and_enter_no_state_dict():
             session.answer(text(2, 5), max_new_tokens=4, encoder_embeds=embeds, sampling=GREEDY)
         assert [buffer.data_ptr() for buffer in model.buffers()] == places
         assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_caches_that_are_there_are_used_and_given_back_empty(name):
+    model = make(name)
+    prompt, given = first_turn(name), {"encoder_input": inputs()}
+    options = {"max_new_tokens": 6, "temperature": 0}
+    fresh = generate(model, prompt, **given, **options)
+    model.setup_caches(2, torch.float32, encoder_max_seq_len=13, decoder_max_seq_len=47)
+    places = [buffer.data_ptr() for buffer in model.buffers()]
+    for _ in range(2):
+        assert torch.equal(generate(model, prompt, **given, **options), fresh)
+        assert [buffer.data_ptr() for buffer in model.buffers()] == places
+    with Session(model, batch_size=2, max_tokens=30, max_features=FEATURES) as session:
+        embeds = model.encode(inputs())
+        for _ in range(2):
+            said, _ = session.answer(prompt, max_new_tokens=6, encoder_embeds=embeds, sampling=GREEDY)
+            assert torch.equal(said, fresh[:, prompt.shape[1] :])
+            session.reset()
+            assert session.length == 0
+    assert model.caches_are_setup()
+
+
+def test_caches_that_do_not_fit_are_named_and_left_as_they_are():
+    model = make("cross_attention")
+    model.setup_caches(2, torch.float32, encoder_max_seq_len=5, decoder_max_seq_len=19)
+    before = [buffer.clone() for buffer in model.buffers()]
+    ran = []
+    model.encoder.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match="17 new ones.*decoder_max_seq_len of the caches of 19"):
+        generate(model, text(2, 6), encoder_input=inputs(), max_new_tokens=17)
+    assert ran == []
+    with pytest.raises(ValueError, match="hold 2 rows, not 3; the caches hold 5 encoder tokens, not 7"):
+        Session(model, batch_size=3, max_tokens=11, max_features=7)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_padding_to_a_bucket_leaves_room_for_the_answer():
+    model = make("cross_attention")
+    with Session(model, batch_size=2, max_tokens=40, compile=True) as session:
+        assert session._padding(text(2, 20), 4) == 12  # a bucket of 32
+        assert session._padding(text(2, 20), 16) == 5  # all that the answer leaves
+        assert session._padding(text(2, 20), 21) == 0

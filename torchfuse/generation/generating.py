@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.generation.caches import slots_of
 from torchfuse.generation.sampling import Generators, Sampling
 from torchfuse.generation.session import Scores, Session, vocab_size
 from torchfuse.generation.steps import bucket
@@ -40,7 +41,8 @@ def generate(
     """Continue prompts.
 
     Args:
-        model: a fused model; it is put into evaluation mode for the call.
+        model: a fused model; it is put into evaluation mode for the call. Caches that it has already are
+            used if they are empty and large enough, and are empty again afterwards.
         tokens: prompts, ``[b, s]``, shorter ones padded on the left by ``pad_id``.
         encoder_input: keywords of the encoder, as for the model's own call.
         encoder_embeds: what ``model.encode`` returned, in place of ``encoder_input``.
@@ -74,6 +76,7 @@ def generate(
     if encoder_input is not None and encoder_embeds is not None:
         raise ValueError("Give encoder_input or encoder_embeds, not both.")
     fused: Any = model
+    _room(fused, tokens.shape[1], 0, max_new_tokens, compile)  # before an encoder runs for nothing
     with evaluating(model):
         if encoder_input is not None:
             encoder_embeds = fused.encode(encoder_input)
@@ -120,15 +123,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _room(model: Any, prompt: int, features: int, new: int, compiled: bool) -> int:
-    """Tokens of text that caches are set up for; a round number where each needs a graph of its own."""
+    """Tokens of text that caches are needed for; a round number where each needs a graph of its own."""
     strategy = getattr(unwrap(model), "strategy", None)
     extra = 0 if strategy is None else strategy.extra_tokens(features)
-    most = model.max_seq_len - extra
+    slots, limit = slots_of(model)
+    most = slots - extra
     if prompt + new > most:
         raise ValueError(
             f"{prompt} prompt tokens, {extra} encoder tokens and {new} new ones are more than the "
-            f"model's max_seq_len of {model.max_seq_len}."
+            f"{limit} of {slots}."
         )
+    if model.caches_are_setup():
+        return most
     if not compiled:
         return prompt + new
     padded = bucket(prompt, most - new)
@@ -162,7 +168,5 @@ def _check(
             faults.append(f"stop_tokens {outside} must lie in [0, {vocab}), what the head scores")
     if isinstance(generator, Sequence) and len(generator) != tokens.shape[0]:
         faults.append(f"generators by row must be {tokens.shape[0]}, got {len(generator)}")
-    if model.caches_are_setup():
-        faults.append("caches are set up already (torchtune.modules.delete_kv_caches removes them)")
     if faults:
         raise ValueError(f"generate: {'; '.join(faults)}.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.data.masks import left_padding
+from torchfuse.generation.caches import Caches
 from torchfuse.generation.sampling import Generators, Sampling, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, read_prompt
 from torchfuse.naming import unwrap
@@ -36,7 +37,8 @@ class Session:
     Use it as a context manager, or call ``close``: the caches are the model's until then.
 
     Args:
-        model: a fused model, or a plain decoder, without caches. It should be in evaluation mode.
+        model: a fused model, or a plain decoder, in evaluation mode. Caches that it has already are
+            used and stay, otherwise they are set up and removed again.
         batch_size: rows.
         max_tokens: text of all turns together at most, prompts, their padding, and answers.
         max_features: encoder tokens of one turn at most.
@@ -45,7 +47,7 @@ class Session:
             the lengths of ``bucket``, so that few graphs serve all.
 
     Raises:
-        ValueError: if the model has caches already, or cannot hold as much.
+        ValueError: if the model or its caches cannot hold as much, or the caches hold a sequence.
 
     Examples:
         >>> from torchtune.models.llama3_2 import llama3_2
@@ -71,41 +73,32 @@ class Session:
     ) -> None:
         fused: Any = model
         self.model = fused
-        self.pad_id, self.compile = pad_id, compile
+        self.pad_id, self.compile, self.max_tokens = pad_id, compile, max_tokens
+        self._caches = Caches(
+            model, batch_size=batch_size, max_tokens=max_tokens, max_features=max_features
+        )
         strategy = getattr(unwrap(model), "strategy", None)
-        extra = 0 if strategy is None else strategy.extra_tokens(max_features)
-        self.max_tokens = max_tokens
-        slots = max_tokens + extra
-        faults = []
-        if self.model.caches_are_setup():
-            faults.append("caches are set up already (torchtune.modules.delete_kv_caches removes them)")
-        if slots > self.model.max_seq_len:
-            faults.append(
-                f"{max_tokens} tokens of text and {extra} encoder tokens are more than the model's "
-                f"max_seq_len of {self.model.max_seq_len}"
-            )
-        if faults:
-            raise ValueError(f"{'; '.join(faults)}.")
-        table = next(self.model.tok_embeddings.parameters())
-        device = table.device
         special = () if strategy is None else strategy.special_tokens()
-        self._special = torch.tensor(special, dtype=torch.long, device=device)
-        self._valid = torch.zeros(batch_size, slots, dtype=torch.bool, device=device)
-        self._count = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        with next(fused.tok_embeddings.parameters()).device:
+            self._special = torch.tensor(special, dtype=torch.long)
+            self._valid = torch.zeros(batch_size, self._caches.slots, dtype=torch.bool)
+            self._count = torch.zeros(batch_size, dtype=torch.long)
+            self._column = torch.zeros(1, dtype=torch.long)
+        for state in (self._special, self._valid, self._count, self._column):
+            # Recorded steps write where they did when they were recorded.
+            torch._dynamo.mark_static_address(state, guard=False)
         # The last token of an answer, which the model has not read yet, and whether it counts.
         self._unread: tuple[Tensor, Tensor] | None = None
         self._seen: Tensor | None = None
         self.length = 0
-        self._set_up_caches(batch_size, table, max_features, slots)
 
-    def _set_up_caches(self, rows: int, table: Tensor, features: int, slots: int) -> None:
-        kind = table.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.dtype
-        with table.device:
-            self.model.setup_caches(
-                rows, dtype, encoder_max_seq_len=max(features, 1), decoder_max_seq_len=slots
-            )
+    def reset(self) -> None:
+        """Forget what has been said; caches and graphs stay for the next conversation."""
+        self.model.reset_caches()
+        for state in (self._valid, self._count, self._column):
+            state.zero_()
+        self._unread = self._seen = None
+        self.length = 0
 
     @torch.no_grad()
     def answer(
@@ -141,10 +134,10 @@ class Session:
         Raises:
             ValueError: if it does not fit into what is left of the session.
         """
-        self._check(tokens, max_new_tokens)
+        padding = self._padding(tokens, max_new_tokens)
         sampling = sampling or Sampling()
         stop = _stop_table(stop_tokens, tokens)
-        logits = self._read(tokens, encoder_embeds, encoder_mask, sampling)
+        logits = self._read(tokens, padding, encoder_embeds, encoder_mask, sampling)
         finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         new: list[Tensor] = []
         kept: list[Tensor] = []
@@ -174,21 +167,27 @@ class Session:
         scored = torch.stack(kept[:num], dim=1) if kept else None
         return torch.stack(new[:num], dim=1), scored
 
-    def _check(self, tokens: Tensor, max_new_tokens: int) -> None:
+    def _padding(self, tokens: Tensor, max_new_tokens: int) -> int:
+        """By how much a prompt is padded on the left, once it is known that all fits.
+
+        Raises:
+            ValueError: if it does not.
+        """
         rows = self._valid.shape[0]
         length = tokens.shape[1] + int(self._unread is not None)
-        length = bucket(length, self.max_tokens - self.length) if self.compile else length
-        # The last new token is never read.
         left = self.max_tokens - self.length
-        if tokens.shape[0] != rows or length + max_new_tokens - 1 > left:
+        most = left - (max_new_tokens - 1)  # the last new token is never read
+        if tokens.shape[0] != rows or length > most:
             raise ValueError(
                 f"This session has {rows} rows and room for {left} more tokens of text, got "
                 f"{tokens.shape[0]} rows of {length} with {max_new_tokens} new ones to come."
             )
+        return bucket(length, most) - length if self.compile else 0
 
     def _read(
         self,
         tokens: Tensor,
+        padding: int,
         embeds: Tensor | Mapping[str, Tensor] | None,
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         sampling: Sampling,
@@ -198,10 +197,6 @@ class Session:
         front, front_valid = tokens[:, :0], valid[:, :0]
         if self._unread is not None:
             front, front_valid = (part[:, None] for part in self._unread)
-        length = tokens.shape[1] + front.shape[1]
-        padding = 0
-        if self.compile:
-            padding = bucket(length, self.max_tokens - self.length) - length
         pads = tokens.new_full((tokens.shape[0], padding), self.pad_id)
         tokens = torch.cat([front, pads, tokens], dim=1)
         valid = torch.cat([front_valid, torch.zeros_like(pads, dtype=torch.bool), valid], dim=1)
@@ -211,7 +206,10 @@ class Session:
         if embeds is not None:
             mask = _widen(encoder_mask, tokens.shape[1])
             given = {"encoder_embeds": _detached(embeds), "encoder_mask": mask}
-        run = compiled(read_prompt, tokens.device.type) if self.compile else read_prompt
+        run: Callable[..., Tensor] = read_prompt
+        if self.compile:
+            run = compiled(read_prompt, tokens.device.type)
+            torch.compiler.cudagraph_mark_step_begin()
         logits = run(
             self.model, tokens, valid, self._valid, self._count, self._column, self._special, given
         )
@@ -242,11 +240,8 @@ class Session:
             self._remember_all(chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))
 
     def close(self) -> None:
-        """Give the caches back."""
-        from torchtune.modules.common_utils import delete_kv_caches
-
-        if self.model.caches_are_setup():
-            delete_kv_caches(self.model)
+        """Give the caches back: those that were there stay, empty; those set up for this go."""
+        self._caches.release()
 
     def __enter__(self) -> Session:
         return self

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import platform
 import re
 import statistics
@@ -30,10 +31,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from torchfuse import from_pretrained, generate, quantize
+from torchfuse import quantize
+
+if __package__:
+    from .decoders import DTYPES, SIZES, Ours, Theirs, Torchtunes, build, images_of, question
+else:
+    from decoders import DTYPES, SIZES, Ours, Theirs, Torchtunes, build, images_of, question
 
 PROFILE_HINT = "--profile prints where the compiled steps spend their time"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What is asked of compiled (or quantized) decoding, times the better of the two peers.
 ASKED = {
     ("27M", "fp32", "compiled"): 1.4,
@@ -44,225 +49,6 @@ ASKED = {
 }
 ASKED_OF_BATCH = 3.0
 ASKED_OF_GPU = {"bandwidth": 0.75, "torchtune": 3.0, "transformers": 2.0}
-SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "image_size": 112}
-SIZES = {
-    "tiny": ({"width": 48, "heads": 6, "kv": 2, "hidden": 96, "layers": 4, "every": 2, "vocab": 97}),
-    "27M": {"width": 512, "heads": 8, "kv": 4, "hidden": 1376, "layers": 5, "every": 5, "vocab": 8192},
-    "200M": {"width": 1024, "heads": 16, "kv": 8, "hidden": 2816, "layers": 12, "every": 6, "vocab": 16384},
-    "11B": {"width": 4096, "heads": 32, "kv": 8, "hidden": 14336, "layers": 32, "every": 4, "vocab": 128256},
-}  # fmt: skip
-
-
-def their_config(options, size):
-    """transformers' configuration; ``layers`` are those of the language model, fused ones come on top."""
-    from transformers import MllamaConfig
-
-    shape = SIZES[size]
-    fused = shape["layers"] // shape["every"]
-    # transformers counts cross-attention layers as layers of their own, in front of those they feed.
-    crossing = [index * (shape["every"] + 1) + shape["every"] - 1 for index in range(fused)]
-    text = {
-        "vocab_size": shape["vocab"],
-        "hidden_size": shape["width"],
-        "intermediate_size": shape["hidden"],
-        "num_hidden_layers": shape["layers"] + fused,
-        "num_attention_heads": shape["heads"],
-        "num_key_value_heads": shape["kv"],
-        "cross_attention_layers": crossing,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    }
-    vision = {"max_num_tiles": max(options.tiles)}
-    if size != "11B":
-        vision |= SMALL_TOWER | {
-            "num_global_layers": 1,
-            "attention_heads": 4,
-            "patch_size": 14,
-            "intermediate_layers_indices": [1, 3],
-            "vision_output_dim": 3 * SMALL_TOWER["hidden_size"],
-            "supported_aspect_ratios": [[1, tiles] for tiles in range(1, max(options.tiles) + 1)],
-        }
-    return MllamaConfig(text_config=text, vision_config=vision, image_token_index=shape["vocab"])
-
-
-def build(options, size, dtype, folder):
-    """The three models, on the same weights."""
-    from transformers import MllamaForConditionalGeneration
-
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(options.device):
-            theirs = MllamaForConditionalGeneration(their_config(options, size)).eval()
-        for name, parameter in theirs.named_parameters():
-            if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:
-                parameter.data.fill_(0.5)  # the image shall matter
-        theirs.save_pretrained(folder)
-        ours = from_pretrained(folder, dtype=dtype, device=options.device).eval()
-        tunes = torchtunes(options, SIZES[size], ours)
-    finally:
-        torch.set_default_dtype(before)
-    return theirs, tunes, ours
-
-
-def torchtunes(options, shape, ours):
-    """torchtune's model with the weights of ours, around the same tower."""
-    from torchtune.models.llama3_2_vision import llama3_2_vision_decoder
-    from torchtune.modules import model_fusion
-
-    table = ours.tok_embeddings
-    with torch.device("meta"):
-        decoder = llama3_2_vision_decoder(
-            vocab_size=shape["vocab"],
-            num_layers=shape["layers"],
-            fusion_interval=shape["every"],
-            num_special_tokens=table.fusion_embedding.num_embeddings,
-            num_heads=shape["heads"],
-            num_kv_heads=shape["kv"],
-            embed_dim=shape["width"],
-            max_seq_len=options.prompt + options.new,
-            encoder_max_seq_len=1,
-            intermediate_dim=shape["hidden"],
-        )
-    decoder.load_state_dict(ours.decoder.state_dict(), strict=True, assign=True)
-    device = torch.device(options.device)
-    for layer in decoder.layers:  # tables that are in no state dict
-        rope = getattr(getattr(layer, "layer", layer).attn, "pos_embeddings", None)
-        if rope is not None:
-            rope.to_empty(device=device)
-            with device:
-                rope.rope_init()
-    return model_fusion.DeepFusionModel(decoder, ours.encoder).eval()
-
-
-def question(options, size, rows, tiles):
-    """Text and one image for each row, as transformers' processor would make them."""
-    generator = torch.Generator().manual_seed(1)
-    shape = SIZES[size]
-    tokens = torch.randint(3, shape["vocab"], (rows, options.prompt), generator=generator)
-    tokens[:, 0], tokens[:, 1] = 1, shape["vocab"]  # the image's token
-    edge = 560 if size == "11B" else SMALL_TOWER["image_size"]
-    dtype = DTYPES[options.now]
-    pixels = torch.randn(rows, 1, tiles, 3, edge, edge, generator=generator).to(dtype)
-    crossing = torch.zeros(rows, options.prompt, 1, tiles, dtype=torch.long)
-    crossing[:, 1:] = 1
-    device = options.device
-    return tokens.to(device), pixels.to(device), crossing.to(device)
-
-
-class Theirs:
-    """transformers' ``generate``."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache = model, cache
-        self.name = f"transformers {cache}"
-
-    def __call__(self, asked, new):
-        tokens, pixels, crossing = asked
-        rows, tiles = pixels.shape[0], pixels.shape[2]
-        answer = self.model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            pixel_values=pixels,
-            aspect_ratio_ids=torch.full((rows, 1), tiles, device=tokens.device),
-            aspect_ratio_mask=torch.ones(rows, 1, tiles, dtype=torch.long, device=tokens.device),
-            cross_attention_mask=crossing,
-            do_sample=False,
-            min_new_tokens=new,
-            max_new_tokens=new,
-            cache_implementation=self.cache,
-        )
-        return answer[:, tokens.shape[1] :]
-
-
-def seen(crossing, features):
-    """``[b, s, n]`` from ``[b, s, images, tiles]``."""
-    return crossing.bool().flatten(2).repeat_interleave(features // crossing.shape[3], dim=2)
-
-
-def images_of(asked):
-    _, pixels, _ = asked
-    shape = torch.tensor([[[1, pixels.shape[2]]]], device=pixels.device).expand(pixels.shape[0], 1, 2)
-    return {"images": pixels, "aspect_ratio": shape}
-
-
-class Torchtunes:
-    """The loop of torchtune's recipe for multimodal generation: caches, causal masks, a token a step."""
-
-    name = "torchtune cached"
-
-    def __init__(self, model):
-        self.model = model
-
-    @torch.inference_mode()
-    def __call__(self, asked, new):
-        from torchtune.modules.common_utils import delete_kv_caches
-
-        tokens, pixels, crossing = asked
-        model, length = self.model, tokens.shape[1]
-        total = length + new
-        embeds = model.encoder(**images_of(asked))
-        with tokens.device:
-            model.setup_caches(
-                tokens.shape[0],
-                pixels.dtype,
-                encoder_max_seq_len=embeds.shape[1],
-                decoder_max_seq_len=total,
-            )
-            causal = torch.ones(total, total, dtype=torch.bool).tril()[None]
-            positions = torch.arange(total)[None]
-        mask = seen(crossing, embeds.shape[1])
-        logits = model.decoder(
-            tokens,
-            mask=causal[:, :length].expand(tokens.shape[0], -1, -1),
-            encoder_input=embeds,
-            encoder_mask=mask,
-            input_pos=positions[:, :length],
-        )
-        answer = [logits[:, -1:].argmax(-1)]
-        for position in range(length, total - 1):
-            logits = model.decoder(
-                answer[-1],
-                mask=causal[:, position, None].expand(tokens.shape[0], -1, -1),
-                encoder_mask=mask[:, -1:],
-                input_pos=positions[:, position, None],
-            )
-            answer.append(logits[:, -1:].argmax(-1))
-        delete_kv_caches(model)
-        return torch.cat(answer, dim=1)
-
-
-class Ours:
-    """``torchfuse.generate``."""
-
-    def __init__(self, model, name, *, compile=False):
-        self.model, self.name, self.compile = model, name, compile
-
-    def __call__(self, asked, new):
-        tokens, _, crossing = asked
-        embeds = self.model.encode(images_of(asked))
-        sequence = generate(
-            self.model,
-            tokens,
-            encoder_embeds=embeds,
-            encoder_mask=seen(crossing, embeds.shape[1]),
-            max_new_tokens=new,
-            temperature=0,
-            compile=self.compile,
-        )
-        return sequence[:, tokens.shape[1] :]
 
 
 def synchronize(options):
@@ -304,7 +90,9 @@ def stored(tensor):
 def bytes_of_step(model, rows, slots, features, dtype):
     """What a step must read: all of the decoder but its table and the maps that only a prompt runs."""
     skipped = ("tok_embeddings", "fusion_layer.attn.k_proj", "fusion_layer.attn.v_proj")
-    weights = sum(stored(p) for n, p in model.decoder.named_parameters() if not any(s in n for s in skipped))
+    weights = sum(
+        stored(p) for n, p in model.decoder.named_parameters() if not any(s in n for s in skipped)
+    )
     kept = 0
     for layer in model.layers:
         fused = getattr(layer, "fusion_layer", None)
@@ -349,7 +137,9 @@ def memory(options, contestant, asked):
 
 
 def spread(values, digits=2):
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f} .. {max(values):.{digits}f}]"
+    return (
+        f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f} .. {max(values):.{digits}f}]"
+    )
 
 
 def contestants(options, theirs, tunes, ours):
@@ -363,10 +153,9 @@ def contestants(options, theirs, tunes, ours):
     return entered
 
 
-def race(options, size, rows, tiles, entered, read):
-    """Print one table, and return tokens per second of every round, by contestant."""
-    asked = question(options, size, rows, tiles)
-    dtype = DTYPES[options.now]
+def race(options, asked, entered, read, title):
+    """Print one table; tokens per second of every round, by contestant, and ours of the bandwidth."""
+    rows, dtype = asked[0].shape[0], asked[1].dtype
     said, most = {}, {}
     for contestant in entered:  # compiles what there is to compile
         contestant(asked, 1)
@@ -374,64 +163,75 @@ def race(options, size, rows, tiles, entered, read):
         most[contestant.name] = memory(options, contestant, asked)
     first = {contestant.name: [] for contestant in entered}
     rate = {contestant.name: [] for contestant in entered}
-    for turn in tqdm(range(options.rounds), desc=f"{size} {options.now} {rows}", disable=None, leave=False):
+    for turn in tqdm(range(options.rounds), desc=title, disable=None, leave=False):
         for contestant in entered if turn % 2 == 0 else reversed(entered):
             one = seconds(options, contestant, asked, 1)
             whole = seconds(options, contestant, asked, options.new)
             first[contestant.name].append(one)
             rate[contestant.name].append(rows * (options.new - 1) / (whole - one))
-    features = ours_features(entered[-1].model, asked)
-    print(f"\n{size}, {options.now}, {rows} row{'s' * (rows > 1)}, {features} encoder tokens")
-    print(
-        f"{'':<38} {'prompt, ms':<24} {'tokens/s':<27} {'of the bandwidth':<17} {'memory, MB':<11} "
-        "same tokens"
-    )
-    slots = options.prompt + options.new
+    ours = next(contestant.model for contestant in entered if isinstance(contestant, Ours))
+    features = num_features(ours, asked)
+    print(f"\n{title}, {features} encoder tokens")
+    head = ("prompt, ms", "tokens/s", "of the bandwidth", "memory, MB")
+    print(f"{'':<38} {head[0]:<24} {head[1]:<27} {head[2]:<17} {head[3]:<11} same tokens")
+    used = {}
     for contestant in entered:
-        name = contestant.name
-        model = contestant.model
-        line = f"{name:<38} {spread([1e3 * s for s in first[name]], 0):<24} {spread(rate[name], 1):<27} "
+        name, model = contestant.name, contestant.model
+        reader = model if isinstance(contestant, Ours) else ours
+        needed = bytes_of_step(reader, rows, options.prompt + options.new, features, dtype)
+        used[name] = statistics.median(rate[name]) / rows * needed / read
         weights = sum(stored(tensor) for tensor in {id(p): p for p in model.parameters()}.values())
-        sized = model if isinstance(contestant, Ours) else next(c.model for c in entered if isinstance(c, Ours))
-        needed = bytes_of_step(sized, rows, slots, features, dtype)
-        line += f"{statistics.median(rate[name]) / rows * needed / read:<17.0%} "
         held = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"
         same = (said[name] == said["torchfuse eager"]).float().mean()
-        print(f"{line}{held:<11} {same:.0%}")
-    return rate
+        print(
+            f"{name:<38} {spread([1e3 * s for s in first[name]], 0):<24} {spread(rate[name], 1):<27} "
+            f"{used[name]:<17.0%} {held:<11} {same:.0%}"
+        )
+    return rate, used
 
 
 @torch.no_grad()
-def ours_features(model, asked):
+def num_features(model, asked):
     return model.encode(images_of(asked)).shape[1]
 
 
-def verdicts(options, size, rate):
-    """Print the ratios that are asked for, of one row, and return them."""
+def better_of(rate, names):
+    return max(names, key=lambda name: statistics.median(rate[name]))
+
+
+def ratio_line(rate, name, other, asked):
+    """Print a ratio of every round, and return its median."""
+    ratios = [mine / its for mine, its in zip(rate[name], rate[other], strict=True)]
+    print(f"{name} / {other}: {spread(ratios)}{goal(statistics.median(ratios), asked)}")
+    return statistics.median(ratios)
+
+
+def goal(value, asked):
+    return "" if asked is None else f", asked {asked}: {'reached' if value >= asked else 'MISSED'}"
+
+
+def verdicts(options, size, dtype, rate, used):
+    """Print the ratios that are asked of one row, and return them."""
     peers = [name for name in rate if not name.startswith("torchfuse")]
-    better = max(peers, key=lambda name: statistics.median(rate[name]))
     quantized = [name for name in rate if name.endswith(", compiled")]
     found = {"compiled": "torchfuse compiled"}
     if quantized:
-        found["quantized"] = max(quantized, key=lambda name: statistics.median(rate[name]))
+        found["quantized"] = better_of(rate, quantized)
     ratios = {}
     for what, name in found.items():
-        ratio = [mine / other for mine, other in zip(rate[name], rate[better], strict=True)]
-        ratios[size, options.now, what] = statistics.median(ratio)
-        asked = ASKED.get((size, options.now, what))
-        goal = "" if asked is None else f", asked {asked}: " + verdict(statistics.median(ratio), asked)
-        print(f"{name} / {better}: {spread(ratio)}{goal}")
+        asked = ASKED.get((size, dtype, what)) if options.device == "cpu" else None
+        ratios[size, dtype, what] = ratio_line(rate, name, better_of(rate, peers), asked)
+    if options.device == "cuda":
+        for peer in ("torchtune", "transformers"):
+            best = better_of(rate, [name for name in peers if name.startswith(peer)])
+            ratio_line(rate, "torchfuse compiled", best, ASKED_OF_GPU[peer])
+        share = used["torchfuse compiled"]
+        print(f"of the bandwidth: {share:.0%}{goal(share, ASKED_OF_GPU['bandwidth'])}")
     return ratios
 
 
-def verdict(ratio, asked):
-    return "reached" if ratio >= asked else "MISSED"
-
-
-def profile(options, entered, size):
+def profile(options, asked, contestant):
     """Where the steps of the compiled model spend their time."""
-    asked = question(options, size, 1, options.tiles[0])
-    contestant = next(c for c in entered if c.name == "torchfuse compiled")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if options.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -440,29 +240,34 @@ def profile(options, entered, size):
     print(profiler.key_averages().table(sort_by=f"self_{options.device}_time_total", row_limit=12))
 
 
-def compete(options, size, folder):
+def compete(options, size, dtype, folder):
     """All of one size and dtype: one row, several rows, and what is asked of them."""
     from transformers import logging
 
     logging.disable_progress_bar()
-    models = build(options, size, DTYPES[options.now], folder)
+    models = build(options, size, DTYPES[dtype], folder)
     read = bandwidth(options)
     parameters = sum(p.numel() for p in models[2].parameters())
     print(f"\n{parameters / 1e6:,.1f} M parameters; this machine reads {read / 1e9:.1f} GB/s")
     entered = contestants(options, *models)
     ratios = {}
     for tiles in options.tiles:
-        rates = {rows: race(options, size, rows, tiles, entered, read) for rows in options.rows}
+        rates = {}
+        for rows in options.rows:
+            asked = question(options, size, DTYPES[dtype], rows, tiles)
+            title = f"{size}, {dtype}, {rows} row{'s' * (rows > 1)}"
+            rates[rows], used = race(options, asked, entered, read, title)
+            if rows == min(options.rows):
+                ratios |= verdicts(options, size, dtype, rates[rows], used)
+                if options.profile:
+                    profile(options, asked, next(c for c in entered if c.name == "torchfuse compiled"))
         fewest, most = min(rates), max(rates)
-        ratios |= verdicts(options, size, rates[fewest])
         if most > fewest:
             name = "torchfuse compiled"
-            gain = [a / b for a, b in zip(rates[most][name], rates[fewest][name], strict=True)]
-            ratios[size, options.now, "batch"] = statistics.median(gain)
-            goal = f", asked {ASKED_OF_BATCH}: {verdict(statistics.median(gain), ASKED_OF_BATCH)}"
-            print(f"{name}, {most} rows / {fewest}: {spread(gain)}{goal if most == 8 else ''}")
-    if options.profile:
-        profile(options, entered, size)
+            gains = [a / b for a, b in zip(rates[most][name], rates[fewest][name], strict=True)]
+            gain = ratios[size, dtype, "batch"] = statistics.median(gains)
+            asked_of_it = ASKED_OF_BATCH if (fewest, most) == (1, 8) else None
+            print(f"{name}, {most} rows / {fewest}: {spread(gains)}{goal(gain, asked_of_it)}")
     return ratios
 
 
@@ -480,7 +285,6 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
-    import torchtune
     import transformers
 
     torch.set_num_threads(options.threads)
@@ -493,11 +297,10 @@ def main(argv=None):
     ratios = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for size in options.size:
-            for options.now in options.dtype:
-                with tempfile.TemporaryDirectory() as folder:
-                    ratios |= compete(options, size, Path(folder))
-                torch._dynamo.reset()
+        for size, dtype in itertools.product(options.size, options.dtype):
+            with tempfile.TemporaryDirectory() as folder:
+                ratios |= compete(options, size, dtype, Path(folder))
+            torch._dynamo.reset()
     return ratios
 
 

@@ -44,6 +44,8 @@ from torchfuse.data.questions import (
 )
 from torchfuse.devices import device_and_dtype
 from torchfuse.evaluation import Answered, accuracy, answer_questions, exchange_images
+from torchfuse.params import FreezeSchedule, read_freeze_meta
+from torchfuse.params.trainable import set_requires_grad
 from torchfuse.runs import build_model, check_images
 from torchfuse.training import next_token_loss, shard
 
@@ -81,7 +83,11 @@ class Train:
 
 @dataclass
 class Config:
-    """Everything that the recipe takes."""
+    """Everything that the recipe takes.
+
+    ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; none
+    leaves what trains as the model says.
+    """
 
     output_dir: str = MISSING
     model: dict[str, Any] = MISSING
@@ -89,6 +95,7 @@ class Config:
     transform: dict[str, Any] = MISSING
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    freeze: list[dict[str, Any]] = field(default_factory=list)
     device: str = "cpu"
     dtype: str = "fp32"
     seed: int = 0
@@ -102,6 +109,7 @@ def main(config: Config) -> None:
     """Finetune a fused model on questions about images."""
     started = time.perf_counter()
     _check_numbers(config)
+    stages = FreezeSchedule(read_freeze_meta(config.freeze))
     distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed_run:
         distributed.init_process_group()
@@ -117,6 +125,8 @@ def main(config: Config) -> None:
     model = _build_model(config, shard_it=distributed_run)
     _check_image_token(model, transform.image_token)
     check_images(model, transform.image_transform, config.pretrained.encoder)
+    trained = stages.trained_ever(model)
+    stages.apply(model, 0)
     say(f"\n{describe(model)}\n")
 
     def ask(asked: list[Question]) -> list[Answered]:
@@ -127,7 +137,8 @@ def main(config: Config) -> None:
     metrics: dict[str, Any] = {}
     if text := [question for question in held_out if not question.images]:
         metrics["before"] = _shares(ask(text))
-    history = _train(model, questions, config, say)
+    history = _train(model, questions, stages, config, say)
+    set_requires_grad(model, dict.fromkeys(trained, True))  # what an earlier stage trained is saved too
     save_trained(model, output / "fusion")
     write = _write if get_world_size_and_rank()[1] == 0 else _silent
     write(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -214,7 +225,9 @@ def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
     return model
 
 
-def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: Any) -> list[list[float]]:
+def _train(
+    model: nn.Module, questions: QuestionDataset, stages: FreezeSchedule, config: Config, say: Any
+) -> list[list[float]]:
     """Train, and return step and loss of every step."""
     options, (device, _) = config.train, device_and_dtype(config.device, config.dtype)
     world_size, rank = get_world_size_and_rank()
@@ -235,7 +248,9 @@ def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: An
             f"{len(questions)} questions are too few for one step of {world_size} x "
             f"{options.batch_size} x {options.gradient_accumulation_steps}."
         )
-    optimizer = torch.optim.AdamW(param_groups(model, lr=options.lr, weight_decay=options.weight_decay))
+    optimizer = torch.optim.AdamW(
+        param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages)
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, num_steps)
     history: list[list[float]] = []
     model.train()
@@ -249,6 +264,7 @@ def _train(model: nn.Module, questions: QuestionDataset, config: Config, say: An
                     break
                 for batch in step:
                     batch_to_device(batch, device)
+                stages.apply(model, len(history))
                 loss = _backward(model, step, world_size)
                 if not math.isfinite(loss):
                     raise ValueError(

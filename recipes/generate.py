@@ -1,102 +1,297 @@
-"""Ask a finetuned model questions, and print what it says.
+"""Ask a model about images: single questions, conversations, files of questions, or in a chat.
 
-Prompts come from a YAML: a list of ``question``, with ``<image>`` where an image is shown, and
-``images``, paths relative to that file:
+Prompts come from a YAML: a list of questions, with ``<image>`` where an image is shown and ``images``,
+paths relative to that file; or of conversations, whose turns are such questions:
 
     - question: "<image> which digit ?"
       images: [images/0012.png]
+    - system: You are brief.
+      turns:
+        - question: "<image> which digit ?"
+          images: [images/0012.png]
+        - question: even or odd ?
 
-Launch, with the output directory of a finetuning run:
+They are answered one by one, and answers appear as they are made. Prompts from a question file, a JSON
+object a line, are answered in batches. With ``output`` the answers go into a file, a JSON object a line:
 
     tune run torchfuse/recipes/generate.py --config recipes/configs/digits/generate.yaml \
-        run=demo/cross_attention prompts=demo/prompt.yaml
+        prompts=demo/questions/test.jsonl output=demo/said.jsonl batch_size=64
 
-The run's own configuration says which model, checkpoints and transform are used; start it where the run
-was started if that configuration holds relative paths.
+``--chat`` starts a conversation in the terminal. The model is that of a finetuning run (``run``; start
+where it was started if its configuration holds relative paths), or any directory of a whole model
+(``model``) with a ``transform``.
 """
 
-import time
+import json
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
-from omegaconf import MISSING
-from torchtune.utils import batch_to_device, get_device
+from torch import nn
 
-from torchfuse import generate
+from torchfuse import quantize
+from torchfuse.checkpoint.files import write_whole
 from torchfuse.config import recipe
-from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.images import open_image
-from torchfuse.data.questions import Question, question_from
-from torchfuse.runs import load_run, read_yaml
+from torchfuse.data.questions import Question, read_questions
+from torchfuse.devices import device_and_dtype
+from torchfuse.generation import sampling as how
+from torchfuse.generation.asking import Asking, room_for_text, slots_for
+from torchfuse.generation.batches import answer_in_batches
+from torchfuse.generation.chat import HELP, chat
+from torchfuse.generation.conversation import Conversation
+from torchfuse.generation.prompts import Prompt, encode_turns, prompts_from
+from torchfuse.generation.prompts import Template as Surroundings
+from torchfuse.generation.report import Report
+from torchfuse.quantization import Scheme
+from torchfuse.runs import Loadable, read_model, read_run, read_yaml
 
 
 @dataclass
 class Sampling:
-    """How the next token is chosen; a temperature of 0 takes the likeliest."""
+    """How the next token is chosen, a temperature of 0 takes the likeliest; and where an answer ends."""
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 32
+    stop_tokens: list[int] | None = None
+
+
+@dataclass
+class Template:
+    """What stands around a system text and around a question, which goes where ``{text}`` is."""
+
+    system: str = "{text}\n"
+    question: str = "{text}"
 
 
 @dataclass
 class Config:
-    """Everything that the recipe takes."""
+    """Everything that the recipe takes; ``max_tokens`` and ``max_images`` are those of a chat."""
 
-    run: str = MISSING
-    prompts: str = MISSING
+    run: str | None = None
+    model: str | None = None
+    transform: dict[str, Any] | None = None
+    prompts: str | None = None
+    output: str | None = None
+    batch_size: int = 8
+    chat: bool = False
+    max_tokens: int = 4096
+    max_images: int = 4
+    template: Template = field(default_factory=Template)
     sampling: Sampling = field(default_factory=Sampling)
+    quantization: str | None = None
+    quantization_parts: list[str] = field(default_factory=lambda: ["decoder"])
+    compile: bool = False
     device: str = "cpu"
     dtype: str = "fp32"
     seed: int = 0
 
 
-@recipe(Config)
+@recipe(Config, flags={"chat": "talk about images in the terminal, whatever prompts says"})
 def main(config: Config) -> None:
-    """Ask a finetuned model questions, and print what it says."""
-    questions = _read_prompts(Path(config.prompts))
-    model, transform = load_run(config.run, device=config.device, dtype=config.dtype)
-    device = get_device(config.device)
+    """Ask a model about images: single questions, conversations, files of questions, or in a chat."""
+    _check(config)
+    path = Path(config.prompts or "")
+    batched = path.suffix == ".jsonl"
+    prompts = [] if config.chat else _read_prompts(path)
+    source = read_run(config.run) if config.run else read_model(config.model or "", config.transform)
+    asking = _asking(config, source)
+    encoded = encode_turns(source.transform, asking.template, prompts, path=path)
 
-    samples = [transform(question, with_answer=False) for question in questions]
-    batch = padded_collate_images(samples, transform.pad_id, pad_left=True)
-    batch_to_device(batch, device)
-    prompts = batch.pop("tokens")
-    started = time.perf_counter()
-    tokens = generate(
-        model,
-        prompts,
-        **batch,
-        **vars(config.sampling),
-        stop_tokens=transform.stop_tokens,
-        pad_id=transform.pad_id,
-        generator=torch.Generator(device).manual_seed(config.seed),
+    model = _load(config, source)
+    if faults := asking.faults(model):
+        raise ValueError(f"The model does not fit what it is asked: {'; '.join(faults)}.")
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    report = Report()
+    if config.chat:
+        _chat(config, model, asking, report)
+    else:
+        images = max(sum(len(turn.images) for turn in prompt.turns) for prompt in prompts)
+        slots = slots_for(model, asking, encoded, images, path=path)
+        if batched:
+            answers = _answer_in_batches(config, model, asking, prompts, report)
+        else:
+            answers = _answer_one_by_one(model, asking, prompts, slots, images, report)
+        if config.output:
+            _write(Path(config.output), prompts, answers)
+    print("\n" + "\n".join(report.lines(device)))
+
+
+def _check(config: Config) -> None:
+    """Raise one ``ValueError`` for all that is wrong with the configuration itself."""
+    faults = []
+    if not config.run and not config.model:
+        raise ValueError("Configuration key 'run' (or 'model'): missing, and must be given.")
+    if config.run and config.model:
+        faults.append(f"give run={config.run} or model={config.model}, not both")
+    if config.model and config.transform is None:
+        faults.append("model needs a transform, as the configurations of finetuning have one")
+    if config.run and not config.model and config.transform is not None:
+        faults.append("transform is for model; a run has its own")
+    if not config.chat and not config.prompts:
+        faults.append("give prompts, a YAML or a .jsonl, or --chat")
+    if config.chat and config.output:
+        faults.append("output is for prompts, not for a chat")
+    faults += [
+        f"{name}={value} must be at least {least}"
+        for name, value, least in (
+            ("batch_size", config.batch_size, 1),
+            ("max_tokens", config.max_tokens, 2),
+            ("max_images", config.max_images, 0),
+            ("sampling.max_new_tokens", config.sampling.max_new_tokens, 1),
+        )
+        if value < least
+    ]
+    stops = config.sampling.stop_tokens or []
+    if negative := [stop for stop in stops if stop < 0]:
+        faults.append(f"sampling.stop_tokens {negative} are no ids")
+    faults += [f"sampling.{fault}" for fault in _sampling(config).faults()]
+    faults += Surroundings(**vars(config.template)).faults()
+    if config.quantization is not None and config.quantization not in get_args(Scheme):
+        known = ", ".join(get_args(Scheme))
+        faults.append(f"quantization must be null or one of {known}, got {config.quantization!r}")
+    parts = config.quantization_parts
+    if not parts or not all(part.partition(".")[0] in ("decoder", "encoder") for part in parts):
+        faults.append(f"quantization_parts must be decoder, encoder or encoder.<name>, got {parts}")
+    try:
+        device_and_dtype(config.device, config.dtype)
+    except ValueError as error:
+        faults.append(str(error).rstrip("."))
+    faults += _output_faults(config)
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}.")
+
+
+def _output_faults(config: Config) -> list[str]:
+    if not config.output:
+        return []
+    path = Path(config.output)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        return [f"output={path} is no file in a directory that can be written to"]
+    if config.prompts and path.resolve() == Path(config.prompts).resolve():
+        return [f"output={path} is the file of the prompts"]
+    return []
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    if path.suffix == ".jsonl":
+        return [Prompt((question,)) for question in read_questions(path)]
+    return prompts_from(read_yaml(path, "it is a list of prompts"), path)
+
+
+def _sampling(config: Config) -> how.Sampling:
+    chosen = vars(config.sampling)
+    return how.Sampling(
+        **{n: v for n, v in chosen.items() if n not in ("max_new_tokens", "stop_tokens")}
     )
-    seconds = time.perf_counter() - started
-    new = tokens[:, prompts.shape[1] :]
+
+
+def _asking(config: Config, source: Loadable) -> Asking:
+    return Asking(
+        source.transform,
+        template=Surroundings(**vars(config.template)),
+        sampling=_sampling(config),
+        max_new_tokens=config.sampling.max_new_tokens,
+        stop_tokens=config.sampling.stop_tokens,
+        seed=config.seed,
+        compile=config.compile,
+    )
+
+
+def _load(config: Config, source: Loadable) -> nn.Module:
+    model = source.load(config.device, config.dtype).eval().requires_grad_(False)
+    if config.quantization is not None:
+        print(quantize(model, config.quantization, parts=config.quantization_parts))
+    return model
+
+
+def _answer_in_batches(
+    config: Config, model: nn.Module, asking: Asking, prompts: list[Prompt], report: Report
+) -> list[list[str]]:
+    questions = [prompt.turns[0] for prompt in prompts]
+    answers = answer_in_batches(model, asking, questions, batch_size=config.batch_size, report=report)
+    if not config.output:
+        for question, answer in zip(questions, answers, strict=True):
+            print(f"{_shown(question)}\n    {answer}")
+    return [[answer] for answer in answers]
+
+
+def _answer_one_by_one(
+    model: nn.Module,
+    asking: Asking,
+    prompts: list[Prompt],
+    max_tokens: int,
+    max_images: int,
+    report: Report,
+) -> list[list[str]]:
+    answers: list[list[str]] = []
     print()
-    for question, row in zip(questions, new.tolist(), strict=True):
-        names = ", ".join(image.name for image in question.images)
-        print(f"{question.question}  [{names}]" if names else question.question)
-        print(f"    {transform.decode(row)}")
-    print(f"\n{new.numel()} tokens for {len(questions)} prompts in {seconds:.2f} s")
+    options = {"max_tokens": max_tokens, "max_images": max_images, "report": report}
+    with Conversation(model, asking, **options) as conversation:
+        for index, prompt in enumerate(prompts):
+            conversation.reset(prompt.system, index=index)
+            answers.append([])
+            if prompt.system is not None:
+                print(prompt.system)
+            for question in prompt.turns:
+                print(f"{_shown(question)}\n    ", end="", flush=True)
+                answers[-1].append(conversation.ask(question, stream=_say))
+                print()
+    return answers
 
 
-def _read_prompts(path: Path) -> list[Question]:
-    prompts = read_yaml(path, "it is a list of prompts")
-    if not isinstance(prompts, list) or not all(isinstance(p, dict) for p in prompts) or not prompts:
-        raise ValueError(f"{path} must hold a list of prompts, each with a question.")
-    questions = []
-    for number, prompt in enumerate(prompts, 1):
+def _chat(config: Config, model: nn.Module, asking: Asking, report: Report) -> None:
+    features = config.max_images * asking.transform.features_per_image
+    tokens = min(config.max_tokens, room_for_text(model, features))
+    options = {"max_tokens": tokens, "max_images": config.max_images, "report": report}
+    print(HELP)
+    with Conversation(model, asking, **options) as conversation:
+        chat(conversation, _typed(), _say)
+
+
+def _typed() -> Iterator[str]:
+    """Lines of the standard input, until it ends or is interrupted."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
         try:
-            questions.append(question_from(prompt, path.parent))
-            for image in questions[-1].images:
-                open_image(image)
-        except ValueError as error:
-            raise ValueError(f"{path}, prompt {number}: {error}") from error
-    return questions
+            yield input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _shown(question: Question) -> str:
+    names = ", ".join(image.name for image in question.images)
+    return f"{question.question}  [{names}]" if names else question.question
+
+
+def _write(path: Path, prompts: list[Prompt], answers: list[list[str]]) -> None:
+    """A JSON object for each prompt; paths of images are relative to the file."""
+
+    def record(question: Question, answer: str) -> dict[str, Any]:
+        images = [os.path.relpath(image, path.parent) for image in question.images]
+        return {"question": question.question, "images": images, "answer": answer}
+
+    lines = []
+    for prompt, said in zip(prompts, answers, strict=True):
+        turns = [record(question, answer) for question, answer in zip(prompt.turns, said, strict=True)]
+        whole = turns[0] if len(turns) == 1 and prompt.system is None else {"turns": turns}
+        if prompt.system is not None:
+            whole = {"system": prompt.system, **whole}
+        lines.append(json.dumps(whole, ensure_ascii=False) + "\n")
+    write_whole(path, lambda file: file.write_text("".join(lines), encoding="utf-8"))
+    print(f"wrote {len(lines)} answers to {path}")
 
 
 if __name__ == "__main__":

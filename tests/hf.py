@@ -22,6 +22,7 @@ from transformers import (
     MllamaConfig,
     MllamaForConditionalGeneration,
 )
+from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from torchfuse.models.builders import llama_clip
 
@@ -149,6 +150,25 @@ def mllama(folder: Path, *, text: Any = (), vision: Any = (), shard: str = "5GB"
     shake(model)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
+
+
+def stop_the_leak(monkeypatch: Any, sees: torch.Tensor) -> None:
+    """Mllama as Meta's code has it: text that sees no image gets nothing from cross-attention.
+
+    transformers drops the feed-forward of such text, but adds its attention, which then is over all
+    images (its issue 39379). Here the attention is dropped too, which is the only change.
+
+    Args:
+        monkeypatch: pytest's.
+        sees: which prompt tokens see any image, ``[b, s]``; new tokens see what the last one does.
+    """
+    forward = MllamaTextCrossAttention.forward
+
+    def masked(self, *args, **kwargs):
+        attended, weights = forward(self, *args, **kwargs)
+        return attended * sees[:, -attended.shape[1] :, None].to(attended.dtype), weights
+
+    monkeypatch.setattr(MllamaTextCrossAttention, "forward", masked)
 
 
 @torch.no_grad()

@@ -5,13 +5,16 @@ import pytest
 import torch
 from hf import VISION
 from support import (
+    IMAGE,
     LAYERS,
+    VOCAB,
     TinyEncoder,
     inputs,
     open_gates,
     same_state,
     state,
     text,
+    text_with_image,
     tiny_decoder,
 )
 from torch import nn
@@ -102,6 +105,35 @@ def test_logits_stay_close_and_fusion_and_names_stay_as_they_are(scheme, dtype):
         sorted([str(dtype).removeprefix("torch."), DTYPES[scheme]])
     )
     assert done.bytes_after < done.bytes_before * 0.6
+
+
+ARCHS = {
+    "cross_attention": {"every": 2},
+    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
+    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ARCHS)
+def test_int8_moves_the_logits_of_no_step_by_two_percent(name, dtype):
+    """Read with caches, token by token, as an answer is; the worst token, not the mean of all."""
+    decoder = tiny_decoder(embed_dim=72, num_heads=6, num_kv_heads=2, intermediate_dim=131)
+    model = fuse(decoder, TinyEncoder(), **ARCHS[name], fusion_trainable=False).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.mul_(30)  # features that outweigh the embeddings
+    if name == "cross_attention":
+        open_gates(model)
+    tokens = text_with_image() if name == "placeholder" else text()
+    options = {**given(dtype), "max_new_tokens": 11, "temperature": 0, "scores": "logits"}
+    said, before = generate(model, tokens, **options)
+    quantize(model, "int8_weight_only")
+    again, after = generate(model, tokens, **options)
+    same = (said == again)[:, 12:-1].cumprod(dim=1).bool()  # logits behind another token are others
+    moved = (after - before).float()[..., :VOCAB].norm(dim=-1) / before.float()[..., :VOCAB].norm(dim=-1)
+    assert same.float().mean() > 0.5
+    assert 0 < moved[same].max() < 0.02
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0], ids=str)

@@ -13,6 +13,7 @@ from torchfuse.generation import generate
 from torchfuse.models.deep_fusion import DeepFusionModel
 from torchfuse.models.early_fusion import EarlyFusionModel
 from torchfuse.models.fuse import fuse
+from torchfuse.models.mixture_fusion import MixtureFusionModel
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_layer import FusionLayer
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
@@ -30,6 +31,7 @@ __all__ = [
     "fuse",
     "DeepFusionModel",
     "EarlyFusionModel",
+    "MixtureFusionModel",
     # parts
     "FusionLayer",
     "FusionEmbedding",

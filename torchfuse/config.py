@@ -130,18 +130,24 @@ def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
     return built
 
 
-def recipe(schema: type[_Schema]) -> Callable[[Callable[[_Schema], None]], Callable[[], None]]:
+def recipe(
+    schema: type[_Schema], *, flags: Mapping[str, str] | None = None
+) -> Callable[[Callable[[_Schema], None]], Callable[[], None]]:
     """Make a function of a typed configuration the main of a recipe for ``tune run``.
 
     What the caller got wrong, a ``ValueError``, ends it with one sentence and exit code 1; everything
     else keeps its traceback, and with ``TORCHFUSE_TRACEBACK`` in the environment so does that.
+
+    Args:
+        schema: the configuration, see ``typed``.
+        flags: keys that ``--key`` on the command line sets to true, and what each does.
     """
 
     def decorate(main: Callable[[_Schema], None]) -> Callable[[], None]:
         def run() -> None:
             sys.path.append(os.getcwd())  # components of the user's own, as torchtune allows them
             try:
-                main(typed(_given(main.__doc__), schema))
+                main(typed(_given(main.__doc__, flags or {}), schema))
             except ValueError as error:
                 if os.environ.get("TORCHFUSE_TRACEBACK"):
                     raise
@@ -155,14 +161,17 @@ def recipe(schema: type[_Schema]) -> Callable[[Callable[[_Schema], None]], Calla
     return decorate
 
 
-def _given(description: str | None) -> DictConfig:
+def _given(description: str | None, flags: Mapping[str, str]) -> DictConfig:
     """What ``--config`` and the command line say.
 
     torchtune's own parser is not asked: it has no word about what is wrong with the file.
     """
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file; key=value overrides a key of it")
+    for flag, does in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=does)
     arguments, overrides = parser.parse_known_args()
+    overrides += [f"{flag}=true" for flag in flags if getattr(arguments, flag)]
     config = read_config(arguments.config, "--config takes the YAML of a recipe")
     faults = []
     for override in overrides:

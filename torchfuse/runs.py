@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch import nn
 
+from torchfuse.checkpoint.building import from_pretrained
 from torchfuse.checkpoint.pretrained import load_pretrained
 from torchfuse.checkpoint.trained import load_trained
 from torchfuse.config import build, read_config, read_yaml
@@ -18,7 +20,7 @@ from torchfuse.devices import device_and_dtype
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
-__all__ = ["build_model", "check_images", "load_run", "read_yaml"]
+__all__ = ["Loadable", "build_model", "check_images", "load_run", "read_model", "read_run", "read_yaml"]
 
 
 def build_model(
@@ -66,6 +68,75 @@ def check_images(
         transform.check(size, preprocessor=folder, what=name)
 
 
+@dataclass(frozen=True)
+class Loadable:
+    """What answers questions: how they are put to it, and the model, which is not loaded yet.
+
+    Attributes:
+        transform: the transform that the model was trained with.
+        load: builds the model on a device in a dtype, and loads it.
+    """
+
+    transform: QuestionTransform
+    load: Callable[[str, str], nn.Module]
+
+
+def read_run(path: str | Path) -> Loadable:
+    """Read what a finetuning run says of itself, and build its transform.
+
+    Args:
+        path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
+
+    Raises:
+        ValueError: if the run is not what it should be; when the model is loaded, if a checkpoint that
+            it names is not.
+    """
+    file = Path(path) / "config.yaml"
+    given = read_config(file, "every finetuning run writes one")
+    config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
+    sections = ("model", "pretrained", "transform")
+    if not all(isinstance(config.get(s), dict) for s in sections):
+        raise ValueError(f"{file} lacks one of the sections {', '.join(sections)}.")
+    where = f"{file}, "
+    transform: QuestionTransform = build(
+        config["transform"], what=f"{where}transform", kind=QuestionTransform
+    )
+
+    def load(device: str, dtype: str) -> nn.Module:
+        model = build_model(
+            config["model"], config["pretrained"], device=device, dtype=dtype, where=where
+        )
+        check_images(model, transform.image_transform, config["pretrained"].get("encoder"))
+        load_trained(model, Path(path) / "fusion")
+        return model
+
+    return Loadable(transform, load)
+
+
+def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> Loadable:
+    """Build a transform for the directory of a whole model.
+
+    Args:
+        path: a directory that ``from_pretrained`` reads.
+        transform: the section of a configuration that names and describes the transform.
+
+    Raises:
+        ValueError: if one of them is not what it should be; when the model is loaded, if the directory
+            does not hold what it says.
+    """
+    built: QuestionTransform = build(transform, what="transform", kind=QuestionTransform)
+    if not Path(path).is_dir():
+        raise ValueError(f"model: {path} is not a directory.")
+
+    def load(device: str, dtype: str) -> nn.Module:
+        place, precision = device_and_dtype(device, dtype)
+        model = from_pretrained(path, device=place, dtype=precision, fusion_trainable=False)
+        check_images(model, built.image_transform, path)
+        return model
+
+    return Loadable(built, load)
+
+
 def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, QuestionTransform]:
     """Build the model of a finetuning run, with its checkpoints and what it learned.
 
@@ -80,17 +151,5 @@ def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Q
     Raises:
         ValueError: if the run, or a checkpoint that it names, is not what it should be.
     """
-    file = Path(path) / "config.yaml"
-    given = read_config(file, "every finetuning run writes one")
-    config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
-    sections = ("model", "pretrained", "transform")
-    if not all(isinstance(config.get(s), dict) for s in sections):
-        raise ValueError(f"{file} lacks one of the sections {', '.join(sections)}.")
-    where = f"{file}, "
-    transform: QuestionTransform = build(
-        config["transform"], what=f"{where}transform", kind=QuestionTransform
-    )
-    model = build_model(config["model"], config["pretrained"], device=device, dtype=dtype, where=where)
-    check_images(model, transform.image_transform, config["pretrained"].get("encoder"))
-    load_trained(model, Path(path) / "fusion")
-    return model, transform
+    run = read_run(path)
+    return run.load(device, dtype), run.transform

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -48,7 +49,9 @@ def shard(model: nn.Module, **options: Any) -> None:
 
     Under FSDP2 every rank must run the same modules in every step, so fuse with
     ``on_missing="participate"``. What fusion added starts with rank zero's values on every rank,
-    whatever each was seeded with.
+    whatever each was seeded with. An encoder of another dtype than the decoder's is sharded as one more
+    unit. What trains is no matter here: nothing is replicated, frozen or not, and it may change later
+    (see ``torchfuse.params.FreezeSchedule``).
 
     Args:
         model: a fused model, before its optimizer is built.
@@ -68,8 +71,11 @@ def shard(model: nn.Module, **options: Any) -> None:
     for tensor in [*get_fusion_params(model).values(), *fusion_buffers(model).values()]:
         if not tensor.is_meta:
             distributed.broadcast(tensor.detach(), src=0)
-    for layer in layers:
-        fully_shard(layer, **options)
+    parts = parts_of(model)
+    # A unit reduces all of its gradients in one dtype.
+    apart = [part for part in parts.values() if _dtypes(part) != _dtypes(parts["decoder"])]
+    for module in [*layers, *apart]:
+        fully_shard(module, **options)
     fully_shard(model, **options)
     if hasattr(unwrap(model), "encode"):
         register_fsdp_forward_method(unwrap(model), "encode")  # another way in, beside forward
@@ -82,3 +88,7 @@ def _layers(part: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield from _layers(child)
+
+
+def _dtypes(part: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in part.parameters() if p.is_floating_point()}

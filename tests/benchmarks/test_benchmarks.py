@@ -1,9 +1,20 @@
 """Benchmarks run, at a size that says nothing about speed."""
 
+import json
 import sys
 
 import pytest
-from benchmarks import fusion_embedding, load
+from benchmarks import fusion_embedding, load, quantized_answers
+from hf import LLAMA, OURS, clip_tower, llama, ours
+from omegaconf import OmegaConf
+from PIL import Image
+from support import open_gates
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from torchfuse import load_pretrained
+from torchfuse.checkpoint.trained import save_trained
+
+WORDS = "<pad> <bos> <eos> <unk> which digit is it ? even or odd one two three four".split()
 
 
 def test_fusion_embedding(capsys):
@@ -27,3 +38,69 @@ def test_load(capsys, tmp_path):
     assert f"shards: {len(list((tmp_path / 'shards').glob('*.safetensors')))} of together" in said
     assert said.count("\ntransformers  ") == 1
     assert said.count(", peak ") == 2
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a finetuning run leaves, of a model that never learned anything."""
+    numbers = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 48}
+    # Random weights as large as those of other tests let any rounding grow from layer to layer.
+    llama(tmp_path / "llama", **numbers, initializer_range=0.05)
+    clip_tower(tmp_path / "clip")
+    sees = {"size": 12, "crop_size": 12, "image_mean": [0.3, 0.4, 0.5], "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(sees))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    for level in (40, 90, 200):
+        Image.new("L", (12, 12), level).save(tmp_path / f"{level}.png")
+    questions = [
+        {"question": "<image> which digit is it ?", "answer": "one", "images": ["40.png"], "kind": "a"},
+        {"question": "<image> or <image> ?", "answer": "two", "images": ["90.png", "200.png"]},
+        {"question": "is it even or odd ?", "answer": "three four", "kind": "text"},
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    sizes = OURS | {"arch": "cross_attention", "embed_dim": 48, "fusion_vocab_size": 1}
+    pretrained = {"decoder": str(tmp_path / "llama"), "encoder": str(tmp_path / "clip")}
+    transform = {
+        "_component_": "torchfuse.data.questions.QuestionTransform",
+        "tokenizer": pretrained["decoder"],
+        "image_transform": pretrained["encoder"],
+        "image_token": LLAMA["vocab_size"],
+        "features_per_image": 9,
+    }
+    config = {
+        "model": {"_component_": "torchfuse.models.builders.llama_clip", **sizes},
+        "pretrained": pretrained,
+        "transform": transform,
+        "data": {"test": str(tmp_path / "test.jsonl")},
+    }
+    folder = tmp_path / "run"
+    folder.mkdir()
+    OmegaConf.save(config, folder / "config.yaml")
+    model = open_gates(ours(**sizes))
+    load_pretrained(model, **pretrained)
+    save_trained(model, folder / "fusion")
+    return folder
+
+
+def test_quantized_answers(capsys, run):
+    found = quantized_answers.main(["--run", str(run), "--batch-size", "2"])
+    assert found.keys() == {"fp32", "bf16"}
+    for compared in found.values():
+        assert 0 < compared.moved < 0.02
+        assert 0 < compared.moved_answers < 0.02
+        assert compared.same in (0, 1 / 3, 2 / 3, 1)
+    said = capsys.readouterr().out
+    assert "int8_weight_only of decoder\n3 questions of " in said
+    assert "weights quantized: 22, " in said
+    assert said.count("within 2%") == 2
+
+
+def test_quantized_answers_of_some_questions_and_another_scheme(capsys, run):
+    options = ["--dtypes", "fp32", "--limit", "1", "--scheme", "float8_weight_only"]
+    found = quantized_answers.main(["--run", str(run), *options, "--parts", "decoder", "encoder"])
+    assert list(found) == ["fp32"]
+    assert found["fp32"].moved > 0.003  # three bits of mantissa
+    said = capsys.readouterr().out
+    assert "float8_weight_only of decoder, encoder\n1 questions of " in said

@@ -5,7 +5,7 @@ import torch
 from support import FEATURES, IMAGE, TinyEncoder, inputs, open_gates, text, tiny_decoder
 
 from torchfuse import fuse, generate
-from torchfuse.generation import Session, session
+from torchfuse.generation import Session, session, steps
 from torchfuse.generation.sampling import Sampling
 
 ARCHS = {
@@ -83,6 +83,26 @@ def test_a_session_compiles_its_turns(traced):
 
     for compiled, eager in zip(turns(True), turns(False), strict=True):
         assert torch.equal(compiled, eager)
+
+
+def test_shapes_may_be_as_many_as_there_are(monkeypatch):
+    torch._dynamo.reset()
+    traced = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(
+        steps.torch, "compile", lambda function, *, mode, **options: traced(function, **options)
+    )
+    steps.compiled.cache_clear()
+    model = make("cross_attention")
+    try:
+        for rows in range(1, 12):  # torch stops after eight
+            tokens = text(rows, 5)
+            options = {"max_new_tokens": 2, "temperature": 0}
+            assert torch.equal(
+                generate(model, tokens, **options, compile=True), generate(model, tokens, **options)
+            )
+    finally:
+        steps.compiled.cache_clear()
+        torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ __all__ = [
     "QuestionDataset",
     "QuestionTransform",
     "check_questions",
+    "image_faults",
+    "name_faults",
     "question_from",
     "read_questions",
 ]
@@ -38,6 +40,7 @@ __all__ = [
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
 _IGNORED: Final = -100
+_LISTED: Final = 16  # faults of a file that are told one by one
 
 
 @dataclass(frozen=True)
@@ -63,30 +66,65 @@ def read_questions(path: str | Path) -> list[Question]:
     """Read a question file, and see to it that every image in it opens.
 
     Raises:
-        ValueError: naming the file and the line, for the first line that cannot be used; if there is
-            none at all.
+        ValueError: naming the file and every line that cannot be used; if there is no question at all.
     """
     path = Path(path)
-    questions = []
+    questions, faults = [], []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The question file {path} cannot be read: {error}.") from error
-    checked: set[Path] = set()
+    checked: dict[Path, str] = {}
     for number, line in enumerate(tqdm(lines, desc=f"check {path.name}", disable=None, leave=False), 1):
         if not line.strip():
             continue
         try:
-            question = _parse(line, path.parent)
-            for image in set(question.images) - checked:
-                open_image(image)
-                checked.add(image)
+            questions.append(_parse(line, path.parent))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        questions.append(question)
+            faults.append(f"line {number}: {error}")
+            continue
+        faults += [f"line {number}: {fault}" for fault in image_faults(questions[-1], checked)]
+    if faults:
+        raise ValueError(name_faults(path, faults))
     if not questions:
         raise ValueError(f"The question file {path} holds no question.")
     return questions
+
+
+def image_faults(question: Question, checked: dict[Path, str]) -> list[str]:
+    """What is wrong with the images of a question, each opened once.
+
+    Args:
+        question: the question.
+        checked: what was found out about images before, by path; nothing (an empty string) for one that
+            opens. What is found out now is added.
+    """
+    for image in question.images:
+        if image not in checked:
+            try:
+                open_image(image)
+            except ValueError as error:
+                checked[image] = str(error)
+            else:
+                checked[image] = ""
+    return [checked[image] for image in dict.fromkeys(question.images) if checked[image]]
+
+
+def name_faults(path: str | Path, faults: Sequence[str]) -> str:
+    """One message for all that is wrong with a file.
+
+    Examples:
+        >>> print(name_faults("a.jsonl", ["line 3: no JSON."]))
+        a.jsonl, line 3: no JSON.
+        >>> print(name_faults("a.jsonl", ["line 3: no JSON.", "line 5: no JSON."]))
+        a.jsonl has 2 faults:
+          line 3: no JSON.
+          line 5: no JSON.
+    """
+    if len(faults) == 1:
+        return f"{path}, {faults[0]}"
+    more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+    return "\n  ".join([f"{path} has {len(faults)} faults:", *faults[:_LISTED], *more])
 
 
 def _parse(line: str, folder: Path) -> Question:
@@ -103,22 +141,26 @@ def question_from(record: Mapping[str, Any], folder: Path) -> Question:
     """Check one record of a question file, or of a prompt in a YAML.
 
     Raises:
-        ValueError: if a field is missing, unknown or of the wrong type, or markers and images differ in
-            number.
+        ValueError: naming every field that is missing, unknown or of the wrong type; if markers and
+            images differ in number.
     """
-    unknown = sorted(set(record) - set(_FIELDS))
+    faults = []
+    unknown = sorted(set(map(str, record)) - set(_FIELDS))
     if unknown:
-        raise ValueError(f"unknown field {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
+        faults.append(f"unknown field {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
     if not record.get("question"):
-        raise ValueError("the field question is missing.")
+        faults.append("the field question is missing.")
     for name, kind in _FIELDS.items():
-        if name in record and not isinstance(record[name], kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
+        missing = name == "question" and not record.get(name)
+        if name in record and not missing and not isinstance(record[name], kind):
+            faults.append(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
     if record.get("kind") == "all":
-        raise ValueError('kind "all" stands for the questions of every kind; call it something else.')
+        faults.append('kind "all" stands for the questions of every kind; call it something else.')
     images = record.get("images", [])
-    if not all(isinstance(image, str) for image in images):
-        raise ValueError(f"images must be paths, got {images!r}.")
+    if isinstance(images, list) and not all(isinstance(image, str) for image in images):
+        faults.append(f"images must be paths, got {images!r}.")
+    if faults:
+        raise ValueError(" ".join(faults))
     fields = {name: record[name] for name in ("question", "answer", "kind") if name in record}
     return Question(images=tuple(folder / image for image in images), **fields)
 
@@ -172,7 +214,7 @@ class QuestionTransform:
         self.markers_per_image = {"marker": 1, "placeholder": features_per_image, "prefix": 0}[layout]
         self.scope: ImageScope = scope if layout == "marker" else "all"
         self.max_seq_len = max_seq_len
-        self._pixels = lru_cache(cache_images)(self._read_pixels)
+        self.pixels = lru_cache(cache_images)(self._read_pixels)  # of an image's path, ``[3, h, w]``
 
     def _read_pixels(self, path: Path) -> Tensor:
         return self.image_transform(open_image(path))
@@ -213,12 +255,12 @@ class QuestionTransform:
         """
         prompt, answer = self.encode(question, with_answer=with_answer)
         tokens = prompt + answer
-        images = [self._pixels(path) for path in question.images]
+        images = [self.pixels(path) for path in question.images]
         size = self.image_transform.size
         sample = {
             "tokens": tokens,
             "images": torch.stack(images) if images else torch.empty(0, 3, size, size),
-            "encoder_mask": self._mask(tokens, len(images)),
+            "encoder_mask": self.encoder_mask(tokens, len(images)),
         }
         if with_answer:
             sample["labels"] = [_IGNORED] * len(prompt) + answer
@@ -256,12 +298,18 @@ class QuestionTransform:
             )
         return prompt, answer
 
-    def _mask(self, tokens: list[int], num_images: int) -> Tensor:
+    def encoder_mask(self, tokens: Sequence[int], num_images: int) -> Tensor:
+        """Which features each token may attend to, bool ``[s, num_images * features_per_image]``.
+
+        Args:
+            tokens: a whole sequence, from its begin on.
+            num_images: images whose markers it holds.
+        """
         if self.image_token is None:
             shape = (len(tokens), num_images * self.features_per_image)
             return torch.ones(shape, dtype=torch.bool)
         return image_mask(
-            torch.tensor([tokens]),
+            torch.tensor([list(tokens)]),
             self.image_token,
             features_per_image=self.features_per_image,
             num_images=num_images,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.generation.caches import slots_of
+from torchfuse.generation.checks import Scores, answer_faults, num_features
 from torchfuse.generation.sampling import Generators, Sampling
-from torchfuse.generation.session import Scores, Session, vocab_size
+from torchfuse.generation.session import Session
 from torchfuse.generation.steps import bucket
 from torchfuse.naming import unwrap
 
@@ -72,17 +73,20 @@ def generate(
             the encoders has run then.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    _check(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
+    faults = answer_faults(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
     if encoder_input is not None and encoder_embeds is not None:
-        raise ValueError("Give encoder_input or encoder_embeds, not both.")
+        faults.append("give encoder_input or encoder_embeds, not both")
+    if faults:
+        raise ValueError(f"generate: {'; '.join(faults)}.")
     fused: Any = model
+    strategy = getattr(unwrap(model), "strategy", None)
+    if strategy is not None:
+        strategy.check_prompt(fused.encoder_names, tokens, encoder_mask)
     _room(fused, tokens.shape[1], 0, max_new_tokens, compile)  # before an encoder runs for nothing
     with evaluating(model):
         if encoder_input is not None:
             encoder_embeds = fused.encode(encoder_input)
-        features = 0
-        if encoder_embeds is not None:
-            features = sum(part.shape[1] for part in _parts(encoder_embeds))
+        features = num_features(encoder_embeds)
         max_tokens = _room(fused, tokens.shape[1], features, max_new_tokens, compile)
         options = {"batch_size": tokens.shape[0], "max_tokens": max_tokens, "max_features": features}
         with Session(model, **options, pad_id=pad_id, compile=compile) as session:
@@ -99,10 +103,6 @@ def generate(
             )
     sequence = torch.cat([tokens, new], dim=1)
     return sequence if scores is None else (sequence, scored)
-
-
-def _parts(embeds: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
-    return [embeds] if isinstance(embeds, Tensor) else list(embeds.values())
 
 
 @contextmanager
@@ -139,34 +139,3 @@ def _room(model: Any, prompt: int, features: int, new: int, compiled: bool) -> i
         return prompt + new
     padded = bucket(prompt, most - new)
     return min(most, -(-(padded + new) // 64) * 64)
-
-
-def _check(
-    model: Any,
-    tokens: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_tokens: Any,
-    generator: Generators,
-    scores: Scores,
-) -> None:
-    faults = []
-    if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
-        faults.append(f"tokens must be ids [b, s], got {tokens.dtype} {list(tokens.shape)}")
-    if max_new_tokens < 1:
-        faults.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    faults += sampling.faults()
-    if scores not in (None, "logits", "log_probs"):
-        faults.append(f'scores must be "logits" or "log_probs", got {scores!r}')
-    by_row = [stop for stop in stop_tokens if not isinstance(stop, int)]
-    if by_row and (len(by_row) != len(stop_tokens) or len(by_row) != tokens.shape[0]):
-        faults.append(f"stop_tokens by row must be {tokens.shape[0]} lists, got {stop_tokens}")
-    else:
-        vocab, ids = vocab_size(model), [i for row in by_row for i in row] if by_row else stop_tokens
-        outside = [i for i in ids if not 0 <= i < vocab]
-        if outside:
-            faults.append(f"stop_tokens {outside} must lie in [0, {vocab}), what the head scores")
-    if isinstance(generator, Sequence) and len(generator) != tokens.shape[0]:
-        faults.append(f"generators by row must be {tokens.shape[0]}, got {len(generator)}")
-    if faults:
-        raise ValueError(f"generate: {'; '.join(faults)}.")

@@ -11,24 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torchfuse.data.masks import left_padding
 from torchfuse.generation.caches import Caches
+from torchfuse.generation.checks import Scores, answer_faults, num_features, stop_table, vocab_size
 from torchfuse.generation.sampling import Generators, Sampling, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, read_prompt
 from torchfuse.naming import unwrap
 
-__all__ = ["Session", "vocab_size"]
-
-Scores = Literal["logits", "log_probs"] | None
+__all__ = ["Session"]
 
 # How often a device is asked whether all rows are finished; asking waits for it.
 _CHECK_EVERY: Final = 8
-_NEVER: Final = -1  # no token has this id
 
 
 class Session:
@@ -78,6 +76,11 @@ class Session:
             model, batch_size=batch_size, max_tokens=max_tokens, max_features=max_features
         )
         strategy = getattr(unwrap(model), "strategy", None)
+        # Features in place of tokens need no room of their own.
+        self.max_features = max_features
+        self._keeps_features = strategy is not None and (
+            strategy.caches_features or strategy.extra_tokens(1) > 0
+        )
         special = () if strategy is None else strategy.special_tokens()
         with next(fused.tok_embeddings.parameters()).device:
             self._special = torch.tensor(special, dtype=torch.long)
@@ -134,9 +137,16 @@ class Session:
         Raises:
             ValueError: if it does not fit into what is left of the session.
         """
-        padding = self._padding(tokens, max_new_tokens)
         sampling = sampling or Sampling()
-        stop = _stop_table(stop_tokens, tokens)
+        faults = answer_faults(
+            self.model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores
+        )
+        if not faults:  # otherwise there may be no rows and columns to speak of
+            faults = self._misfits(tokens, max_new_tokens, num_features(encoder_embeds))
+        if faults:
+            raise ValueError(f"answer: {'; '.join(faults)}.")
+        padding = self._padding(tokens, max_new_tokens)
+        stop = stop_table(stop_tokens, tokens)
         logits = self._read(tokens, padding, encoder_embeds, encoder_mask, sampling)
         finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         new: list[Tensor] = []
@@ -167,22 +177,28 @@ class Session:
         scored = torch.stack(kept[:num], dim=1) if kept else None
         return torch.stack(new[:num], dim=1), scored
 
-    def _padding(self, tokens: Tensor, max_new_tokens: int) -> int:
-        """By how much a prompt is padded on the left, once it is known that all fits.
-
-        Raises:
-            ValueError: if it does not.
-        """
-        rows = self._valid.shape[0]
+    def _misfits(self, tokens: Tensor, max_new_tokens: int, features: int) -> list[str]:
+        """What is too large for what is left of the session, in words."""
+        rows, left = self._valid.shape[0], self.max_tokens - self.length
         length = tokens.shape[1] + int(self._unread is not None)
-        left = self.max_tokens - self.length
-        most = left - (max_new_tokens - 1)  # the last new token is never read
-        if tokens.shape[0] != rows or length > most:
-            raise ValueError(
-                f"This session has {rows} rows and room for {left} more tokens of text, got "
-                f"{tokens.shape[0]} rows of {length} with {max_new_tokens} new ones to come."
+        faults = []
+        if tokens.shape[0] != rows or length > left - (max_new_tokens - 1):  # the last is never read
+            faults.append(
+                f"this session has {rows} rows and room for {left} more tokens of text, got "
+                f"{tokens.shape[0]} rows of {length} with {max_new_tokens} new ones to come"
             )
-        return bucket(length, most) - length if self.compile else 0
+        if self._keeps_features and features > self.max_features:
+            faults.append(
+                f"this session has room for {self.max_features} encoder tokens a turn, got {features}"
+            )
+        return faults
+
+    def _padding(self, tokens: Tensor, max_new_tokens: int) -> int:
+        """By how much a prompt that fits is padded on the left."""
+        if not self.compile:
+            return 0
+        length = tokens.shape[1] + int(self._unread is not None)
+        return bucket(length, self.max_tokens - self.length - (max_new_tokens - 1)) - length
 
     def _read(
         self,
@@ -200,8 +216,6 @@ class Session:
         pads = tokens.new_full((tokens.shape[0], padding), self.pad_id)
         tokens = torch.cat([front, pads, tokens], dim=1)
         valid = torch.cat([front_valid, torch.zeros_like(pads, dtype=torch.bool), valid], dim=1)
-        if sampling.repetition_penalty != 1:
-            self._remember_all(tokens, valid)
         given: dict[str, Any] = {}
         if embeds is not None:
             mask = _widen(encoder_mask, tokens.shape[1])
@@ -213,6 +227,12 @@ class Session:
         logits = run(
             self.model, tokens, valid, self._valid, self._count, self._column, self._special, given
         )
+        if self.compile and getattr(self.model, "cache_state", None) is not None:
+            # The next recorded graph overwrites what this one returned.
+            self.model.cache_state = _copied(self.model.cache_state)
+        # The model may refuse what it is given; a turn is noted only after that.
+        if sampling.repetition_penalty != 1:
+            self._remember_all(tokens, valid)
         self._unread = None
         self.length += tokens.shape[1]
         return logits
@@ -255,23 +275,10 @@ class Session:
         self.close()
 
 
-def vocab_size(model: nn.Module) -> int:
-    """How many tokens a model's head scores."""
-    head: Any = unwrap(model).output
-    if hasattr(head, "out_features"):
-        return int(head.out_features)
-    embedding: Any = getattr(head, "tied_module", None) or unwrap(model).tok_embeddings
-    return int(embedding.weight.shape[0])
-
-
-def _stop_table(stop_tokens: Sequence[int] | Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
-    """The stop tokens of every row, ``[b, k]`` or ``[1, k]``."""
-    each = [[stop] if isinstance(stop, int) else list(stop) for stop in stop_tokens]
-    by_row = any(not isinstance(stop, int) for stop in stop_tokens)
-    rows = each if by_row else [[stop for row in each for stop in row]]
-    longest = max(map(len, rows), default=0)
-    padded = [row + [_NEVER] * (longest - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=tokens.dtype, device=tokens.device).view(len(rows), longest)
+def _copied(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {name: part.clone() for name, part in state.items()}
+    return state.clone()
 
 
 def _detached(embeds: Tensor | Mapping[str, Tensor]) -> Any:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 __all__ = ["bucket", "compiled", "next_logits", "read_prompt"]
+
+_MOST_GRAPHS: Final = 256
 
 
 def bucket(length: int, most: int) -> int:
@@ -46,12 +48,14 @@ def read_prompt(
     """
     s, slots = tokens.shape[1], valid.shape[1]
     here = column + torch.arange(s, device=tokens.device)
-    valid.index_copy_(1, here, counts)
+    # Written only when the model has taken the tokens: what it refuses leaves no trace.
+    seen = valid.index_copy(1, here, counts)
     every = torch.arange(slots, device=tokens.device)
     # What does not count sees itself, so that its softmax is defined.
-    mask = (valid[:, None] & (every <= here[:, None])) | (every == here[:, None])
+    mask = (seen[:, None] & (every <= here[:, None])) | (every == here[:, None])
     positions = (count[:, None] + counts.cumsum(dim=1) - 1).clamp(min=0)
     logits = _score(model, tokens, mask, positions, special, given)
+    valid.copy_(seen)
     count.add_(counts.sum(dim=1))
     column.add_(s)
     return logits
@@ -95,4 +99,12 @@ def _score(
 def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
     """A function as one graph for each shape; on CUDA, recorded and replayed."""
     mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    graphs = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Tensor:
+        # Each model, number of rows and bucket has graphs of its own, and many are no mistake.
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+            return graphs(*args)
+
+    return run

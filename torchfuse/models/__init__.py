@@ -4,6 +4,7 @@ from torchfuse.models.base import FusedModel
 from torchfuse.models.deep_fusion import CrossAttentionStrategy, DeepFusionModel
 from torchfuse.models.early_fusion import EarlyFusionModel, JointDecoderStrategy
 from torchfuse.models.fuse import fuse
+from torchfuse.models.mixture_fusion import MixtureFusionModel, MoTStrategy
 from torchfuse.models.strategies import (
     EncoderFeatures,
     ModalityContext,
@@ -19,6 +20,8 @@ __all__ = [
     "EncoderFeatures",
     "FusedModel",
     "JointDecoderStrategy",
+    "MixtureFusionModel",
+    "MoTStrategy",
     "ModalityContext",
     "ModalityStrategy",
     "build_modality_strategy",

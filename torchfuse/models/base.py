@@ -143,6 +143,12 @@ class FusedModel(DecoderSurface, EncoderOwner):
             # torchtune's attention takes its causal shortcut only where no cache exists.
             s = tokens.shape[1]
             mask = torch.ones(1, s, s, dtype=torch.bool, device=tokens.device).tril()
+        if cached and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "Caches are for inference: keys and values kept from an earlier call have no gradient, "
+                "so training through them would be wrong. Call model.eval(), or run under "
+                "torch.no_grad(); torchtune.modules.delete_kv_caches(model) removes the caches."
+            )
         if cached and (mask is None or input_pos is None):
             raise ValueError(
                 "Caches are set up, so mask ([b, s, slots], True: may attend) and input_pos must be "
@@ -162,7 +168,7 @@ class FusedModel(DecoderSurface, EncoderOwner):
         return self._decode(context)
 
     def _decode(self, context: ModalityContext) -> Any:
-        kwargs = {
+        kwargs: dict[str, Any] = {
             "mask": context.mask,
             "encoder_input": context.encoder_input,
             "encoder_mask": context.encoder_mask,
@@ -171,14 +177,20 @@ class FusedModel(DecoderSurface, EncoderOwner):
         if context.embeds is None:
             return self.decoder(context.tokens, **kwargs)
         self._check_embeds(context.embeds)
+        if context.routing is not None:
+            kwargs["routing"] = context.routing
         scored = context.output_slice or slice(None)
         hidden, h = [], context.embeds
         for index, layer in enumerate(self.layers):
             if index in self.output_hidden_states:
                 hidden.append(h[:, scored])
             h = layer(h, **kwargs)
-        output = self.decoder.unembed(h[:, scored])
+        output = self._unembed(h[:, scored], context)
         return [*hidden, output] if hidden else output
+
+    def _unembed(self, h: Tensor, context: ModalityContext) -> Any:
+        """Score hidden states ``[b, s, d]`` of the positions that ``context`` wants scored."""
+        return self.decoder.unembed(h)
 
     def _check_embeds(self, embeds: Tensor) -> None:
         if embeds.shape[1] > self.max_seq_len:

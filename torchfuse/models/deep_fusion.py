@@ -250,7 +250,12 @@ def _join_masks(
 def _pad_to_slots(mask: Tensor, model: FusedModel) -> Tensor:
     """As wide as the cache: slots behind the features are seen by nobody, whosever layers read them."""
     slots = model.encoder_max_cache_seq_len or model.max_seq_len
-    return F.pad(mask, (0, max(0, slots - mask.shape[-1])))  # too many features: the cache says so
+    if mask.shape[-1] > slots:  # said before any layer has written to its cache
+        raise ValueError(
+            f"The encoder cache holds up to {slots} encoder tokens, got {mask.shape[-1]}. Set up the "
+            f"caches with encoder_max_seq_len of at least {mask.shape[-1]}."
+        )
+    return F.pad(mask, (0, slots - mask.shape[-1]))
 
 
 def _by_token(mask: Tensor, tokens: Tensor) -> Tensor:

@@ -4,20 +4,30 @@
 sequence keeps its length and its positions. ``prefix``: features stand in front of the text and are
 cut off again before the head; the tokens stay as they are. With a CLIP tower and a two-layer
 projector the first is LLaVA (https://arxiv.org/abs/2304.08485).
+
+``SequenceStrategy`` is what all architectures have in common whose features stand there, whatever their
+layers do with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.encoding import EncoderInput, OnMissing
-from torchfuse.models.placement import Prefix, check_counts, is_flat, pick_features
+from torchfuse.models.placement import (
+    Prefix,
+    by_row,
+    check_counts,
+    is_flat,
+    pick_features,
+    positions_by_modality,
+)
 from torchfuse.models.strategies import (
     EncoderFeatures,
     ModalityContext,
@@ -25,16 +35,27 @@ from torchfuse.models.strategies import (
     check_rows,
     register_modality_strategy,
 )
-from torchfuse.modules.routing import take_part
+from torchfuse.modules.routing import Routing, take_part
 
-__all__ = ["EarlyFusionModel", "JointDecoderStrategy"]
+__all__ = ["EarlyFusionModel", "JointDecoderStrategy", "Placement", "SequenceStrategy"]
 
 Placement = Literal["placeholder", "prefix"]
 
 
-@register_modality_strategy("joint_decoder")
 @dataclass(frozen=True)
-class JointDecoderStrategy(ModalityStrategy):
+class _Sequence:
+    """The sequence that a decoder runs on: the text's own where ``embeds`` is None."""
+
+    mask: Tensor | None
+    input_pos: Tensor | None
+    embeds: Tensor | None = None
+    slots: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, Tensor] | None = None
+    valid: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SequenceStrategy(ModalityStrategy):
     """Features stand in the decoder's sequence.
 
     Args:
@@ -48,6 +69,12 @@ class JointDecoderStrategy(ModalityStrategy):
     Raises:
         ValueError: if the token is missing, or given with ``"prefix"``.
     """
+
+    routes_tokens: ClassVar[bool] = False
+    """Whether layers are told which tokens are of which modality."""
+
+    counts_by_modality: ClassVar[bool] = False
+    """Whether text has the positions that it would have alone, and each encoder's features theirs."""
 
     placement: Placement = "placeholder"
     encoder_token: int | Mapping[str, int] | None = None
@@ -85,6 +112,24 @@ class JointDecoderStrategy(ModalityStrategy):
                 f"The encoders {', '.join(names)} need a token each: encoder_token={{name: id}}."
             )
 
+    def check_prompt(
+        self,
+        names: Sequence[str],
+        tokens: Tensor,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+    ) -> None:
+        if self.placement != "placeholder" or encoder_mask is None:
+            return
+        if isinstance(encoder_mask, Tensor):
+            if len(names) > 1:  # which part of it is whose, only the features say
+                return
+            encoder_mask = {names[0]: encoder_mask}
+        for name, mask in encoder_mask.items():
+            if name in names and mask is not None and mask.shape[0] == tokens.shape[0]:
+                row = mask if mask.dim() == 2 else mask.any(dim=1)
+                given = EncoderFeatures(row.unsqueeze(-1), row)
+                check_counts(name, self._token(name), tokens == self._token(name), given)
+
     def prepare(
         self,
         model: FusedModel,
@@ -95,21 +140,26 @@ class JointDecoderStrategy(ModalityStrategy):
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         input_pos: Tensor | None,
     ) -> ModalityContext:
-        if self.placement == "placeholder":
-            return self._replace(model, tokens, features, mask, input_pos)
-        return self._prepend(model, tokens, features, mask, input_pos)
-
-    def wrap(
-        self,
-        decoder: nn.Module,
-        encoder: nn.Module | Mapping[str, nn.Module],
-        *,
-        adapter: nn.Module | Mapping[str, nn.Module] | None,
-        **flags: Any,
-    ) -> EarlyFusionModel:
-        flags["encoders_trainable"] = flags.pop("encoder_trainable", False)
-        return EarlyFusionModel(
-            decoder, encoder, self.encoder_token, adapter=adapter, placement=self.placement, **flags
+        place = self._replace if self.placement == "placeholder" else self._prepend
+        sequence = place(model, tokens, features, mask, input_pos)
+        stand_ins = {name: given.embeds for name, given in features.items() if not given.present}
+        embeds = sequence.embeds
+        if embeds is None:
+            if not stand_ins:
+                return ModalityContext(tokens, mask=sequence.mask, input_pos=sequence.input_pos)
+            embeds = model.tok_embeddings(tokens)
+        for stand_in in stand_ins.values():
+            embeds = take_part(embeds, stand_in)
+        in_front = embeds.shape[1] - tokens.shape[1]
+        return ModalityContext(
+            tokens,
+            embeds,
+            mask=sequence.mask,
+            input_pos=sequence.input_pos,
+            output_slice=slice(in_front, None) if in_front else None,
+            routing=Routing(sequence.slots, sequence.places, sequence.valid, stand_ins=stand_ins)
+            if self.routes_tokens
+            else None,
         )
 
     def _token(self, name: str) -> int:
@@ -123,7 +173,7 @@ class JointDecoderStrategy(ModalityStrategy):
         features: Mapping[str, EncoderFeatures],
         mask: Tensor | None,
         input_pos: Tensor | None,
-    ) -> ModalityContext:
+    ) -> _Sequence:
         places = {name: tokens == self._token(name) for name in model.encoder_names}
         for name, place in places.items():
             given = features.get(name)
@@ -134,18 +184,43 @@ class JointDecoderStrategy(ModalityStrategy):
                     "features row by row, or no mask."
                 )
             check_counts(name, self._token(name), place, given)
-        if not features:
-            return ModalityContext(tokens, mask=mask, input_pos=input_pos)
+        present = {name: given for name, given in features.items() if given.present}
+        places = {name: places[name] for name in present}
+        if self.counts_by_modality:
+            input_pos = self._count(model, tokens, places, input_pos)
+        if not present:
+            return _Sequence(mask, input_pos, places={})
         # A special token may lie outside the table: look up any row, it is replaced.
         anywhere = torch.stack(list(places.values())).any(dim=0)
         embeds = model.tok_embeddings(tokens.masked_fill(anywhere, 0))
-        for name, given in features.items():
-            if given.present:
-                place = places[name]
-                embeds = torch.where(place.unsqueeze(-1), pick_features(given, place), embeds)
-            else:
-                embeds = take_part(embeds, given.embeds)
-        return ModalityContext(tokens, embeds, mask=mask, input_pos=input_pos)
+        for name, given in present.items():
+            picked = pick_features(given, places[name])
+            embeds = torch.where(places[name].unsqueeze(-1), picked, embeds)
+        slots = {name: _most_in_a_row(given, tokens) for name, given in present.items()}
+        return _Sequence(mask, input_pos, embeds, slots, places)
+
+    def _count(
+        self,
+        model: FusedModel,
+        tokens: Tensor,
+        places: Mapping[str, Tensor],
+        input_pos: Tensor | None,
+    ) -> Tensor | None:
+        """Positions by modality; with caches they go on where those of earlier calls ended."""
+        cached = model.caches_are_enabled()
+        earlier: dict[str, Tensor] | None = (model.cache_state or {}) if cached else None
+        if not places and not earlier:
+            return input_pos
+        if input_pos is None:
+            input_pos = torch.arange(tokens.shape[1], device=tokens.device)
+        input_pos = by_row(input_pos, *tokens.shape)
+        # What came earlier counts for text, also where none of it comes now.
+        none = torch.zeros_like(tokens, dtype=torch.bool)
+        everywhere = {name: places.get(name, none) for name in {**(earlier or {}), **places}}
+        positions, counts = positions_by_modality(everywhere, input_pos, earlier)
+        if cached and places:
+            model.cache_state = counts
+        return positions
 
     def _prepend(
         self,
@@ -154,10 +229,9 @@ class JointDecoderStrategy(ModalityStrategy):
         features: Mapping[str, EncoderFeatures],
         mask: Tensor | None,
         input_pos: Tensor | None,
-    ) -> ModalityContext:
+    ) -> _Sequence:
         check_rows(tokens, features)
-        present = [given for given in features.values() if given.present]
-        stand_ins = [given.embeds for given in features.values() if not given.present]
+        present = {name: given for name, given in features.items() if given.present}
         cached = model.caches_are_enabled()
         earlier: Prefix | None = model.cache_state if cached else None
         if present and earlier is not None:
@@ -171,26 +245,56 @@ class JointDecoderStrategy(ModalityStrategy):
                 assert input_pos is not None
                 prefix = earlier.seen_by(tokens)
                 mask = prefix.text_mask(mask)[..., : mask.shape[-1]]
-                input_pos = prefix.text_positions(input_pos)
+                if not self.counts_by_modality:
+                    input_pos = prefix.text_positions(input_pos)
             elif cached:
                 model.cache_state = Prefix.of_features(tokens, ()).last()
-            if not stand_ins:
-                return ModalityContext(tokens, mask=mask, input_pos=input_pos)
-            embeds = model.tok_embeddings(tokens)
-        else:
-            prefix = Prefix.of_features(tokens, present)
-            plain = mask is None and input_pos is None and all(g.mask is None for g in present)
-            if not plain:  # otherwise causal and counted from zero, which is what None means
-                slots = mask.shape[-1] if cached and mask is not None else None
-                mask = prefix.full_mask(mask, slots=slots)
-                input_pos = prefix.full_positions(input_pos)
-            if cached:
-                model.cache_state = prefix.last()
-            embeds = torch.cat([*(g.embeds for g in present), model.tok_embeddings(tokens)], dim=1)
-        for stand_in in stand_ins:
-            embeds = take_part(embeds, stand_in)
-        text = slice(embeds.shape[1] - tokens.shape[1], None)
-        return ModalityContext(tokens, embeds, mask=mask, input_pos=input_pos, output_slice=text)
+            return _Sequence(mask, input_pos)
+        prefix = Prefix.of_features(tokens, list(present.values()))
+        slots = {name: given.embeds.shape[1] for name, given in present.items()}
+        plain = mask is None and input_pos is None and all(g.mask is None for g in present.values())
+        if self.counts_by_modality:
+            input_pos = prefix.positions_by_modality(input_pos, list(slots.values()))
+        elif not plain:
+            input_pos = prefix.full_positions(input_pos)
+        if not plain:  # otherwise causal, which is what None means
+            mask = prefix.full_mask(mask, slots=mask.shape[-1] if cached and mask is not None else None)
+        if cached:
+            model.cache_state = prefix.last()
+        embeds = [*(given.embeds for given in present.values()), model.tok_embeddings(tokens)]
+        valid = prefix.valid.split(list(slots.values()), dim=1)
+        by_name = {n: v for n, v in zip(slots, valid, strict=True) if present[n].mask is not None}
+        return _Sequence(mask, input_pos, torch.cat(embeds, dim=1), slots, valid=by_name)
+
+
+def _most_in_a_row(given: EncoderFeatures, tokens: Tensor) -> int:
+    """How many features a row can have at most."""
+    num = given.embeds.shape[:2].numel() if is_flat(given.embeds, tokens) else given.embeds.shape[1]
+    return min(num, tokens.shape[1])
+
+
+@register_modality_strategy("joint_decoder")
+@dataclass(frozen=True)
+class JointDecoderStrategy(SequenceStrategy):
+    """Features stand in the sequence of a decoder whose layers are as they were.
+
+    Args:
+        placement: see ``SequenceStrategy``.
+        encoder_token: see ``SequenceStrategy``.
+    """
+
+    def wrap(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+        **flags: Any,
+    ) -> EarlyFusionModel:
+        flags["encoders_trainable"] = flags.pop("encoder_trainable", False)
+        return EarlyFusionModel(
+            decoder, encoder, self.encoder_token, adapter=adapter, placement=self.placement, **flags
+        )
 
 
 class EarlyFusionModel(FusedModel):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchfuse.models.strategies import EncoderFeatures
 
-__all__ = ["EncoderInput", "EncoderMask", "EncoderOwner", "OnMissing"]
+__all__ = ["EncoderInput", "EncoderMask", "EncoderOwner", "OnMissing", "encoder_names"]
 
 EncoderInput = Mapping[str, Any]
 EncoderMask = Tensor | Mapping[str, Tensor]
@@ -23,6 +23,25 @@ OnMissing = Literal["skip", "participate"]
 
 # The one encoder of a model whose encoders have no names.
 _UNNAMED = "encoder"
+
+
+def encoder_names(encoder: nn.Module | Mapping[str, nn.Module]) -> list[str]:
+    """The names of encoders as a model knows them; ``["encoder"]`` for one without a name.
+
+    Raises:
+        ValueError: if there is none, or a name cannot be part of a parameter's.
+    """
+    if not isinstance(encoder, Mapping | nn.ModuleDict):
+        return [_UNNAMED]
+    if not encoder:
+        raise ValueError("A fused model needs at least one encoder, got an empty mapping.")
+    bad = [n for n in encoder if not n or "." in n or hasattr(nn.ModuleDict, n)]
+    if bad:
+        raise ValueError(
+            "Names of encoders become parts of parameter names: they must not be empty, hold a dot "
+            f"or be a method of nn.ModuleDict. Got {', '.join(map(repr, bad))}."
+        )
+    return list(encoder)
 
 
 class EncoderOwner(nn.Module):
@@ -70,14 +89,7 @@ class EncoderOwner(nn.Module):
         encoders: dict[str, nn.Module],
         adapter: nn.Module | Mapping[str, nn.Module] | None,
     ) -> None:
-        if not encoders:
-            raise ValueError("A fused model needs at least one encoder, got an empty mapping.")
-        bad = [n for n in encoders if not n or "." in n or hasattr(nn.ModuleDict, n)]
-        if bad:
-            raise ValueError(
-                "Names of encoders become parts of parameter names: they must not be empty, hold a dot "
-                f"or be a method of nn.ModuleDict. Got {', '.join(map(repr, bad))}."
-            )
+        encoder_names(encoders)
         adapters = dict(adapter.items()) if isinstance(adapter, Mapping | nn.ModuleDict) else {}
         if adapter is not None and adapters.keys() != encoders.keys():
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchfuse.models.base import FusedModel, refuse_fused
-from torchfuse.models.encoding import EncoderInput, OnMissing
+from torchfuse.models.encoding import EncoderInput, OnMissing, encoder_names
 from torchfuse.models.strategies import build_modality_strategy
 from torchfuse.modules.adapters import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
@@ -27,7 +27,7 @@ def fuse(
     *,
     arch: str = "cross_attention",
     adapter: AdapterSpec | Mapping[str, AdapterSpec] = "mlp_2layer",
-    every: int = 4,
+    every: int | None = None,
     encoder_dim: int | Mapping[str, int] | None = None,
     fusion_vocab_size: int = 0,
     fusion_init: RowInit = "mean",
@@ -48,10 +48,11 @@ def fuse(
     Args:
         decoder: a torchtune ``TransformerDecoder``. Its layers and embeddings are wrapped in place.
         encoder: a module that returns features ``[b, n, d_e]``, or modules by name.
-        arch: ``"cross_attention"`` or ``"joint_decoder"``.
+        arch: ``"cross_attention"``, ``"joint_decoder"`` or ``"mot"``.
         adapter: ``"linear"``, ``"mlp_2layer"``, a module of yours, or None where the encoder already
             returns the decoder's width; by name for named encoders that differ.
         every: for architectures that fuse layers: layer ``i`` is fused when ``(i + 1) % every == 0``.
+            None: as is usual for the architecture, 4 for ``"cross_attention"`` and 1 for ``"mot"``.
         encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
             ``config.hidden_size``.
         fusion_vocab_size: number of new tokens to embed beside the pretrained table.
@@ -66,11 +67,12 @@ def fuse(
         fusion_trainable: whether what fusion added trains.
         on_missing: ``"skip"`` or ``"participate"``, see ``FusedModel``.
         example_input: see ``FusedModel``.
-        **arch_options: the architecture's own, see ``CrossAttentionStrategy`` and
-            ``JointDecoderStrategy`` (``placement=``, ``encoder_token=``).
+        **arch_options: the architecture's own, see ``CrossAttentionStrategy``,
+            ``JointDecoderStrategy`` (``placement=``, ``encoder_token=``) and ``MoTStrategy``.
 
     Returns:
-        A ``DeepFusionModel`` or ``EarlyFusionModel``, or what another architecture builds.
+        A ``DeepFusionModel``, ``EarlyFusionModel`` or ``MixtureFusionModel``, or what another
+        architecture builds.
 
     Raises:
         ValueError: for anything that does not fit; decoder and encoder are as they were then.
@@ -89,6 +91,8 @@ def fuse(
     refuse_fused(decoder)
     strategy = build_modality_strategy(arch, **arch_options)
     encoders = {"": encoder} if isinstance(encoder, nn.Module) else dict(encoder)
+    names = encoder_names(encoder)
+    strategy.check_encoders(names)
     embedding = _token_embedding(decoder)
     specs = _by_name(adapter, encoders, "adapter")
     widths = _by_name(encoder_dim, encoders, "encoder_dim")
@@ -97,7 +101,8 @@ def fuse(
     }
     if len({spec is None for spec in adapters.values()}) > 1:
         raise ValueError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
-    put_layers_in_place = strategy.plan(decoder, every=every)
+    every = strategy.default_every if every is None else every
+    put_layers_in_place = strategy.plan_for(decoder, names, every=every)
     fused_embedding = None
     if fusion_vocab_size:
         fused_embedding = FusionEmbedding.from_pretrained(embedding, fusion_vocab_size, fusion_init)
@@ -108,7 +113,8 @@ def fuse(
     given_adapters: Any = adapters if named else adapters[""]
     if named and all(a is None for a in adapters.values()):
         given_adapters = None
-    layers_before = list(decoder.layers)  # type: ignore[arg-type]
+    layers: Any = decoder.layers
+    children = [(module, dict(module._modules)) for module in (decoder, layers)]
     try:
         put_layers_in_place()
         if fused_embedding is not None:
@@ -126,8 +132,8 @@ def fuse(
             example_input=example_input,
         )
     except BaseException:
-        for index, layer in enumerate(layers_before):
-            decoder.layers[index] = layer  # type: ignore[operator]
+        for module, before in children:
+            module._modules.update(before)
         if fused_head is not None:
             decoder.output = head  # type: ignore[assignment]
         if fused_embedding is not None:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
-from torchtune.modules import FeedForward, RMSNorm, TanhGate, TransformerCrossAttentionLayer
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    TanhGate,
+    TransformerCrossAttentionLayer,
+    TransformerSelfAttentionLayer,
+)
 
+from torchfuse.models.cached_attention import CachedAttention
 from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
+from torchfuse.modules.mixture_of_transformers import MoTLayer, Start
+from torchfuse.naming import unwrap
+from torchfuse.params import quantized_dtype
 
-__all__ = ["cross_attention_layer"]
+__all__ = ["cross_attention_layer", "mot_layer"]
 
 
 class _CrossAttentionLayer(GatedCrossAttentionLayer, TransformerCrossAttentionLayer):
@@ -73,3 +87,38 @@ def cross_attention_layer(
         ca_scale=TanhGate(),
         mlp_scale=TanhGate(),
     )
+
+
+def mot_layer(
+    layer: nn.Module, names: Sequence[str], *, start: Start = "warm", keys_and_values_only: bool = False
+) -> MoTLayer:
+    """A decoder layer of torchtune's with weights for other modalities beside its own.
+
+    Args:
+        layer: the pretrained layer, for text.
+        names: the other modalities.
+        start: see ``MoTLayer.reset_experts``.
+        keys_and_values_only: see ``MoTLayer.from_pretrained``.
+
+    Raises:
+        ValueError: if the layer or its attention computes something of its own, which would not be done
+            to the other modalities; if its weights are quantized other than by QLoRA's NF4.
+    """
+    inner: Any = unwrap(layer)
+    attn = getattr(inner, "attn", None)
+    faults = [
+        f"a {type(module).__name__} is not torchtune's {name}, so what it computes is not known here"
+        for module, known, name in (
+            (inner, (TransformerSelfAttentionLayer,), "TransformerSelfAttentionLayer"),
+            (attn, (MultiHeadAttention, CachedAttention), "MultiHeadAttention"),
+        )
+        if type(module) not in known
+    ]
+    faults += [
+        f"{name} is quantized ({kind}): fuse first, then quantize"
+        for name, parameter in inner.named_parameters()
+        if (kind := quantized_dtype(parameter)) not in (None, "nf4")
+    ]
+    if faults:
+        raise ValueError(f"It cannot be shared by modalities: {'; '.join(faults)}.")
+    return MoTLayer.from_pretrained(layer, names, start=start, keys_and_values_only=keys_and_values_only)

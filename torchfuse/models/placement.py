@@ -6,7 +6,7 @@ what must not count is masked, never cut out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchfuse.models.strategies import EncoderFeatures
 
-__all__ = ["Prefix", "check_counts", "is_flat", "pick_features"]
+__all__ = ["Prefix", "by_row", "check_counts", "is_flat", "pick_features", "positions_by_modality"]
 
 
 def is_flat(embeds: Tensor, tokens: Tensor) -> bool:
@@ -106,6 +106,43 @@ def _counts(place: Tensor, given: EncoderFeatures | None) -> tuple[Tensor, Tenso
     return tokens, torch.full_like(tokens, embeds.shape[1]), "row {}"
 
 
+def positions_by_modality(
+    places: Mapping[str, Tensor], input_pos: Tensor, earlier: Mapping[str, Tensor] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Positions of text as if nothing else stood in it, and of each modality as if it stood alone.
+
+    Args:
+        places: where the tokens of each modality but text stand, bool ``[b, s]``, by name.
+        input_pos: positions that count all tokens, ``[b, s]``. Where they begin at 0 again, as in rows
+            of several documents, so does every count.
+        earlier: with caches: how many tokens of each modality came in earlier calls, ``[b, 1]``, by
+            name; positions only go on then. None: there are no caches.
+
+    Returns:
+        Positions ``[b, s]``, and ``earlier`` for the next call.
+
+    Examples:
+        >>> image = torch.tensor([[False, True, True, False, True, False]])
+        >>> positions_by_modality({"image": image}, torch.arange(6)[None], None)[0].tolist()
+        [[0, 0, 1, 1, 2, 2]]
+    """
+    text, own, counts = input_pos, {}, {}
+    for name, place in places.items():
+        before = place.cumsum(dim=1) - place.long()
+        counts[name] = place.sum(dim=1, keepdim=True)
+        if earlier is None:
+            begins = torch.where(input_pos == 0, before, 0).cummax(dim=1).values
+            before = before - begins
+        elif name in earlier:
+            before, counts[name] = before + earlier[name], counts[name] + earlier[name]
+        own[name] = before
+        text = text - before
+    positions = text.clamp(min=0)
+    for name, place in places.items():
+        positions = torch.where(place, own[name], positions)
+    return positions, counts
+
+
 class Prefix:
     """Features in front of the text, and what that means for masks and positions.
 
@@ -136,6 +173,10 @@ class Prefix:
         """The prefix as the last text position sees it, for later calls on the same caches."""
         return Prefix(self.sees[:, -1:], self.valid)
 
+    def clone(self) -> Prefix:
+        """The same, in memory of its own."""
+        return Prefix(self.sees.clone(), self.valid.clone())
+
     def seen_by(self, tokens: Tensor) -> Prefix:
         """The prefix as each of these tokens sees it, who all see what the last one did."""
         return Prefix(self.sees.expand(-1, tokens.shape[1], -1), self.valid)
@@ -165,17 +206,32 @@ class Prefix:
 
     def text_positions(self, input_pos: Tensor) -> Tensor:
         """Positions of text ``[b, s]``, behind as many prefix positions as count in each row."""
-        s = self.sees.shape[1]
-        # A step of one token may come as [b], everything else one-dimensional is [s].
-        text = input_pos.view(-1, 1) if s == 1 else input_pos.view(-1, s)
-        return text + self.valid.sum(dim=1, keepdim=True)
+        b, s, _ = self.sees.shape
+        return by_row(input_pos, b, s) + self.valid.sum(dim=1, keepdim=True)
 
     def full_positions(self, input_pos: Tensor | None) -> Tensor:
         """Positions of prefix and text, ``[b, n + s]``."""
         if input_pos is None:
             input_pos = torch.arange(self.sees.shape[1], device=self.sees.device)
-        prefix = (self.valid.cumsum(dim=1) - 1).clamp(min=0)
-        return torch.cat([prefix, self.text_positions(input_pos)], dim=1)
+        return torch.cat([_count(self.valid), self.text_positions(input_pos)], dim=1)
+
+    def positions_by_modality(self, input_pos: Tensor | None, lengths: Sequence[int]) -> Tensor:
+        """Positions ``[b, n + s]`` of text as without the prefix, and of each part of that by itself."""
+        b, s, _ = self.sees.shape
+        if input_pos is None:
+            input_pos = torch.arange(s, device=self.sees.device)
+        parts = [_count(part) for part in self.valid.split(list(lengths), dim=1)]
+        return torch.cat([*parts, by_row(input_pos, b, s)], dim=1)
+
+
+def by_row(input_pos: Tensor, b: int, s: int) -> Tensor:
+    """Positions ``[b, s]`` in whatever shape a caller may give them."""
+    # A step of one token may come as [b], everything else one-dimensional is [s].
+    return (input_pos.view(-1, 1) if s == 1 else input_pos.view(-1, s)).expand(b, -1)
+
+
+def _count(valid: Tensor) -> Tensor:
+    return (valid.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _widen(mask: Tensor, width: int) -> Tensor:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from torch import Tensor, nn
 
+from torchfuse.modules.routing import Routing
 from torchfuse.options import call_with_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "ModalityStrategy",
     "build_modality_strategy",
     "check_rows",
+    "layers_to_fuse",
     "register_modality_strategy",
 ]
 
@@ -60,6 +62,8 @@ class ModalityContext:
         encoder_input: features for the layers, ``[b, n, d]``.
         encoder_mask: bool ``[b, t, n]``, True: may attend.
         output_slice: the positions of the ``t`` that are scored; the others never reach the head.
+        routing: which of the ``t`` tokens are of which modality, for layers that want to know; only
+            with ``embeds``. None: no layer is told, all are text.
     """
 
     tokens: Tensor
@@ -69,6 +73,7 @@ class ModalityContext:
     encoder_input: Tensor | None = None
     encoder_mask: Tensor | None = None
     output_slice: slice | None = None
+    routing: Routing | None = None
 
 
 class ModalityStrategy(ABC):
@@ -83,6 +88,9 @@ class ModalityStrategy(ABC):
     caches_features: ClassVar[bool] = False
     """Whether layers of the decoder keep keys and values of the features."""
 
+    default_every: ClassVar[int] = 4
+    """The ``every`` of ``fuse`` where none is given."""
+
     def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
         """Build what the decoder needs, and return a function that puts it in place.
 
@@ -94,6 +102,16 @@ class ModalityStrategy(ABC):
         """
         return lambda: None
 
+    def plan_for(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+        """As ``plan``, for architectures with weights of their own for each encoder.
+
+        Args:
+            decoder: as for ``plan``.
+            encoders: names of the encoders; ``["encoder"]`` for one without a name.
+            every: as for ``plan``.
+        """
+        return self.plan(decoder, every=every)
+
     def extra_tokens(self, num_features: int) -> int:
         """By how many positions that many features make the decoder's sequence longer."""
         return 0
@@ -104,6 +122,20 @@ class ModalityStrategy(ABC):
 
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
         """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
+
+    def check_prompt(  # noqa: B027  # most have nothing to check
+        self,
+        names: Sequence[str],
+        tokens: Tensor,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+    ) -> None:
+        """Raise a ``ValueError`` if a prompt cannot have the features that a mask gives it.
+
+        Args:
+            names: of the encoders.
+            tokens: ``[b, s]``.
+            encoder_mask: as for ``FusedModel``'s call; the features themselves are not there yet.
+        """
 
     @abstractmethod
     def prepare(
@@ -168,7 +200,7 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
     """Build the strategy of an architecture.
 
     Args:
-        arch: ``"cross_attention"``, ``"joint_decoder"`` or what
+        arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"`` or what
             ``register_modality_strategy`` added.
         **options: the architecture's options.
 
@@ -189,3 +221,35 @@ def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
                 f"{tokens.shape[0]}. There must be a row of features [b, n, d] for each row of text: "
                 "pad rows with fewer images, and mask the padding by encoder_mask."
             )
+
+
+def layers_to_fuse(num_layers: int, layers: Sequence[int] | None, every: int) -> list[int]:
+    """Which layers of a decoder are fused, from the first to the last.
+
+    Args:
+        num_layers: layers of the decoder.
+        layers: those that the caller names, counted from 0; None: as ``every`` says.
+        every: layer ``i`` is fused when ``(i + 1) % every == 0``.
+
+    Raises:
+        ValueError: if a named layer does not exist or is named twice, or none would be fused.
+
+    Examples:
+        >>> layers_to_fuse(7, None, 3), layers_to_fuse(7, [4, 0], 3)
+        ([2, 5], [0, 4])
+    """
+    if layers is not None:
+        indices = sorted(set(layers))
+        known = bool(indices) and indices[0] >= 0 and indices[-1] < num_layers
+        if not known or len(indices) != len(layers):
+            raise ValueError(
+                f"layers must name layers of this decoder, 0 to {num_layers - 1}, each once; got "
+                f"{list(layers)}."
+            )
+        return indices
+    if not 1 <= every <= num_layers:
+        raise ValueError(
+            f"every={every} fuses no layer of this decoder, which has {num_layers}: layer i is "
+            f"fused when (i + 1) % every == 0. Choose every between 1 and {num_layers}."
+        )
+    return list(range(every - 1, num_layers, every))

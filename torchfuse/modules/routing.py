@@ -3,7 +3,8 @@
 Text has the pretrained weights, every other modality (an encoder, by name) weights beside them. Layers
 take a modality's tokens out, run its weights on them, and put the results back. In a prefix layout that
 is slicing. Where modalities alternate it is a gather to as many slots as there are features, whatever
-stands where, so that shapes never depend on values; text's weights run on every position then.
+stands where, so that shapes never depend on values; text's weights run on every position then. What to
+gather is computed once, for all layers.
 """
 
 from __future__ import annotations
@@ -25,16 +26,26 @@ def take_part(x: Tensor, stand_in: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """The modalities of a sequence of ``t`` tokens; see ``prefix`` and ``interleaved``.
+    """The modalities of a sequence of ``t`` tokens.
 
     Attributes:
-        slots: how many slots each modality but text has, by name, in the order of the prefix.
+        slots: how many slots each modality but text has, by name, in the order of the prefix. Where
+            modalities alternate: at least as many as it has tokens in a row, and at most ``t``.
         places: where modalities alternate: the positions of each, bool ``[b, t]``, by name. None: they
             stand one behind the other in front of the text.
         valid: which slots hold a token, bool ``[b, slots]``, by name; all where there is no entry.
         valid_text: which tokens of text are no padding, bool ``[b, text]``; None: all.
         stand_ins: features ``[1, n, d]`` of modalities that this batch lacks but whose weights must take
             part in the computation, without changing a bit of it.
+
+    Examples:
+        >>> x = torch.arange(5.0).view(1, 5, 1)
+        >>> places = {"image": torch.tensor([[False, True, True, False, True]])}
+        >>> routing = Routing({"image": 3}, places)
+        >>> routing.take("image", x).flatten().tolist()
+        [1.0, 2.0, 4.0]
+        >>> routing.merge(-x, {"image": routing.take("image", x)}).flatten().tolist()
+        [-0.0, 1.0, 2.0, -3.0, 4.0]
     """
 
     slots: Mapping[str, int]
@@ -42,6 +53,16 @@ class Routing:
     valid: Mapping[str, Tensor] = field(default_factory=dict)
     valid_text: Tensor | None = None
     stand_ins: Mapping[str, Tensor] = field(default_factory=dict)
+    # Where modalities alternate, by name: the positions of a modality's tokens ``[b, slots]``, and which
+    # of its slots would stand at each position ``[b, t]``.
+    _positions: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    _ranks: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, place in (self.places or {}).items():
+            order = (~place).to(torch.int8).argsort(dim=1, stable=True)
+            self._positions[name] = order[:, : self.slots[name]]
+            self._ranks[name] = (place.cumsum(dim=1) - 1).clamp(min=0, max=self.slots[name] - 1)
 
     def text(self, x: Tensor) -> Tensor:
         """What text's weights run on, ``[b, text, d]``: all of ``x`` where modalities alternate."""
@@ -56,23 +77,21 @@ class Routing:
                     return x[:, start : start + length]
                 start += length
             raise KeyError(name)
-        index = self._positions(name).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        index = self._positions[name].unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return x.gather(1, index)
 
     def merge(self, text: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """Results for text ``[b, text, d]`` and for each modality ``[b, slots, d]``, as ``[b, t, d]``."""
+        """What text ``[b, text, d]`` and each modality ``[b, slots, d]`` came to, as ``[b, t, d]``."""
         if self.places is None:
             return torch.cat([*(parts[name] for name in self.slots), text], dim=1)
         for name, part in parts.items():
-            place = self.places[name]
-            rank = (place.cumsum(dim=1) - 1).clamp(min=0, max=part.shape[1] - 1)
-            spread = part.gather(1, rank.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
-            text = torch.where(place.unsqueeze(-1), spread, text)
+            rank = self._ranks[name].unsqueeze(-1).expand(-1, -1, part.shape[-1])
+            text = torch.where(self.places[name].unsqueeze(-1), part.gather(1, rank), text)
         return text
 
     def is_text(self, x: Tensor) -> Tensor | None:
         """Which of ``text(x)`` are tokens of text, bool ``[b, text]``; None: all."""
-        if self.places is None:
+        if not self.places:
             return self.valid_text
         others = torch.stack(list(self.places.values())).any(dim=0)
         return ~others if self.valid_text is None else self.valid_text & ~others
@@ -83,9 +102,3 @@ class Routing:
             return self.valid.get(name)
         counts = self.places[name].sum(dim=1, keepdim=True)
         return torch.arange(self.slots[name], device=counts.device) < counts
-
-    def _positions(self, name: str) -> Tensor:
-        """Where the tokens of a modality stand, ``[b, slots]``."""
-        assert self.places is not None
-        order = (~self.places[name]).to(torch.int8).argsort(dim=1, stable=True)
-        return order[:, : self.slots[name]]

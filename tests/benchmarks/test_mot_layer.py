@@ -1,0 +1,13 @@
+"""The benchmark runs, at a size that says nothing about speed."""
+
+from benchmarks import mot_layer
+
+
+def test_mot_layer(capsys):
+    sizes = "--width 12 --heads 3 --kv-heads 1 --hidden 7 --image 5 --text 3 --batch 2 --rounds 3"
+    ratios = mot_layer.main(sizes.split())
+    assert list(ratios) == ["forward", "forward + backward"]
+    assert all(ratio > 0 for ratio in ratios.values())
+    said = capsys.readouterr().out
+    assert "5 image and 3 text tokens, 2 rows, width 12" in said
+    assert said.count("mot / dense") == 2

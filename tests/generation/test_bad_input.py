@@ -1,0 +1,209 @@
+"""What is wrong is named before any work: no encoder runs, no cache is set up or written to."""
+
+import pytest
+import torch
+from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, open_gates, text, tiny_decoder
+
+from torchfuse import fuse, generate
+from torchfuse.generation import Session
+from torchfuse.generation.sampling import Sampling
+
+ARCHS = {
+    "cross_attention": {"every": 2},
+    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
+    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
+}
+LONGEST = 53  # what the model holds
+ROOM = 31  # what a session's caches hold
+GREEDY = Sampling(temperature=0)
+
+
+class CountingEncoder(TinyEncoder):
+    """Remembers that it ran, and says beforehand how many features it would return."""
+
+    ran = 0
+
+    def forward(self, x):
+        self.ran += 1
+        return super().forward(x)
+
+
+def make(name):
+    model = fuse(tiny_decoder(max_seq_len=LONGEST), CountingEncoder(), **ARCHS[name]).eval()
+    return open_gates(model) if name == "cross_attention" else model
+
+
+def prompt(name, length=11, features=FEATURES):
+    tokens = text(2, length)
+    if name == "placeholder":
+        tokens[:, 1 : 1 + features] = IMAGE
+    return tokens
+
+
+# -- generate -----------------------------------------------------------------------------------------
+
+BAD_CALLS = {
+    "top_p": ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+    "stop token": ({"stop_tokens": [VOCAB]}, rf"stop_tokens \[{VOCAB}\] must lie in \[0, {VOCAB}\)"),
+    "negative stop token": ({"stop_tokens": [[3], [-1]]}, r"stop_tokens \[-1\] must lie in"),
+    "prompt": ({"length": LONGEST}, rf"{LONGEST} prompt tokens.* 3 new ones are more than"),
+    "new tokens": ({"max_new_tokens": LONGEST}, rf"11 prompt tokens.* {LONGEST} new ones are more than"),
+    "several": (
+        {"top_p": 1.5, "stop_tokens": [VOCAB], "top_k": 0},
+        "top_k must.*top_p must.*stop_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("fault", BAD_CALLS)
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_call_that_cannot_be_served_encodes_nothing(name, fault, compile_it):
+    model, (call, complaint) = make(name), BAD_CALLS[fault]
+    call = {"max_new_tokens": 3, "length": 11, "compile": compile_it} | call
+    tokens = prompt(name, call.pop("length"))
+    with pytest.raises(ValueError, match=complaint):
+        generate(model, tokens, encoder_input=inputs(), **call)
+    assert model.encoder.ran == 0
+    assert not model.caches_are_setup()
+
+
+@pytest.mark.parametrize("given", [FEATURES - 2, FEATURES + 2])
+def test_images_and_their_tokens_differ_in_number(given):
+    """Only the encoder knows how many features it returns; the decoder has not begun by then."""
+    model, ran = make("placeholder"), []
+    model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match=rf"row 0 has {FEATURES} tokens and {given} features"):
+        generate(model, prompt("placeholder"), encoder_input=inputs(num=given), max_new_tokens=3)
+    assert ran == []
+    assert not model.caches_are_setup()
+
+
+def test_a_mask_that_hides_features_of_image_tokens_is_named_before_the_encoder_runs():
+    """What belongs to a row is known without its features where a mask says so."""
+    model = make("placeholder")
+    mask = torch.arange(FEATURES) < torch.tensor([[FEATURES - 1], [FEATURES]])
+    with pytest.raises(ValueError, match=f"row 0 has {FEATURES} tokens and {FEATURES - 1} features"):
+        generate(
+            model, prompt("placeholder"), encoder_input=inputs(), encoder_mask=mask, max_new_tokens=3
+        )
+    assert model.encoder.ran == 0
+    assert not model.caches_are_setup()
+
+
+def test_a_prompt_that_fits_only_without_its_features_is_named_before_anything_is_set_up():
+    model = make("prefix")
+    with pytest.raises(ValueError, match=rf"{FEATURES} encoder tokens and 3 new ones are more than"):
+        generate(model, prompt("prefix", LONGEST - 5), encoder_input=inputs(), max_new_tokens=3)
+    assert not model.caches_are_setup()
+
+
+# -- a turn of a session ------------------------------------------------------------------------------
+
+BAD_TURNS = {
+    "top_p": ({"sampling": Sampling(top_p=1.5)}, r"top_p must lie in \(0, 1\], got 1.5"),
+    "stop token": ({"stop_tokens": [VOCAB]}, rf"stop_tokens \[{VOCAB}\] must lie in \[0, {VOCAB}\)"),
+    "stop tokens by row": ({"stop_tokens": [[1]] * 3}, "stop_tokens by row must be 2 lists"),
+    "prompt": ({"length": ROOM}, "room for .* more tokens of text"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    "scores": ({"scores": "everything"}, 'scores must be "logits" or "log_probs"'),
+    "generators": ({"generator": [torch.Generator()]}, "generators by row must be 2, got 1"),
+}
+
+
+def said_after(model, name, turn):
+    """A first turn, whatever ``turn`` does, and the answer to the last; with penalty, which remembers."""
+    sampling = Sampling(temperature=0, repetition_penalty=1.3)
+    options = {"max_new_tokens": 4, "sampling": sampling, "scores": "logits"}
+    embeds = model.encode(inputs())
+    options_of_session = {"batch_size": 2, "max_tokens": ROOM, "max_features": FEATURES}
+    with Session(model, **options_of_session) as session:
+        session.answer(prompt(name), encoder_embeds=embeds, **options)
+        turn(session, sampling)
+        return session.answer(text(2, 5, seed=8), **options)
+
+
+def is_refused(model, complaint, tokens, **call):
+    def turn(session, sampling):
+        before = [buffer.clone() for buffer in model.buffers()]
+        length, state = session.length, model.cache_state
+        with pytest.raises(ValueError, match=complaint):
+            session.answer(tokens, **{"max_new_tokens": 3, "sampling": sampling} | call)
+        assert session.length == length and model.cache_state is state
+        assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+    return turn
+
+
+def goes_on_as_if_nothing_had_been(model, name, turn):
+    got, expected = said_after(model, name, turn), said_after(model, name, lambda *_: None)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("fault", BAD_TURNS)
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_turn_that_cannot_be_served_leaves_the_session_as_it_was(name, fault):
+    model, (call, complaint) = make(name), dict(BAD_TURNS)[fault]
+    call = {"length": 5} | call
+    tokens = text(2, call.pop("length"), seed=7)
+    goes_on_as_if_nothing_had_been(model, name, is_refused(model, complaint, tokens, **call))
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "rows", "complaint"),
+    [
+        ("cross_attention", FEATURES + 2, 2, rf"{FEATURES} encoder tokens.*, got {FEATURES + 2}"),
+        ("cross_attention", FEATURES, 3, "features .* have 3 rows, the tokens 2"),
+        ("placeholder", FEATURES - 2, 2, rf"row 0 has {FEATURES} tokens and 5 features"),
+        ("prefix", FEATURES, 2, "can only stand in front of one"),
+    ],
+    ids=["too many", "other rows", "fewer than tokens", "behind text"],
+)
+def test_features_that_do_not_fit_leave_the_session_as_it_was(name, features, rows, complaint):
+    model = make(name)
+    embeds = model.encode(inputs(rows, features, seed=6))
+    turn = is_refused(model, complaint, prompt(name, 9), encoder_embeds=embeds)
+    goes_on_as_if_nothing_had_been(model, name, turn)
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "placeholder"])
+def test_a_mask_that_does_not_fit_leaves_the_session_as_it_was(name):
+    model = make(name)
+    given = {"encoder_embeds": model.encode(inputs(seed=6))}
+    given["encoder_mask"] = torch.ones(2, FEATURES + 1, dtype=torch.bool)
+    turn = is_refused(model, rf"encoder_mask covers {FEATURES + 1} features", prompt(name, 9), **given)
+    goes_on_as_if_nothing_had_been(model, name, turn)
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "prefix"])
+def test_more_features_than_a_session_has_room_for(name):
+    model = make(name)
+    embeds = [model.encode(inputs(num=num)) for num in (FEATURES, FEATURES + 2)]
+    options = {"max_new_tokens": 4, "sampling": GREEDY, "scores": "logits"}
+    said = []
+    for interrupted in (True, False):
+        with Session(model, batch_size=2, max_tokens=ROOM, max_features=FEATURES) as session:
+            if interrupted:
+                with pytest.raises(
+                    ValueError, match=rf"{FEATURES} encoder tokens.*, got {FEATURES + 2}"
+                ):
+                    session.answer(text(2, 9), encoder_embeds=embeds[1], **options)
+                assert session.length == 0 and model.cache_state is None
+            said.append(session.answer(prompt(name), encoder_embeds=embeds[0], **options))
+    assert torch.equal(said[0][1], said[1][1])
+
+
+def test_the_model_refuses_more_features_than_its_caches_hold_before_any_layer_runs():
+    model, ran = make("cross_attention"), []
+    model.setup_caches(2, torch.float32, encoder_max_seq_len=FEATURES, decoder_max_seq_len=ROOM)
+    model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    mask = torch.ones(2, 5, ROOM, dtype=torch.bool)
+    with pytest.raises(ValueError, match=rf"up to {FEATURES} encoder tokens, got {FEATURES + 2}"):
+        model(
+            text(2, 5),
+            mask=mask,
+            input_pos=torch.arange(5),
+            encoder_embeds=model.encode(inputs(num=FEATURES + 2)),
+        )
+    assert ran == [] and model.cache_state is None

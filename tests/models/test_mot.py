@@ -1,0 +1,534 @@
+import copy
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from support import (
+    FEATURES,
+    IMAGE,
+    LAYERS,
+    VOCAB,
+    TinyEncoder,
+    inputs,
+    text,
+    text_with_image,
+    tiny_decoder,
+)
+from torch import nn
+from torchtune.models.gemma2 import gemma2
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import set_activation_checkpointing
+
+from torchfuse import (
+    MixtureFusionModel,
+    fuse,
+    generate,
+    get_fusion_params,
+    load_fusion,
+    param_groups,
+    quantize,
+    save_fusion,
+)
+from torchfuse.data.masks import causal_mask, positions
+from torchfuse.generation import Session
+from torchfuse.models import MoTStrategy
+from torchfuse.models.placement import positions_by_modality
+from torchfuse.modules.mixture_of_transformers import MoTLayer, MoTNorm
+from torchfuse.training import next_token_loss, shard
+
+LAYOUTS = {"prefix": {}, "placeholder": {"placement": "placeholder", "encoder_token": IMAGE}}
+TWO = {"eye": IMAGE, "ear": IMAGE + 1}
+
+
+@torch.no_grad()
+def move(model, scale=0.3):
+    """New weights that are nobody's copies, and features that outweigh the embeddings."""
+    generator = torch.Generator().manual_seed(23)
+    for parameter in get_fusion_params(model).values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def fresh(layout, *, decoder=None, encoder=None, **options):
+    options = {"encoder_trainable": True, **LAYOUTS[layout], **options}
+    return fuse(decoder or tiny_decoder(), encoder or TinyEncoder(), arch="mot", **options)
+
+
+def make(layout, **options):
+    return move(fresh(layout, **options))
+
+
+def prompt(layout, batch=2, length=13, start=2):
+    tokens = text(batch, length)
+    if layout == "placeholder":
+        tokens[:, start : start + FEATURES] = IMAGE
+    return tokens
+
+
+class Given(nn.Module):
+    """In place of an embedding: whatever embeddings are to be scored."""
+
+    def forward(self, embeds):
+        return embeds
+
+
+def score(embeds, **call):
+    decoder = tiny_decoder()
+    decoder.tok_embeddings = Given()
+    return decoder(embeds, **call)
+
+
+def embedded(tokens):
+    return tiny_decoder().tok_embeddings(tokens.clamp(max=VOCAB - 1))
+
+
+# --- what is scored ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"tied": True}, {}], ids=["tied", "untied"])
+@pytest.mark.parametrize("start", ["warm", "zero"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text_is_scored_as_before_to_the_bit(layout, start, changes):
+    expected = tiny_decoder(**changes)(text())
+    model = fresh(layout, decoder=tiny_decoder(**changes), start=start, fusion_vocab_size=2)
+    assert isinstance(model, MixtureFusionModel)
+    assert torch.equal(model(text()), expected)
+    assert torch.equal(move(model)(text()), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"layers": [0]}], ids=str)
+def test_warm_prefix_is_the_decoder_over_features_and_text(options):
+    """Copies of the text's weights do what those do; only positions are each modality's own."""
+    encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
+    model = fresh("prefix", encoder=encoders, **options)
+    given = {"eye": inputs(), "ear": inputs(num=3)}
+    features = model.encode(given)
+    embeds = torch.cat([features["eye"], features["ear"], embedded(text())], dim=1)
+    at = torch.cat([torch.arange(n) for n in (FEATURES, 3, 13)]).expand(2, -1)
+    out = model(text(), encoder_input=given)
+    torch.testing.assert_close(out, score(embeds, input_pos=at)[:, -13:], rtol=1e-5, atol=1e-5)
+
+
+def rows_of_images():
+    """Two images in a row, one in the middle, none, and a second encoder's among them."""
+    tokens = text(4, 14)
+    tokens[0, 1:7], tokens[0, 9:11] = IMAGE, IMAGE + 1
+    tokens[1, 5:8], tokens[3, 2:5] = IMAGE, IMAGE
+    tokens[3, 5:7] = IMAGE + 1
+    eye = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0] * 6, [1, 1, 1, 0, 0, 0]]).bool()
+    ear = torch.tensor([[1, 1], [0, 0], [0, 0], [1, 1]]).bool()
+    return tokens, {"eye": inputs(4, 6), "ear": inputs(4, 2)}, {"eye": eye, "ear": ear}
+
+
+def two_encoders(**options):
+    encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
+    return fresh("placeholder", encoder=encoders, encoder_token=TWO, **options)
+
+
+def test_warm_placeholders_are_the_decoder_over_features_and_text():
+    model = two_encoders()
+    tokens, given, masks = rows_of_images()
+    embeds, features = embedded(tokens), model.encode(given)
+    at = torch.zeros_like(tokens)
+    for row in range(4):
+        counts = dict.fromkeys(("text", *TWO), 0)
+        for column, token in enumerate(tokens[row].tolist()):
+            whose = next((name for name, special in TWO.items() if special == token), "text")
+            if whose != "text":
+                embeds[row, column] = features[whose][row][masks[whose][row]][counts[whose]]
+            at[row, column] = counts[whose]
+            counts[whose] += 1
+    out = model(tokens, encoder_input=given, encoder_mask=masks)
+    torch.testing.assert_close(out, score(embeds, input_pos=at), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_equals_its_rows_one_by_one():
+    model = move(two_encoders())
+    tokens, given, masks = rows_of_images()
+    together = model(tokens, encoder_input=given, encoder_mask=masks)
+    for row in range(4):
+        one = slice(row, row + 1)
+        mine = {n: {"x": given[n]["x"][one][:, masks[n][row]]} for n in given if masks[n][row].any()}
+        alone = model(tokens[one], encoder_input=mine)
+        torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
+    front, valid = make("prefix"), torch.zeros(3, FEATURES, dtype=torch.bool)
+    valid[0], valid[1, :4] = True, True
+    together = front(text(3), encoder_input=inputs(3), encoder_mask=valid)
+    for row, num in enumerate((7, 4, 0)):
+        mine = {"encoder_input": {"x": inputs(3)["x"][row : row + 1, :num]}} if num else {}
+        alone = front(text(3)[row : row + 1], **mine)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_by_hand():
+    image = torch.tensor([[0, 1, 1, 0, 0, 1, 0, 1, 0]]).bool()
+    sound = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, 0]]).bool()
+    places = {"image": image, "sound": sound}
+    at, counts = positions_by_modality(places, torch.arange(9)[None], None)
+    assert at.tolist() == [[0, 0, 1, 0, 1, 2, 2, 3, 3]]
+    assert {name: int(count) for name, count in counts.items()} == {"image": 4, "sound": 1}
+    later, counts = positions_by_modality(places, torch.arange(9, 18)[None], counts)
+    assert later.tolist() == [[4, 4, 5, 1, 5, 6, 6, 7, 7]]
+    assert int(counts["image"]) == 8
+    two_documents = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    at, _ = positions_by_modality(places, two_documents, None)
+    assert at.tolist() == [[0, 0, 1, 0, 0, 0, 1, 1, 2]]
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_sees_what_comes_later(layout):
+    model, tokens, given = make(layout), prompt(layout), {"encoder_input": inputs()}
+    out, changed = model(tokens, **given), tokens.clone()
+    changed[:, 10] = torch.where(tokens[:, 10] == 5, 6, 5)
+    other = model(changed, **given)
+    assert torch.equal(out[:, :10], other[:, :10])
+    assert not torch.allclose(out[:, 10:], other[:, 10:])
+    perturbed = model(tokens, encoder_input=inputs(seed=9))
+    first = 2 if layout == "placeholder" else 0  # features stand behind two tokens, or in front
+    assert torch.equal(out[:, :first], perturbed[:, :first])
+    assert (out - perturbed)[:, first:].abs().amax(dim=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("start", ["warm", "zero"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_new_weight_has_a_gradient_by_the_second_step(layout, start):
+    model = fresh(layout, start=start)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2))
+    labels = prompt(layout).masked_fill(prompt(layout) == IMAGE, -100)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss, count = next_token_loss(model(prompt(layout), encoder_input=inputs()), labels)
+        (loss / count).backward()
+        optimizer.step()
+    lacking = [n for n, p in get_fusion_params(model).items() if p.grad is None or not p.grad.any()]
+    assert lacking == []
+    assert model.encoder.layers[0].weight.grad.any()
+    assert all(p.grad is None for n, p in model.named_parameters() if not p.requires_grad)
+    ignored, _ = next_token_loss(
+        model(prompt(layout), encoder_input=inputs()), torch.full_like(labels, -100)
+    )
+    ignored.backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_id_of_padding_does_not_matter(layout):
+    model, counts = make(layout).eval(), torch.ones(2, 15, dtype=torch.bool)
+    counts[:, :2] = False
+    call = {"mask": causal_mask(counts), "input_pos": positions(counts), "encoder_input": inputs()}
+    outs = []
+    for pad in (0, 7):
+        padded = torch.cat([torch.full((2, 2), pad), prompt(layout)], dim=1)
+        outs.append(model(padded, **call)[:, 2:])
+    assert torch.equal(*outs)
+    alone = model(prompt(layout), encoder_input=inputs())
+    torch.testing.assert_close(outs[0], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mask_and_positions_of_the_text_are_the_texts(layout):
+    """Two documents packed into a row, with their own positions."""
+    model, tokens = make(layout), prompt(layout, start=6)
+    documents = torch.tensor([0] * 6 + [1] * 7 + [2] * 0).expand(2, -1)
+    if layout == "placeholder":
+        tokens = torch.cat([tokens, text(2, 3, seed=8)], dim=1)
+        documents = torch.tensor([0] * 6 + [1] * 10).expand(2, -1)
+    same = documents[:, :, None] == documents[:, None]
+    mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril() & same
+    at = torch.cat([torch.arange(6), torch.arange(tokens.shape[1] - 6)]).expand(2, -1)
+    out = model(tokens, encoder_input=inputs(), mask=mask, input_pos=at)
+    first = {"encoder_input": inputs()} if layout == "prefix" else {}
+    pieces = [model(tokens[:, :6], **first), model(tokens[:, 6:], encoder_input=inputs())]
+    torch.testing.assert_close(out, torch.cat(pieces, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def learning(model, layout, called=None):
+    run = model if called is None else called
+    loss, _ = next_token_loss(run(prompt(layout), encoder_input=inputs()), text().roll(1, 1))
+    loss.backward()
+    return loss, {n: p.grad for n, p in get_fusion_params(model).items()}
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_graph_equals_eager_in_values_and_gradients(layout):
+    torch._dynamo.reset()
+    model = make(layout)
+    called = torch.compile(model, backend="aot_eager", fullgraph=True)
+    same(learning(model, layout, called), learning(make(layout), layout))
+
+
+# Dynamo looks for gradients of the hidden states that a layer is called with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_graph_for_each_layer_equals_eager_in_values_and_gradients():
+    torch._dynamo.reset()
+    model = make("prefix")
+    for layer in model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    same(learning(model, "prefix"), learning(make("prefix"), "prefix"))
+
+
+@pytest.mark.parametrize("kind", [TransformerSelfAttentionLayer, MoTLayer])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_activation_checkpointing_equals_eager_in_values_and_gradients(layout, kind):
+    model, ran = make(layout), []
+    set_activation_checkpointing(model, {kind})
+    model.layers[1].fusion_layer["encoder"].mlp.w1.register_forward_hook(lambda *_: ran.append(1))
+    same(learning(model, layout), learning(make(layout), layout))
+    assert len(ran) == 2  # forward, and again for backward
+
+
+# --- caches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"num_output_chunks": 3}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cached_steps_equal_the_full_forward(layout, options):
+    options = dict(options)
+    chunks = options.pop("num_output_chunks", 0)
+    model, tokens = make(layout, **options).eval(), prompt(layout, length=17)
+    expected = model(tokens, encoder_input=inputs()).detach()
+    model.set_num_output_chunks(chunks)
+    chunked = model(tokens, encoder_input=inputs())
+    assert torch.equal(torch.cat(list(chunked), dim=1 if chunks else 0).view_as(expected), expected)
+    model.set_num_output_chunks(0)
+    extra = model.strategy.extra_tokens(FEATURES)
+    model.setup_caches(2, torch.float32, decoder_max_seq_len=17 + extra)
+    mask = torch.ones(17 + extra, 17 + extra, dtype=torch.bool).tril()[:17].expand(2, -1, -1)
+    for start, end in ((0, 11), (11, 12), (12, 15), (15, 16), (16, 17)):
+        given = {"encoder_input": inputs()} if start == 0 else {}
+        at = torch.arange(start, end)
+        out = model(tokens[:, start:end], mask=mask[:, start:end], input_pos=at, **given)
+        torch.testing.assert_close(out, expected[:, start:end], rtol=1e-5, atol=1e-5)
+    model.reset_caches()
+    out = model(tokens[:, :2], mask=mask[:, :2], input_pos=torch.arange(2))
+    torch.testing.assert_close(out, tiny_decoder()(tokens[:, :2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_generates_rows_of_any_length_with_and_without_image(layout):
+    model = make(layout).eval()
+    rows = [text(1, 6), prompt(layout, 1, 13), prompt(layout, 1, 11)]
+    x, valid = inputs(3), torch.tensor([[False], [True], [True]]).expand(-1, FEATURES)
+    batch = torch.cat([nn.functional.pad(row, (13 - row.shape[1], 0)) for row in rows])
+    call = {"max_new_tokens": 7, "temperature": 0}
+    together = generate(model, batch, encoder_input=x, encoder_mask=valid, **call)
+    for index, row in enumerate(rows):
+        given = {"encoder_input": {"x": x["x"][index : index + 1]}} if index else {}
+        full = row
+        for _ in range(7):
+            with torch.no_grad():
+                likeliest = model(full, **given)[:, -1].argmax(-1, keepdim=True)
+            full = torch.cat([full, likeliest], dim=1)
+        assert torch.equal(together[index, 13 - row.shape[1] :], full[0]), index
+
+
+def test_a_later_turn_with_another_image_continues_all_positions():
+    model = make("placeholder").eval()
+    first, second = prompt("placeholder", length=11), prompt("placeholder", length=12, start=3)
+    with torch.no_grad(), Session(model, batch_size=2, max_tokens=44) as session:
+        answer, _ = session.answer(
+            first, max_new_tokens=4, encoder_embeds=model.encode(inputs()), sampling=None
+        )
+        _, scores = session.answer(
+            second, max_new_tokens=3, encoder_embeds=model.encode(inputs(seed=9)), scores="logits"
+        )
+    both = {"x": torch.cat([inputs()["x"], inputs(seed=9)["x"]], dim=1)}
+    expected = model(torch.cat([first, answer, second], dim=1), encoder_input=both)[:, -1]
+    torch.testing.assert_close(scores[:, 0, :VOCAB], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stand_in_changes_no_bit_and_reaches_every_new_weight(layout):
+    plain, model = make(layout), make(layout, on_missing="participate")
+    assert torch.equal(model(text()), plain(text()))
+    loss, _ = next_token_loss(model(text()), text())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_named_encoders_take_part_one_by_one(layout):
+    def both(on_missing):
+        encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
+        token = {"encoder_token": TWO} if layout == "placeholder" else {}
+        return move(fresh(layout, encoder=encoders, on_missing=on_missing, **token))
+
+    only, plain, model = {"encoder_input": {"eye": inputs()}}, both("skip"), both("participate")
+    assert torch.equal(model(prompt(layout), **only), plain(prompt(layout), **only))
+    model(prompt(layout), **only).square().sum().backward()
+    for name, parameter in get_fusion_params(model).items():
+        assert parameter.grad.any() == ("ear" not in name.split(".")), name
+
+
+def gradients_of(model, layout, rank):
+    tokens = prompt(layout) if rank == 0 else text()
+    given = {"encoder_input": inputs()} if rank == 0 else {}
+    loss, _ = next_token_loss(model(tokens, **given), text(seed=5))
+    loss.backward()
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(rank):
+    for layout in LAYOUTS:
+        compare(rank, layout)
+
+
+def compare(rank, layout):
+    options = {"decoder_trainable": True, "on_missing": "participate"}
+    alone = [gradients_of(make(layout, **options), layout, r) for r in (0, 1)]
+    model = make(layout, **options)
+    shard(model)
+    loss, gradients = gradients_of(model, layout, rank)
+    torch.testing.assert_close(loss, alone[rank][0], rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == alone[0][1].keys()
+    for name, gradient in gradients.items():
+        mean = (alone[0][1][name] + alone[1][1][name]) / 2
+        torch.testing.assert_close(gradient.full_tensor(), mean, rtol=1e-5, atol=1e-6)
+    torch.optim.AdamW(param_groups(model, lr=1e-3)).step()
+    gradients_of(model, layout, rank)
+
+
+@pytest.mark.distributed
+def test_two_ranks_with_one_image_equal_one_process():
+    run_on_ranks(step)
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def kinds(model):
+    return [
+        None if not isinstance(layer, MoTLayer) else layer.keys_and_values_only for layer in model.layers
+    ]
+
+
+def test_which_layers_are_fused_and_where_keys_and_values_are_enough():
+    assert kinds(fresh("prefix")) == [False, False, True]
+    assert kinds(fresh("placeholder")) == [False, False, False]
+    assert kinds(fresh("prefix", every=2)) == [None, False, None]
+    assert kinds(fresh("prefix", layers=[2, 0])) == [False, None, True]
+    assert not isinstance(fresh("prefix").norm, MoTNorm)
+    assert isinstance(fresh("placeholder").norm, MoTNorm)
+    model = fresh("placeholder", layers=(0, 2))
+    assert model.strategy.describe(model.decoder) == {
+        "placement": "placeholder",
+        "encoder_token": IMAGE,
+        "layers": [0, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"every": 4}, "every=4 fuses no layer of this decoder, which has 3"),
+        ({"every": 0}, "every=0 fuses no layer"),
+        ({"layers": []}, "must name layers of this decoder, 0 to 2"),
+        ({"layers": [0, 3]}, "0 to 2, each once; got"),
+        ({"start": "cold"}, "start must be 'warm' or 'zero', got 'cold'"),
+        ({"placement": "placeholder"}, "needs encoder_token"),
+        ({"encoder_token": 3}, '"prefix" has no use for one'),
+        ({"placement": "placeholder", "encoder_token": {"eye": 3}}, "encoders, encoder; got eye"),
+        (
+            {"encoder_trainable": {"eye": True}, "placement": "placeholder", "encoder_token": 41},
+            "No encoder named eye",
+        ),
+        ({"heads": 3}, "architecture 'mot': unknown option 'heads'; it takes placement"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
+    decoder = tiny_decoder()
+    before = [(name, id(module)) for name, module in decoder.named_modules()]
+    with pytest.raises(ValueError, match=complaint):
+        fuse(decoder, TinyEncoder(), arch="mot", **options)
+    assert [(name, id(module)) for name, module in decoder.named_modules()] == before
+
+
+def test_layers_of_another_make_are_named():
+    sizes = {"embed_dim": 12, "intermediate_dim": 13, "max_seq_len": 11, "vocab_size": 7}
+    with pytest.raises(ValueError, match="Layer 0 cannot be fused.*Gemma2Attention is not torchtune's"):
+        fuse(
+            gemma2(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, **sizes),
+            TinyEncoder(),
+            arch="mot",
+        )
+    decoder = tiny_decoder(num_layers=1)
+    quantize(decoder.requires_grad_(False), "int8_weight_only")
+    with pytest.raises(ValueError, match=r"attn\.q_proj\.weight is quantized \(int8\): fuse first"):
+        fuse(decoder, TinyEncoder(), arch="mot")
+
+
+def test_a_decoder_that_lacks_what_the_model_needs_is_refused():
+    strategy = MoTStrategy(placement="placeholder", encoder_token=IMAGE)
+    with pytest.raises(ValueError, match="no layer is a MoTLayer; the final norm is no MoTNorm"):
+        MixtureFusionModel(tiny_decoder(), TinyEncoder(), strategy=strategy)
+    decoder = fresh("prefix").decoder
+    with pytest.raises(ValueError, match="no MoTNorm; layer 2 has keys and values only, but"):
+        MixtureFusionModel(decoder, TinyEncoder(), strategy=strategy, adapter=nn.Linear(11, 18))
+    with pytest.raises(ValueError, match="layer 0 has weights for encoder, not for eye; layer 1"):
+        MixtureFusionModel(decoder, {"eye": TinyEncoder()}, strategy=MoTStrategy())
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_experts_beside_adapted_layers_are_plain(quantized):
+    from torchtune.models.llama3_2 import lora_llama3_2
+
+    decoder = lora_llama3_2(
+        ["q_proj", "v_proj"],
+        apply_lora_to_mlp=True,
+        vocab_size=VOCAB,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        embed_dim=128,  # the smallest that NF4's blocks fit
+        intermediate_dim=256,
+        max_seq_len=29,
+        lora_rank=3,
+        lora_alpha=5,
+        quantize_base=quantized,
+    )
+    expected = decoder(text())
+    model = fuse(decoder, TinyEncoder(), arch="mot")
+    assert torch.equal(model(text()), expected)
+    assert not any("lora" in name for name in get_fusion_params(model))
+    expert, layer = model.layers[0].fusion_layer["encoder"], model.layers[0]
+    x = torch.randn(2, 3, 128)
+    torch.testing.assert_close(expert.attn.q_proj(x), layer.attn.q_proj(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expert.mlp(x), layer.mlp(x), rtol=1e-4, atol=1e-5)
+    model(text(), encoder_input=inputs()).square().mean().backward()
+    assert all(p.grad.any() for p in get_fusion_params(model).values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_artifact_holds_what_was_learned(layout, tmp_path):
+    model, other = make(layout), fresh(layout, start="zero")
+    save_fusion(model, tmp_path)
+    load_fusion(other, tmp_path)
+    given = {"encoder_input": inputs()}
+    assert torch.equal(other(prompt(layout), **given), model(prompt(layout), **given))
+    with pytest.raises(ValueError, match="placement '(prefix|placeholder)', the model's is"):
+        load_fusion(fresh(next(name for name in LAYOUTS if name != layout)), tmp_path)
+
+
+def test_bf16_stays_bf16_and_copies_copy():
+    model = fresh("placeholder", decoder=tiny_decoder().bfloat16())
+    assert {p.dtype for p in get_fusion_params(model.decoder).values()} == {torch.bfloat16}
+    out = model(text_with_image(), encoder_input=inputs())
+    assert out.shape == (2, 13, VOCAB)
+    assert torch.equal(copy.deepcopy(model)(text_with_image(), encoder_input=inputs()), out)
+    assert len(model.layers) == LAYERS

@@ -1,0 +1,406 @@
+"""The generate recipe on tiny models: what is asked, what is answered, what is refused and when."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import hf
+import pytest
+import torch
+import yaml
+from asking import images, tokenizer
+from support import open_gates
+from torchfuse.recipes import generate
+
+from torchfuse import load_pretrained, runs
+from torchfuse.checkpoint.trained import save_trained
+from torchfuse.data.images import ImageTransform
+from torchfuse.data.questions import Question, read_questions
+from torchfuse.generation.asking import Asking
+from torchfuse.generation.conversation import Conversation
+from torchfuse.generation.sampling import Sampling
+
+TRANSFORM = {
+    "_component_": "torchfuse.data.questions.QuestionTransform",
+    "tokenizer": "words",
+    "image_transform": "eyes",
+    "image_token": 37,
+    "features_per_image": 9,
+}
+PROMPTS = [
+    {"question": "w4 <image> w5 <image>", "images": ["images/a.png", "images/b.png"]},
+    {
+        "system": "w6 w7",
+        "turns": [
+            {"question": "w4 <image>", "images": ["images/a.png"]},
+            {"question": "w8"},
+            {"question": "w9 <image>", "images": ["images/c.png"]},
+        ],
+    },
+    {"question": "w10 w11"},
+]
+ROWS = [
+    {"question": "w4 <image> w5 <image>", "images": ["images/a.png", "images/b.png"]},
+    {"question": "w10 w11 w12", "kind": "text"},
+    {"question": "<image> w4", "images": ["images/c.png"], "answer": "w5"},
+    {"question": "w6"},
+    {"question": "w7 <image>", "images": ["images/a.png"]},
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finetuning run, and checkpoints of whole models, as they lie on a disk."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "images").mkdir()
+    images(folder / "images", 12)
+    tokenizer(folder / "words")
+    hf.llama(folder / "llama")
+    hf.clip_tower(folder / "clip")
+    hf.llava(folder / "llava")
+    hf.mllama(folder / "mllama")
+    (folder / "eyes").mkdir()
+    shape = {"height": 12, "width": 12}
+    eyes = ImageTransform(12)
+    said = {"crop_size": shape, "size": shape, "image_mean": eyes.mean, "image_std": eyes.std}
+    (folder / "eyes" / "preprocessor_config.json").write_text(json.dumps(said))
+    torch.manual_seed(3)
+    model = open_gates(hf.ours(fusion_vocab_size=1))
+    load_pretrained(model, decoder=folder / "llama", encoder=folder / "clip")
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.mul_(30)
+    save_trained(model, folder / "run" / "fusion")
+    config = {
+        "model": {
+            "_component_": "torchfuse.models.builders.llama_clip",
+            **hf.OURS,
+            "fusion_vocab_size": 1,
+        },
+        "pretrained": {"decoder": "llama", "encoder": "clip"},
+        "transform": TRANSFORM,
+    }
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def place(made, monkeypatch):
+    monkeypatch.chdir(made)
+    yield made
+    for path in made.glob("said*"):
+        path.unlink()
+
+
+@pytest.fixture
+def start(place, monkeypatch, capsys):
+    def start(*flags, typed=None, **config):
+        given = {"run": "run", "prompts": "prompts.yaml", "sampling": {"max_new_tokens": 5}} | config
+        given = {key: value for key, value in given.items() if value is not None}
+        (place / "config.yaml").write_text(yaml.safe_dump(given))
+        monkeypatch.setattr(sys, "argv", ["generate", "--config", "config.yaml", *flags])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        if typed is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        generate.main()
+        return capsys.readouterr().out
+
+    return start
+
+
+@pytest.fixture
+def refused(start, capsys, monkeypatch):
+    """One sentence and exit code 1, before a model is loaded."""
+
+    def never(*_, **__):
+        pytest.fail("a model was loaded")
+
+    def refused(*flags, load=False, **config):
+        if not load:
+            monkeypatch.setattr(runs, "build_model", never)
+            monkeypatch.setattr(runs, "from_pretrained", never)
+        with pytest.raises(SystemExit, match="^1$"):
+            start(*flags, **config)
+        said = capsys.readouterr()
+        assert "tokens for" not in said.out
+        assert said.err.startswith("error: ")
+        return said.err
+
+    return refused
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def asked(said):
+    """Question and answer, as they are printed."""
+    return re.findall(r"^(w?\S.*?)(?:  \[.*\])?\n    (.*)$", said, re.MULTILINE)
+
+
+def expected(prompts, **options):
+    """The answers of ``Conversation``, prompt by prompt."""
+    model, transform = runs.load_run("run", device="cpu", dtype="fp32")
+    given = {"max_new_tokens": 5, "sampling": Sampling(temperature=0)} | options
+    asking = Asking(transform, **given)
+    answers = []
+    with Conversation(model.eval(), asking, max_tokens=61, max_images=3) as conversation:
+        for index, prompt in enumerate(prompts):
+            conversation.reset(prompt.get("system"), index=index)
+            turns = prompt.get("turns", [prompt])
+            questions = [Question(t["question"], tuple(map(Path, t.get("images", ())))) for t in turns]
+            answers.append([conversation.ask(question) for question in questions])
+    return answers
+
+
+def test_prompts_are_answered_as_they_appear_and_written(place, start):
+    said = start(output="said.jsonl")
+    answers = expected(PROMPTS)
+    written = records("said.jsonl")
+    assert written == [
+        {**PROMPTS[0], "answer": answers[0][0]},
+        {
+            "system": "w6 w7",
+            "turns": [
+                {"question": turn["question"], "images": turn.get("images", []), "answer": answer}
+                for turn, answer in zip(PROMPTS[1]["turns"], answers[1], strict=True)
+            ],
+        },
+        {"question": "w10 w11", "images": [], "answer": answers[2][0]},
+    ]
+    flat = [answer for prompt in answers for answer in prompt]
+    assert [answer for _, answer in asked(said)] == flat
+    assert len(set(flat)) > 1
+    assert "w4 <image> w5 <image>  [a.png, b.png]\n    " in said
+    assert "\nw6 w7\nw4 <image>  [a.png]\n" in said
+    assert "wrote 3 answers to said.jsonl" in said
+    assert re.search(
+        r"\n\d+ tokens for 5 prompts in \d+\.\d\d s on cpu\n  images:    4 encoded in", said
+    )
+    for phase in ("prefill", "decoding", "bandwidth", "memory"):
+        assert f"\n  {phase}: " in said
+
+
+def test_answers_are_streamed_token_by_token(start, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(generate, "_say", pieces.append)
+    start(prompts="prompts.yaml", output="said.jsonl")
+    answers = [a for record in records("said.jsonl") for a in record.get("turns", [record])]
+    assert "".join(pieces) == "".join(answer["answer"] for answer in answers)
+    assert len(pieces) == sum(len(answer["answer"].split()) for answer in answers)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_file_of_questions_in_batches(place, start, temperature):
+    sampling = {"max_new_tokens": 7, "temperature": temperature, "top_k": 23}
+    (place / "elsewhere").mkdir(exist_ok=True)
+    for size in (1, 2, 50):
+        options = {"prompts": "rows.jsonl", "batch_size": size, "sampling": sampling, "seed": 3}
+        said = start(output=f"elsewhere/said{size}.jsonl", **options)
+        assert "tokens for 5 prompts in" in said
+        assert "    w" not in said  # batches do not stream
+    one = records("elsewhere/said1.jsonl")
+    assert one == records("elsewhere/said2.jsonl") == records("elsewhere/said50.jsonl")
+    chosen = {"sampling": Sampling(temperature, 23), "max_new_tokens": 7, "seed": 3}
+    assert [[record["answer"]] for record in one] == expected(ROWS, **chosen)
+    assert [record["question"] for record in one] == [row["question"] for row in ROWS]
+    assert [set(record) for record in one] == [{"question", "images", "answer"}] * 5
+    again = read_questions("elsewhere/said1.jsonl")  # it is a question file itself
+    assert [len(question.images) for question in again] == [2, 0, 1, 0, 1]
+
+
+def test_a_batch_without_output_is_printed_in_order(start):
+    said = start(prompts="rows.jsonl", batch_size=2)
+    assert [question for question, _ in asked(said)] == [row["question"] for row in ROWS]
+    assert [[answer] for _, answer in asked(said)] == expected(ROWS)
+
+
+@pytest.mark.parametrize(
+    "how", [{"flags": ["--chat"]}, {"chat": True, "prompts": None}], ids=["flag", "key"]
+)
+def test_chat(start, how):
+    typed = "/image images/a.png\nw4 <image>\nw8\n/image images/none.png\n/reset\nw10 w11\n/quit\nw4\n"
+    said = start(*how.get("flags", ()), typed=typed, **{k: v for k, v in how.items() if k != "flags"})
+    lines = said.splitlines()
+    talked = expected(
+        [{"turns": [{"question": "w4 <image>", "images": ["images/a.png"]}, {"question": "w8"}]}]
+    )
+    assert lines[0] == generate.HELP
+    assert lines[1] == "[a.png comes with the next question]"
+    assert lines[2:4] == talked[0]
+    assert "[The image images/none.png cannot be opened" in lines[4]
+    assert lines[5:7] == ["[a new conversation]", expected([PROMPTS[2]])[0][0]]
+    assert " tokens for 3 prompts in" in lines[8]
+    assert "1 encoded in" in lines[9]
+
+
+def test_chat_ends_with_its_input_and_says_what_does_not_fit(start):
+    typed = f"{'w4 ' * 12}\n{'w5 ' * 12}\nw8\n"
+    said = start("--chat", typed=typed, max_tokens=24).splitlines()
+    assert "[This turn does not fit any more: 13 tokens and an answer of up to 5" in said[2]
+    turns = [{"question": ("w4 " * 12).strip()}, {"question": "w8"}]
+    assert [said[1], said[3]] == expected([{"turns": turns}])[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"run": None}, "Configuration key 'run' (or 'model'): missing, and must be given."),
+        ({"model": "llava"}, "give run=run or model=llava, not both"),
+        ({"transform": TRANSFORM}, "transform is for model; a run has its own"),
+        ({"run": None, "model": "llava"}, "model needs a transform"),
+        ({"run": None, "model": "none", "transform": TRANSFORM}, "model: none is not a directory"),
+        ({"run": "none"}, "none/config.yaml cannot be read"),
+        ({"prompts": None}, "give prompts, a YAML or a .jsonl, or --chat"),
+        ({"chat": True, "output": "said.jsonl"}, "output is for prompts, not for a chat"),
+        ({"batch_size": 0, "max_images": -1}, "batch_size=0 must be at least 1; max_images=-1 must be"),
+        ({"sampling": {"top_p": 1.5}}, "sampling.top_p must lie in (0, 1], got 1.5"),
+        ({"sampling": {"temperature": -1.0, "top_k": 0}}, "got -1.0; sampling.top_k must be at least 1"),
+        (
+            {"sampling": {"repetition_penalty": 0}},
+            "sampling.repetition_penalty must be above 0, got 0.0",
+        ),
+        ({"sampling": {"max_new_tokens": 0}}, "sampling.max_new_tokens=0 must be at least 1"),
+        ({"sampling": {"stop_tokens": [3, -5]}}, "sampling.stop_tokens [-5] are no ids"),
+        ({"sampling": {"stop_tokens": ["x"]}}, "Configuration key 'sampling.stop_tokens'"),
+        ({"template": {"question": "USER:"}}, "template.question must hold {text} once and no <image>"),
+        ({"quantization": "int3"}, "quantization must be null or one of int8_weight_only, int8_dynamic"),
+        ({"quantization_parts": ["adapter"]}, "quantization_parts must be decoder, encoder or"),
+        ({"device": "toaster"}, "device 'toaster' is none"),
+        ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
+        ({"output": "none/said.jsonl"}, "output=none/said.jsonl is no file in a directory"),
+        ({"output": "images"}, "output=images is no file in a directory"),
+        ({"output": "prompts.yaml"}, "output=prompts.yaml is the file of the prompts"),
+        ({"prompts": "none.yaml"}, "none.yaml cannot be read"),
+        ({"prompts": "none.jsonl"}, "The question file none.jsonl cannot be read"),
+        ({"streaming": True}, "Configuration key 'streaming': unknown"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_before_a_model_is_loaded(refused, config, complaint):
+    assert complaint in refused(**config)
+
+
+def test_all_that_is_wrong_with_a_configuration_is_one_sentence(refused):
+    said = refused(batch_size=0, quantization="int3", output="images", sampling={"top_k": 0})
+    assert len(said.splitlines()) == 1
+    for part in ("batch_size=0", "got 'int3'", "output=images", "sampling.top_k"):
+        assert part in said
+
+
+def test_an_unknown_flag_is_refused(refused):
+    assert "Override --chatty" in refused("--chatty")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("p.yaml", "- question: <image>\n  images: [images/none.png]\n", "prompt 1: The image "),
+        ("p.yaml", "- {turns: [{question: w4}], sytem: w5}\n", "prompt 1: unknown key sytem"),
+        ("p.yaml", f"- question: {'w4 ' * 99}\n- question: w4\n", None),
+        ("p.jsonl", '{"question": "w4"}\n{"quest": "w4"}\n{"question": \n', "p.jsonl has 2 faults:"),
+        (
+            "p.jsonl",
+            '{"question": "<image> w4"}\n',
+            "p.jsonl, line 1: the question shows <image> 1 times",
+        ),
+    ],
+    ids=["image", "key", "length", "lines", "marker"],
+)
+def test_faults_of_prompts_leave_the_output_as_it_was(place, refused, name, text, complaint):
+    (place / name).write_text(text)
+    (place / "said.jsonl").write_text("mine")
+    said = refused(load=complaint is None, prompts=name, output="said.jsonl")
+    complaint = complaint or "p.yaml, prompt 1: 100 tokens in 1 turns, and an answer of up to 5 to each"
+    assert complaint in said
+    assert (place / "said.jsonl").read_text() == "mine"
+
+
+def test_a_conversation_that_does_not_fit_is_named_before_anything_is_generated(
+    place, refused, monkeypatch
+):
+    monkeypatch.setattr(Conversation, "ask", lambda *_, **__: pytest.fail("a question was asked"))
+    turns = [{"question": "w4 " * 11, "images": ["images/a.png"]}] * 4
+    (place / "p.yaml").write_text(yaml.safe_dump([PROMPTS[0], {"turns": turns}]))
+    said = refused(load=True, prompts="p.yaml")
+    # begin, four markers and 44 words; four answers of five tokens
+    assert "prompt 2: 49 tokens in 4 turns, and an answer of up to 5 to each are 69, and 61 fit" in said
+
+
+def test_stop_tokens_outside_the_vocabulary_are_named(refused):
+    said = refused(load=True, sampling={"stop_tokens": [40]})
+    assert "stop_tokens [40] must lie in [0, 37), what the head scores" in said
+
+
+def test_a_transform_of_another_model_is_named(refused):
+    wrong = TRANSFORM | {"features_per_image": 10, "image_token": 35}
+    said = refused(load=True, run=None, model="llava", transform=wrong)
+    assert "image_token must" not in said
+    assert "in this model features replace (36,)" in said
+    assert "features_per_image is 10, but 'encoder' makes 9 of an image" in said
+
+
+def test_quantized(start):
+    said = start(quantization="int8_weight_only")
+    assert len(asked(said)) == 5
+    (before, after, number) = re.search(
+        r"only: ([\d,]+) bytes are ([\d,]+) now; .*ed: (\d+),", said
+    ).groups()
+    assert int(number) == 3 * 7 + 1  # seven matrices a layer, and the head
+    assert int(after.replace(",", "")) < 0.4 * int(before.replace(",", ""))
+    both = start(quantization="int8_weight_only", quantization_parts=["decoder", "encoder"])
+    assert int(re.search(r"weights quantized: (\d+),", both).group(1)) > 22
+
+
+def test_llava_answers_as_transformers_does(place, start):
+    transformers = pytest.importorskip("transformers")
+    transform = TRANSFORM | {"image_token": 36, "layout": "placeholder"}
+    options = {"run": None, "model": "llava", "transform": transform}
+    start(**options, prompts="rows.jsonl", output="said.jsonl", batch_size=3)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained("llava").eval()
+    ours = [record["answer"] for record in records("said.jsonl")]
+    told = runs.read_model("llava", transform).transform
+    for question, said in zip(read_questions("rows.jsonl"), ours, strict=True):
+        sample = told(question, with_answer=False)
+        tokens = torch.tensor([sample["tokens"]])
+        pixels = {"pixel_values": sample["images"]} if len(sample["images"]) else {}
+        got = theirs.generate(
+            input_ids=tokens, **pixels, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0,
+            suppress_tokens=[36],
+        )  # fmt: skip
+        assert said == told.decode(got[0, tokens.shape[1] :].tolist())
+
+
+def test_mllama_sees_each_image_as_one_tile(place, start, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    transform = TRANSFORM | {"features_per_image": 10, "scope": "group"}
+    rows = [{"question": "<image> w4 w5", "images": ["images/a.png"]}, {"question": "w6 w7"}]
+    (place / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start(run=None, model="mllama", transform=transform, prompts="p.jsonl", output="said.jsonl")
+    theirs = transformers.MllamaForConditionalGeneration.from_pretrained("mllama").eval()
+    told = runs.read_model("mllama", transform).transform
+    ours = [record["answer"] for record in records("said.jsonl")]
+    for question, said in zip(read_questions("p.jsonl"), ours, strict=True):
+        sample = told(question, with_answer=False)
+        tokens, given = torch.tensor([sample["tokens"]]), {}
+        if len(sample["images"]):
+            tiles = torch.zeros(1, 1, 4, 3, 12, 12)
+            tiles[0, 0, 0] = sample["images"][0]
+            seen = torch.zeros(*tokens.shape, 1, 4)
+            seen[:, 1:, :, 0] = 1  # from the image's marker on
+            given = {
+                "pixel_values": tiles,
+                "aspect_ratio_ids": torch.tensor([[1]]),
+                "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+                "cross_attention_mask": seen,
+            }
+            hf.stop_the_leak(monkeypatch, seen[:, :, 0, 0])
+        got = theirs.generate(
+            input_ids=tokens, **given, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
+        assert said == told.decode(got[0, tokens.shape[1] :].tolist())
+    assert len(set(ours)) == 2

@@ -1,0 +1,179 @@
+"""Clips: a row's frames, padded to one length, through an encoder of images.
+
+A clip of ``f`` frames is ``f`` images a row, and its features stand frame by frame, ``[b, f * n, d_e]``.
+Clips of different lengths are padded with frames that do not count, said by ``frame_mask`` ``[b, f]``
+(True: the frame is real). Padding is encoded like everything else, so that shapes stay the same, but it
+is black whatever stood there, and ``frame_features_mask`` makes of the mask what every architecture
+takes as ``encoder_mask``: nothing in a padded frame, not even a NaN, reaches a result.
+
+A row without any real frame is a row of text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.naming import TransparentWrapper
+
+__all__ = ["FrameEncoder", "frame_features_mask", "hide_padding"]
+
+
+def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int = 0) -> Tensor:
+    """Make padded frames black.
+
+    Args:
+        images: ``[b, f, ...]``, as the encoder takes ``f`` images a row.
+        frame_mask: bool ``[b, f]``, True: the frame is real. None: all are, and nothing is done.
+        min_frames: how many real frames every row must have. On the CPU too few are an error; on an
+            accelerator, and in a graph, they are an assertion on the device, which nobody waits for.
+
+    Returns:
+        The images, with zeros in place of whatever the padded frames held.
+
+    Raises:
+        ValueError: if the mask does not fit the images, or rows have too few frames, naming them.
+
+    Examples:
+        >>> frames = torch.tensor([[1.0, float("nan")]])
+        >>> hide_padding(frames[..., None], torch.tensor([[True, False]])).flatten().tolist()
+        [1.0, 0.0]
+    """
+    if frame_mask is None:
+        return images
+    if frame_mask.dtype != torch.bool or frame_mask.shape != images.shape[:2] or images.dim() < 3:
+        raise ValueError(
+            "frame_mask must be bool (True: the frame is real) with shape [b, f] for images "
+            f"[b, f, ...], got {frame_mask.dtype} {list(frame_mask.shape)} for {list(images.shape)}."
+        )
+    if min_frames > 0:
+        _check_counts(frame_mask, min_frames)
+    real = frame_mask.view(*frame_mask.shape, *[1] * (images.dim() - 2))
+    # Not a product: zero times NaN is NaN.
+    return torch.where(real, images, torch.zeros((), dtype=images.dtype, device=images.device))
+
+
+def frame_features_mask(frame_mask: Tensor, num_tokens: int) -> Tensor:
+    """Which features belong to a real frame, for ``encoder_mask``.
+
+    Args:
+        frame_mask: bool ``[b, f]``, True: the frame is real.
+        num_tokens: features of one frame, behind the adapter where there is one.
+
+    Returns:
+        Bool ``[b, f * num_tokens]``, True: the feature belongs to the row.
+
+    Raises:
+        ValueError: for another mask, or a number below one.
+
+    Examples:
+        >>> frame_features_mask(torch.tensor([[True, False]]), 3).int().tolist()
+        [[1, 1, 1, 0, 0, 0]]
+    """
+    if frame_mask.dtype != torch.bool or frame_mask.dim() != 2 or num_tokens < 1:
+        raise ValueError(
+            "frame_mask must be bool [b, f] (True: the frame is real) and num_tokens at least 1, got "
+            f"{frame_mask.dtype} {list(frame_mask.shape)} and {num_tokens}."
+        )
+    return frame_mask.unsqueeze(-1).expand(-1, -1, num_tokens).flatten(1)
+
+
+class FrameEncoder(TransparentWrapper):
+    """An encoder of one image a row, for several: frames of a clip, or images.
+
+    ``ClipVisionEncoder``, ``HfEncoder`` and ``RandomEncoder`` take several by themselves and need no
+    wrapper. Parameters keep their names, and what the encoder says of itself stays readable
+    (``feature_dim``, ``num_tokens``: of one frame).
+
+    Args:
+        encoder: takes images ``[b, c, h, w]`` as its first argument, returns features ``[b, n, d_e]``.
+        min_frames: see ``hide_padding``.
+
+    Examples:
+        >>> class Patches(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv = nn.Conv2d(3, 6, kernel_size=4, stride=4)
+        ...     def forward(self, images):
+        ...         return self.conv(images).flatten(2).transpose(1, 2)
+        >>> encoder = FrameEncoder(Patches())
+        >>> encoder(torch.randn(2, 5, 3, 8, 8)).shape, list(encoder.state_dict())
+        (torch.Size([2, 20, 6]), ['conv.weight', 'conv.bias'])
+    """
+
+    def __init__(self, encoder: nn.Module, *, min_frames: int = 0) -> None:
+        super().__init__()
+        self.min_frames = min_frames
+        self.wrap(encoder, child="image_encoder")
+
+    def example_input(self) -> dict[str, Tensor]:
+        """The wrapped encoder's own example, or a black image of its ``image_size``.
+
+        Raises:
+            ValueError: if it says neither.
+        """
+        example: Any = getattr(self.wrapped, "example_input", None)
+        tensors = list(example().values()) if callable(example) else []
+        if len(tensors) == 1:
+            return {"images": tensors[0]}
+        size = getattr(self.wrapped, "image_size", None)
+        if not isinstance(size, int):
+            raise ValueError(
+                f"What {type(self.wrapped).__name__} runs on is not known: pass example_input= with "
+                "images [1, c, h, w], or give it an image_size."
+            )
+        return {"images": torch.zeros(1, 3, size, size)}
+
+    def forward(self, images: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Encode the frames of each row.
+
+        Args:
+            images: ``[b, f, c, h, w]``, or ``[b, c, h, w]`` for one a row.
+            frame_mask: bool ``[b, f]``, True: the frame is real. None: all are.
+
+        Returns:
+            Features ``[b, f * n, d_e]``, frame by frame, of padding too: see ``frame_features_mask``.
+
+        Raises:
+            ValueError: if images, mask or features have another shape.
+        """
+        frames = images.unsqueeze(1) if images.dim() == 4 else images
+        if frames.dim() != 5:
+            raise ValueError(
+                "A FrameEncoder takes images [b, f, c, h, w], or [b, c, h, w] for one a row, got "
+                f"{list(images.shape)}."
+            )
+        frames = hide_padding(frames, frame_mask, min_frames=self.min_frames)
+        features = self.wrapped(frames.flatten(0, 1))
+        rows = frames.shape[:2]
+        fits = isinstance(features, Tensor) and features.dim() == 3
+        if not fits or features.shape[0] != rows.numel():
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"{type(self.wrapped).__name__} must return features [{rows.numel()}, n, d_e], a row "
+                f"for each image, got {got}."
+            )
+        return features.unflatten(0, rows).flatten(1, 2)
+
+
+def _check_counts(frame_mask: Tensor, min_frames: int) -> None:
+    enough = frame_mask.sum(dim=1) >= min_frames
+    if frame_mask.device.type == "meta":
+        return
+    if (
+        frame_mask.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or type(frame_mask) is not Tensor
+    ):
+        torch._assert_async(enough.all(), f"a row has fewer than {min_frames} real frames")
+        return
+    few = (~enough).nonzero().flatten().tolist()
+    if few:
+        rows = ", ".join(f"row {row} has {int(frame_mask[row].sum())}" for row in few[:8])
+        more = f", and {len(few) - 8} more rows have too few" if len(few) > 8 else ""
+        raise ValueError(
+            f"Every row must have at least {min_frames} of its {frame_mask.shape[1]} frames real (True "
+            f"in frame_mask), but {rows}{more}."
+        )

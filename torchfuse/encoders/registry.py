@@ -1,0 +1,129 @@
+"""Encoders by name, so that a configuration can choose one.
+
+Whatever is built says how wide its features are and how many an image has: lengths are compared with
+them before anything runs. Weights are no business of this file: a tower of transformers is built empty
+(NaN, so that nobody mistakes it for another) and filled by ``torchfuse.load_pretrained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from torch import nn
+
+from torchfuse.encoders.stub import RandomEncoder
+from torchfuse.options import call_with_options
+
+__all__ = ["build_encoder", "encoder_names", "register_encoder"]
+
+_Builder = TypeVar("_Builder", bound=Callable[..., nn.Module])
+_REGISTRY: Final[dict[str, Callable[..., nn.Module]]] = {}
+_SIGLIP: Final = ("siglip_vision_model", "siglip2_vision_model")
+
+
+def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
+    """Make a class or a function that returns an encoder available to ``build_encoder`` by name.
+
+    Raises:
+        ValueError: if there is one of that name.
+    """
+
+    def register(builder: _Builder) -> _Builder:
+        if name in _REGISTRY:
+            raise ValueError(f"There is an encoder {name!r} already: {_REGISTRY[name].__qualname__}.")
+        _REGISTRY[name] = builder
+        return builder
+
+    return register
+
+
+def encoder_names() -> list[str]:
+    """The names that ``build_encoder`` knows."""
+    return sorted(_REGISTRY)
+
+
+def build_encoder(name: str, **options: Any) -> nn.Module:
+    """Build a registered encoder.
+
+    Args:
+        name: ``"clip"`` (a ``ClipVisionEncoder``, by its numbers), ``"hf"`` (the tower that the
+            ``config.json`` in a directory describes, ``path=``), ``"siglip2"`` (the same, and nothing
+            but a SigLIP or SigLIP 2), ``"random"`` (a ``RandomEncoder``), or what ``register_encoder``
+            added.
+        **options: what that encoder takes.
+
+    Returns:
+        A module with ``feature_dim``, the width of its features, and ``num_tokens``, how many one image
+        has (None where that depends on the input).
+
+    Raises:
+        ValueError: for an unknown name or option, or an encoder that does not say its numbers.
+
+    Examples:
+        >>> build_encoder("random", num_tokens=5, feature_dim=7).num_tokens
+        5
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"Unknown encoder {name!r}; there are {', '.join(encoder_names())}.")
+    what = f"encoder {name!r}"
+    encoder = call_with_options(_REGISTRY[name], what=what, options=options)
+    faults = []
+    for attribute in ("feature_dim", "num_tokens"):
+        value = getattr(encoder, attribute, "nothing")
+        unknown = attribute == "num_tokens" and value is None
+        if not unknown and (type(value) is not int or value < 1):
+            faults.append(f"{attribute} must be an integer of at least 1, it is {value!r}")
+    if faults or not isinstance(encoder, nn.Module):
+        faults = faults or ["it must be an nn.Module"]
+        raise ValueError(
+            f"{what}, a {type(encoder).__name__}, must say what its features are: {'; '.join(faults)} "
+            "(num_tokens may be None where it depends on the input)."
+        )
+    return encoder
+
+
+register_encoder("random")(RandomEncoder)
+
+
+@register_encoder("clip")
+def _clip(**options: Any) -> nn.Module:
+    from torchfuse.encoders.clip import ClipVisionEncoder  # imports torchtune
+
+    return call_with_options(ClipVisionEncoder, what="encoder 'clip'", options=options)
+
+
+@register_encoder("hf")
+def _hf(
+    path: str | Path,
+    feature_layer: int | None = None,
+    keep_cls: bool | None = None,
+    image_size: int | None = None,
+    num_special_tokens: int | None = None,
+) -> nn.Module:
+    from torchfuse.encoders.hf_build import hf_encoder  # imports transformers
+
+    return hf_encoder(
+        path,
+        feature_layer=feature_layer,
+        keep_cls=keep_cls,
+        image_size=image_size,
+        num_special_tokens=num_special_tokens,
+    )
+
+
+@register_encoder("siglip2")
+def _siglip2(
+    path: str | Path, feature_layer: int | None = None, image_size: int | None = None
+) -> nn.Module:
+    from torchfuse.encoders.hf_build import hf_encoder, tower_config  # imports transformers
+
+    # Checkpoints of SigLIP 2 with images of one size call themselves SigLIP: the tower is the same.
+    config = tower_config(path)
+    if config.model_type not in _SIGLIP:
+        raise ValueError(
+            f"encoder 'siglip2': {path} holds a {config.model_type!r}, and must hold one of "
+            f"{', '.join(_SIGLIP)}. The encoder 'hf' takes any tower."
+        )
+    return hf_encoder(config, feature_layer=feature_layer, image_size=image_size)

@@ -1,0 +1,208 @@
+"""What a model is asked: a question, or a conversation of several turns with a system text in front.
+
+A conversation is one sequence: its begin, the system text and the first question, the answer as the
+model gave it, the next question, and so on. What a model was taught to see around a question is the
+``Template``'s, and nothing else puts a token there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from torchfuse.data.questions import (
+    Question,
+    QuestionTransform,
+    image_faults,
+    name_faults,
+    question_from,
+)
+
+__all__ = ["Prompt", "Template", "encode_turn", "encode_turns", "prompts_from"]
+
+_TEXT: Final = "{text}"
+_MARKER: Final = "<image>"
+_KEYS: Final = ("system", "turns")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Questions that are asked one after the other, each with the answers before it in view.
+
+    Attributes:
+        turns: the questions.
+        system: text in front of the first.
+    """
+
+    turns: tuple[Question, ...]
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    r"""What stands around a text; ``{text}`` is where it goes.
+
+    Special tokens may be written out, where the tokenizer knows them.
+
+    Attributes:
+        system: around the system text.
+        question: around a question. The answer begins where this ends.
+
+    Examples:
+        >>> llava = Template(system="{text} ", question="USER: {text} ASSISTANT:")
+        >>> llava.fill("<image>\nWhat is this?", system="Be brief.")
+        'Be brief. USER: <image>\nWhat is this? ASSISTANT:'
+    """
+
+    system: str = "{text}\n"
+    question: str = "{text}"
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, in words."""
+        return [
+            f"template.{name} must hold {_TEXT} once and no {_MARKER}, got {value!r}"
+            for name, value in vars(self).items()
+            if value.count(_TEXT) != 1 or _MARKER in value
+        ]
+
+    def fill(self, question: str, *, system: str | None = None) -> str:
+        """The text of a turn, with the system text in front of the first."""
+        front = "" if system is None else self.system.replace(_TEXT, system)
+        return front + self.question.replace(_TEXT, question)
+
+
+def prompts_from(records: Any, path: Path) -> list[Prompt]:
+    """Check the prompts of a YAML, and see to it that every image in them opens.
+
+    Each is a ``question`` with ``images``, as in a question file, or a conversation:
+
+        - system: You are brief.
+          turns:
+            - question: "<image> which digit ?"
+              images: [images/0012.png]
+            - question: even or odd ?
+
+    Args:
+        records: what the YAML holds.
+        path: the YAML; paths of images are relative to it.
+
+    Raises:
+        ValueError: naming the file and everything that is wrong with it.
+    """
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records) or not records:
+        raise ValueError(
+            f"{path} must hold a list of prompts, each with a question, or with turns that have one."
+        )
+    prompts, faults = [], []
+    checked: dict[Path, str] = {}
+    for number, record in enumerate(records, 1):
+        turns: list[Question] = []
+        for where, turn in _turns(record):
+            try:
+                question = question_from(turn, path.parent)
+            except ValueError as error:
+                faults.append(f"prompt {number}{where}: {error}")
+                continue
+            faults += [f"prompt {number}{where}: {fault}" for fault in image_faults(question, checked)]
+            turns.append(question)
+        faults += [f"prompt {number}: {fault}" for fault in _conversation_faults(record)]
+        prompts.append(Prompt(tuple(turns), record.get("system")))
+    if faults:
+        raise ValueError(name_faults(path, faults))
+    return prompts
+
+
+def _turns(record: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The questions of a prompt, and where each stands in it."""
+    if not set(record) & set(_KEYS):
+        yield "", record
+    elif isinstance(record.get("turns"), list):
+        for index, turn in enumerate(record["turns"], 1):
+            if isinstance(turn, dict):
+                yield f", turn {index}", turn
+
+
+def _conversation_faults(record: Mapping[Any, Any]) -> list[str]:
+    if not set(record) & set(_KEYS):
+        return []
+    faults = []
+    unknown = sorted(map(str, set(record) - set(_KEYS)))
+    if unknown:
+        faults.append(
+            f"unknown key {', '.join(unknown)}; a conversation has {', '.join(_KEYS)}, and its turns "
+            "have question, images."
+        )
+    turns, system = record.get("turns"), record.get("system")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        faults.append(f"turns must be a list of questions with their images, got {turns!r}.")
+    if "system" in record and (not isinstance(system, str) or not system or _MARKER in system):
+        faults.append(f"system must be a text without {_MARKER}, got {system!r}.")
+    return faults
+
+
+def encode_turn(
+    transform: QuestionTransform,
+    template: Template,
+    question: Question,
+    *,
+    first: bool,
+    system: str | None = None,
+) -> list[int]:
+    """The ids of one turn, up to where its answer begins; the first has the sequence's begin.
+
+    Raises:
+        ValueError: if the turn has no text at all, is too long for the transform, or brings images where
+            they cannot stand.
+    """
+    if not first and question.images and transform.image_token is None:
+        raise ValueError(
+            'with layout "prefix" images stand in front of the sequence, so only the first turn can '
+            f"bring any, got {len(question.images)} with {question.question!r}"
+        )
+    text = template.fill(question.question, system=system if first else None)
+    tokens, _ = transform.encode(replace(question, question=text), with_answer=False)
+    tokens = tokens if first else tokens[1:]
+    if not tokens:
+        raise ValueError(f"{question.question!r} is no token to the tokenizer")
+    return tokens
+
+
+def encode_turns(
+    transform: QuestionTransform,
+    template: Template,
+    prompts: Sequence[Prompt],
+    *,
+    path: str | Path,
+    what: str = "prompt",
+) -> list[list[list[int]]]:
+    """The ids of every turn of every prompt.
+
+    Args:
+        transform: turns questions into ids.
+        template: what stands around them.
+        prompts: what is asked.
+        path: the file that it comes from, for the message.
+        what: what the file calls a prompt.
+
+    Raises:
+        ValueError: naming every turn that cannot be encoded.
+    """
+    encoded, faults = [], []
+    for number, prompt in enumerate(prompts, 1):
+        turns = []
+        for index, question in enumerate(prompt.turns):
+            where = f"{what} {number}" + (f", turn {index + 1}" if len(prompt.turns) > 1 else "")
+            try:
+                tokens = encode_turn(
+                    transform, template, question, first=not index, system=prompt.system
+                )
+            except ValueError as error:
+                faults.append(f"{where}: {str(error).rstrip('.')}.")
+            else:
+                turns.append(tokens)
+        encoded.append(turns)
+    if faults:
+        raise ValueError(name_faults(path, faults))
+    return encoded

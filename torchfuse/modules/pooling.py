@@ -1,0 +1,142 @@
+"""Tokens that stand for the cells of a square grid, and windows over them.
+
+A vision tower gives the patches of an image row by row, with special tokens (class, registers) in front
+or none, and a clip as its frames one behind the other. So ``n`` tokens are ``f`` times ``p + g * g``.
+With the side ``g`` given, the number of frames follows from ``n``; without it there is one frame, since
+nothing tells four grids of 5 x 5 from one of 10 x 10.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["TokenGrid", "WindowAttention", "window_means"]
+
+# No tower has more tokens in front; a larger rest is no square for another reason.
+_MOST_SPECIAL: Final = 8
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """What the tokens of an encoder are.
+
+    Attributes:
+        side: cells along one side, ``g``. None: all tokens of a row are one frame.
+        num_prefix_tokens: tokens in front of the cells of each frame, ``p``.
+
+    Examples:
+        >>> TokenGrid(side=5).split(100)  # four frames of 5 x 5
+        (4, 5)
+        >>> TokenGrid().split(100)
+        (1, 10)
+    """
+
+    side: int | None = None
+    num_prefix_tokens: int = 0
+
+    def faults(self) -> list[str]:
+        """What is wrong with the numbers, in words."""
+        faults = []
+        if self.side is not None and self.side < 1:
+            faults.append(f"grid={self.side} must be at least 1")
+        if self.num_prefix_tokens < 0:
+            faults.append(f"num_prefix_tokens={self.num_prefix_tokens} must be at least 0")
+        return faults
+
+    def split(self, num_tokens: int) -> tuple[int, int]:
+        """The number of frames and the side of their grids.
+
+        Raises:
+            ValueError: if that many tokens are no such thing, naming the numbers.
+        """
+        front = self.num_prefix_tokens
+        each = f"{front} + " if front else ""
+        if self.side is not None:
+            frame = front + self.side**2
+            if num_tokens < 1 or num_tokens % frame:
+                raise ValueError(
+                    f"{num_tokens} tokens are no frames of {each}{self.side} x {self.side} = {frame} "
+                    f"tokens each.{self._hint(num_tokens)}"
+                )
+            return num_tokens // frame, self.side
+        side = math.isqrt(max(num_tokens - front, 0))
+        if side < 1 or front + side * side != num_tokens:
+            near = max(side, 1)
+            raise ValueError(
+                f"{num_tokens} tokens are no square grid{f' behind {front} tokens' if front else ''}: "
+                f"{each}{near} x {near} = {front + near**2} would be one. Of several frames or images a "
+                f"row, give the side of each as grid=.{self._hint(num_tokens)}"
+            )
+        return 1, side
+
+    def _hint(self, num_tokens: int) -> str:
+        """How many tokens in front would make it a grid, where few would."""
+        side = self.side or math.isqrt(max(num_tokens, 0))
+        for front in range(_MOST_SPECIAL + 1) if side > 1 else ():
+            frames = num_tokens / (front + side * side)
+            if frames == 1 or (frames > 1 and frames == int(frames) and self.side is not None):
+                return f" With num_prefix_tokens={front} (class token, registers) they would be."
+        return ""
+
+
+def window_means(cells: Tensor, window: int) -> Tensor:
+    """The mean of each window of a grid; one that reaches over the edge averages its real cells.
+
+    Args:
+        cells: ``[b, g, g, d]``.
+        window: side of a window, in cells.
+
+    Returns:
+        ``[b, m, d]``, ``m = ceil(g / window) ** 2``, row by row.
+
+    Examples:
+        >>> import torch
+        >>> window_means(torch.arange(9.0).view(1, 3, 3, 1), 2).flatten().tolist()
+        [2.0, 3.5, 6.5, 8.0]
+    """
+    pooled = F.avg_pool2d(
+        cells.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False
+    )  # [b, d, g', g']
+    return pooled.flatten(2).transpose(1, 2)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention with one query a window, its mean, over the window's cells.
+
+    Args:
+        dim: width of the cells and of what comes out.
+        num_heads: attention heads; divides ``dim``.
+        window: side of a window, in cells.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Pool the windows of grids ``[b, g, g, d]`` to ``[b, m, d]``, row by row."""
+        means = window_means(cells, self.window)
+        # Windows stand beside heads: as rows of a batch they could be more than a kernel's grid holds.
+        q = (
+            self.q_proj(means).unflatten(-1, (self.num_heads, 1, -1)).flatten(1, 2)
+        )  # [b, m * heads, 1, h]
+        k, v = self._cut(self.k_proj(cells)), self._cut(self.v_proj(cells))
+        pooled = F.scaled_dot_product_attention(q, k, v)
+        return self.output_proj(pooled.reshape(means.shape))
+
+    def _cut(self, cells: Tensor) -> Tensor:
+        """The cells of each window by head, ``[b, m * heads, cells, h]`` of ``[b, g, g, d]``."""
+        num = cells.shape[1] // self.window
+        # [b, rows of windows, rows of one, columns of windows, columns of one, heads, h]
+        cut = cells.unflatten(-1, (self.num_heads, -1)).unflatten(2, (num, self.window))
+        cut = cut.unflatten(1, (num, self.window)).permute(0, 1, 3, 5, 2, 4, 6)
+        return cut.flatten(1, 3).flatten(2, 3)

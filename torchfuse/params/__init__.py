@@ -1,0 +1,37 @@
+"""Which parameters fusion added, which of all train and when, and in which group."""
+
+from torchfuse.params.freezing import FreezeSpec, apply_freeze_specs, freeze_params
+from torchfuse.params.groups import param_groups
+from torchfuse.params.parts import partition, parts_of
+from torchfuse.params.schedule import FreezeSchedule
+from torchfuse.params.stages import (
+    FreezeStage,
+    canonical_freeze_meta,
+    effective_freeze,
+    read_freeze_meta,
+)
+from torchfuse.params.table import Description, PartSummary, describe
+from torchfuse.params.tagging import fusion_buffers, get_fusion_params, register_fusion_module
+from torchfuse.params.trainable import quantized_dtype, set_trainable
+
+__all__ = [
+    "Description",
+    "FreezeSchedule",
+    "FreezeSpec",
+    "FreezeStage",
+    "PartSummary",
+    "apply_freeze_specs",
+    "canonical_freeze_meta",
+    "describe",
+    "effective_freeze",
+    "freeze_params",
+    "fusion_buffers",
+    "get_fusion_params",
+    "param_groups",
+    "partition",
+    "parts_of",
+    "quantized_dtype",
+    "read_freeze_meta",
+    "register_fusion_module",
+    "set_trainable",
+]

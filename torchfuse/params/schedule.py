@@ -1,0 +1,129 @@
+"""What trains when: stages of freeze specs, applied to a model as training reaches them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from torchfuse.naming import named_parameters, unwrap
+from torchfuse.params.freezing import FreezeSpec, freeze_mask
+from torchfuse.params.stages import FreezeStage, effective_freeze, in_order
+from torchfuse.params.trainable import set_requires_grad
+
+__all__ = ["FreezeSchedule"]
+
+_InForce = tuple[tuple[FreezeSpec, ...], dict[str, bool]]
+
+
+class FreezeSchedule:
+    """Stages of freeze specs, applied as training reaches them.
+
+    Call ``apply(model, step)`` before every optimizer step; it acts where a stage begins. Whatever any
+    stage trains is in the optimizer from the start: ``param_groups(model, lr=..., stages=schedule)``.
+    While frozen it has no gradient, so the optimizer neither reads nor decays it.
+
+    To resume, build model, schedule and optimizer as for a fresh start, load the checkpoint into them,
+    and go on calling ``apply`` with the number of steps taken.
+
+    Args:
+        stages: in any order; a spec outside of any stage is in force from the start. None: nothing is
+            ever changed.
+
+    Raises:
+        ValueError: if two stages start at one step.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
+        >>> schedule = FreezeSchedule(
+        ...     [
+        ...         FreezeStage(0, (FreezeSpec("0", True),)),
+        ...         FreezeStage(4, (FreezeSpec("0", False),)),
+        ...     ]
+        ... )
+        >>> [schedule.apply(model, step) for step in (0, 1, 3, 5, 6)]  # step 4 is jumped over
+        [True, False, False, True, False]
+    """
+
+    def __init__(self, stages: Iterable[FreezeSpec | FreezeStage] = ()) -> None:
+        self.stages = in_order(stages)
+        # Only so that a step inside a stage is cheap: what was in force, and what it made of the model.
+        self._last: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
+
+    def __iter__(self) -> Iterator[FreezeStage]:
+        return iter(self.stages)
+
+    def check(self, model: nn.Module) -> None:
+        """Hold every stage against a model, so that nothing of a later one is refused later.
+
+        Args:
+            model: a fused model, or any module.
+
+        Raises:
+            ValueError: naming every spec of every stage that does not fit, as ``apply_freeze_specs``.
+        """
+        faults = [
+            f"stage at step {stage.start_step}: {fault}"
+            for stage in self.stages
+            for fault in freeze_mask(model, stage.specs)[1]
+        ]
+        if faults:
+            raise ValueError(f"The freeze stages do not fit the model: {'; '.join(faults)}.")
+
+    def apply(self, model: nn.Module, step: int) -> bool:
+        """Let train what is to train at a step; call it between optimizer steps, before each.
+
+        A stage that began at a step which was jumped over is applied too. What no stage has named so
+        far stays as it is.
+
+        Args:
+            model: a fused model, or any module.
+            step: how many optimizer steps have been taken.
+
+        Returns:
+            Whether any parameter began or ceased to train.
+
+        Raises:
+            ValueError: if any stage, later ones too, does not fit the model; nothing has changed then.
+        """
+        specs = effective_freeze(self.stages, step)
+        inner = unwrap(model)
+        last, mask = self._last.get(inner, (None, {}))
+        now = {name: p.requires_grad for name, p in named_parameters(model)} if specs else {}
+        if specs == last and all(now.get(name) == trains for name, trains in mask.items()):
+            return False
+        self.check(model)
+        mask, _ = freeze_mask(model, specs)
+        if mask:
+            set_requires_grad(model, mask)
+        self._last[inner] = (specs, mask)
+        return any(now[name] != trains for name, trains in mask.items())
+
+    def trained_ever(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that train now or in some stage, in ``named_parameters`` order.
+
+        Ask before the first ``apply``, or after one at step 0, of a model as it was built.
+
+        Args:
+            model: a fused model, or any module.
+
+        Raises:
+            ValueError: as ``check``, and if at the beginning of a stage nothing trains.
+        """
+        self.check(model)
+        trains = {name: p.requires_grad for name, p in named_parameters(model)}
+        ever: set[str] = set()
+        idle: list[int] = []
+        for step in sorted({0, *(stage.start_step for stage in self.stages)}):
+            mask, _ = freeze_mask(model, effective_freeze(self.stages, step))
+            then = {name for name, now in trains.items() if mask.get(name, now)}
+            ever |= then
+            if self.stages and not then:
+                idle.append(step)
+        if idle:
+            raise ValueError(
+                f"Nothing trains from step {', '.join(map(str, idle))} on: a spec with frozen=False "
+                "must name what does."
+            )
+        return [name for name in trains if name in ever]

@@ -1,0 +1,101 @@
+"""Which parameters fusion added.
+
+A module says what fusion added by a method ``fusion_params()`` that names parameters relative to
+itself; ``register_fusion_module`` gives any module that method. Everything here goes by the
+identity of parameters and reports canonical names, so that it says the same before and after
+``torch.compile``, activation checkpointing and sharding.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from torchfuse.naming import canonical_name, named_parameters, unwrap
+
+__all__ = ["fusion_buffers", "fusion_ids", "get_fusion_params", "register_fusion_module"]
+
+
+def register_fusion_module(module: nn.Module) -> None:
+    """Mark every parameter of a module as added by fusion, by giving it ``fusion_params()``.
+
+    The module can still be pickled, copied, compiled, checkpointed and sharded.
+
+    Args:
+        module: a layer or a whole model, for example a projection behind an encoder.
+
+    Examples:
+        >>> projection = nn.Linear(3, 5)
+        >>> register_fusion_module(projection)
+        >>> sorted(get_fusion_params(nn.Sequential(nn.Linear(2, 3), projection)))
+        ['1.bias', '1.weight']
+    """
+    # A partial over a module-level function pickles and copies with the module it belongs to.
+    module.fusion_params = functools.partial(_all_parameter_names, module)  # type: ignore[assignment]
+
+
+def _all_parameter_names(module: nn.Module) -> list[str]:
+    return [canonical_name(name) for name, _ in module.named_parameters()]
+
+
+def get_fusion_params(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that fusion added, by canonical name, in the order of ``named_parameters``.
+
+    Args:
+        model: any module with parts that have ``fusion_params()``.
+
+    Raises:
+        ValueError: if a ``fusion_params()`` names a parameter that its module does not have.
+    """
+    fusion = fusion_ids(model)
+    return {name: p for name, p in named_parameters(model) if id(p) in fusion}
+
+
+def fusion_ids(model: nn.Module) -> set[int]:
+    """The ``id`` of every parameter that fusion added.
+
+    Args:
+        model: any module with parts that have ``fusion_params()``.
+
+    Raises:
+        ValueError: as ``get_fusion_params``.
+    """
+    found: set[int] = set()
+    for name, module in model.named_modules():
+        if not _owns_fusion_params(module):
+            continue
+        own = dict(named_parameters(module))
+        named = [canonical_name(n) for n in module.fusion_params()]
+        unknown = [n for n in named if n not in own]
+        if unknown:
+            raise ValueError(
+                f"fusion_params() of {type(module).__name__} {canonical_name(name)!r} names "
+                f"{', '.join(unknown)}, which it does not have; it has {', '.join(own) or 'none'}."
+            )
+        found.update(id(own[n]) for n in named)
+    return found
+
+
+def _owns_fusion_params(module: nn.Module) -> bool:
+    # Wrappers forward attributes of what they wrap; only the module's own method counts.
+    own = vars(module).get("fusion_params") or getattr(type(module), "fusion_params", None)
+    return callable(own)
+
+
+def fusion_buffers(model: nn.Module) -> dict[str, Any]:
+    """Persistent buffers of modules whose parameters were all added by fusion, by canonical name."""
+    fusion = fusion_ids(model)
+    inside: set[int] = set()
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and all(id(p) in fusion for p in own):
+            inside.update(id(m) for m in module.modules())
+    return {
+        canonical_name(f"{name}.{key}" if name else key): buffer
+        for name, module in unwrap(model).named_modules()
+        if id(module) in inside
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    }

@@ -1,0 +1,151 @@
+"""Choosing what trains: by part, and parameter by parameter.
+
+Whether a parameter trains is its ``requires_grad`` and nothing else. A parameter that stops training
+loses its gradient too: an optimizer passes over what has none, so that what is frozen is neither read
+nor decayed, and a norm of gradients is of what trains. A module with only frozen parameters stays in
+evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, distributed, nn
+
+from torchfuse.naming import named_parameters, unwrap
+from torchfuse.params.parts import partition
+
+__all__ = ["dtype_name", "quantized_dtype", "reshard", "set_requires_grad", "set_trainable"]
+
+
+def set_trainable(
+    model: nn.Module,
+    *,
+    decoder: bool = False,
+    encoder: bool | Mapping[str, bool] = False,
+    fusion: bool = True,
+) -> None:
+    """Choose what trains; everything else is frozen.
+
+    Args:
+        model: a fused model.
+        decoder: whether the pretrained decoder trains.
+        encoder: whether the pretrained encoders train; for named encoders also ``{name: bool}``,
+            where a name left out is frozen.
+        fusion: whether what fusion added trains, wherever it stands.
+
+    Raises:
+        ValueError: if something is to train that the model does not have, or that is quantized; nothing
+            has changed then.
+
+    Examples:
+        >>> from torchfuse import FusionEmbedding
+        >>> model = nn.Sequential(FusionEmbedding(11, 2, 3), nn.Linear(3, 11))
+        >>> set_trainable(model)
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.fusion_embedding.weight']
+    """
+    groups = partition(model)
+    wanted = _wanted(groups, decoder=decoder, encoder=encoder, fusion=fusion)
+    quantized = [
+        name
+        for part, train in wanted.items()
+        for name, parameter in groups.get(part, {}).items()
+        if train and quantized_dtype(parameter) is not None
+    ]
+    if quantized:
+        more = f" and {len(quantized) - 8} more" if len(quantized) > 8 else ""
+        raise ValueError(
+            f"Quantized weights cannot train: {', '.join(quantized[:8])}{more}. Leave their part frozen."
+        )
+    empty = [part for part, train in wanted.items() if train and not groups.get(part)]
+    if empty:
+        there = ", ".join(part for part, parameters in groups.items() if parameters)
+        raise ValueError(
+            f"Nothing to train in {', '.join(empty)}: the model has no such parameters. "
+            f"It has {there or 'none at all'}."
+        )
+    set_requires_grad(
+        model, {n: wanted[part] for part, parameters in groups.items() for n in parameters}
+    )
+
+
+def set_requires_grad(model: nn.Module, trains: Mapping[str, bool]) -> None:
+    """Let parameters train or not, by their canonical names; the others stay as they are.
+
+    Args:
+        model: any module.
+        trains: names of parameters of the model, and whether each trains.
+    """
+    reshard(model)
+    for name, parameter in named_parameters(model):
+        if name not in trains:
+            continue
+        parameter.requires_grad_(trains[name])
+        if not trains[name]:
+            parameter.grad = None
+    inner = unwrap(model)
+    if hasattr(inner, "parts"):
+        inner.train(inner.training)  # a fused model keeps what is frozen in evaluation mode
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the sharded parameters of an FSDP2 model back in their place.
+
+    After a forward pass without a backward pass the model shows whole copies of some of them, which no
+    optimizer may hold and whose ``requires_grad`` does not last.
+
+    Args:
+        model: any module; one that is not sharded stays as it is.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _wanted(
+    groups: Iterable[str], *, decoder: bool, encoder: bool | Mapping[str, bool], fusion: bool
+) -> dict[str, bool]:
+    encoders = [part for part in groups if part.split(".")[0] == "encoder"]
+    wanted = {"decoder": decoder, "fusion": fusion}
+    if isinstance(encoder, Mapping):
+        by_name = {
+            part.removeprefix("encoder").removeprefix(".") or "encoder": part for part in encoders
+        }
+        unknown = sorted(set(encoder) - set(by_name))
+        if unknown:
+            raise ValueError(
+                f"No encoder named {', '.join(unknown)}; there are {', '.join(by_name) or 'none'}."
+            )
+        return wanted | {part: bool(encoder.get(name, False)) for name, part in by_name.items()}
+    if encoder and not encoders:
+        raise ValueError("The encoder is to train, but the model has none.")
+    return wanted | dict.fromkeys(encoders, encoder)
+
+
+def quantized_dtype(tensor: Any) -> str | None:
+    """What a quantized tensor holds its values in: ``"int8"``, ``"float8_e4m3fn"``, ``"nf4"``.
+
+    Args:
+        tensor: any tensor or parameter.
+
+    Returns:
+        None if its values are held in its own dtype.
+    """
+    inner = tensor
+    while hasattr(inner, "__tensor_flatten__"):
+        if type(inner).__name__ == "NF4Tensor":
+            return "nf4"  # two to a byte; what holds them says less
+        held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
+        inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.nbytes)
+    return None if inner.dtype == tensor.dtype else dtype_name(inner)
+
+
+def dtype_name(tensor: Any) -> str:
+    """The dtype of a tensor as people write it: ``"bfloat16"``."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -16,6 +16,8 @@ GROUPS = {
     "Modules": "modules",
     "Encoders": "encoders",
     "Checkpoints": "checkpoint",
+    "Parameters": "params",
+    "Generation": "generation",
     "Data": "data",
     "Running": "",
 }

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from torchfuse.modules.fusion_linear import FusionLinear
 from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params import partition, parts_of, quantized_dtype
+from torchfuse.params import held_bytes, partition, parts_of, quantized_dtype
 
 __all__ = ["Quantization", "quantize"]
 
@@ -115,7 +115,7 @@ def quantize(
             quantized = nn.Parameter(_convert(linears[0].weight.detach(), scheme), requires_grad=False)
             for linear in linears:
                 linear.weight = quantized
-            after += _held_bytes(quantized)
+            after += held_bytes(quantized)
     return Quantization(scheme, tuple(plan.linears), plan.kept, before, after)
 
 
@@ -312,14 +312,6 @@ def _convert(weight: Tensor, scheme: str) -> Tensor:
     if held.dtype != weight.dtype:
         held = type(held)(held.qdata, held.scale.to(weight.dtype), held.block_size, weight.dtype)
     return held
-
-
-def _held_bytes(tensor: Any) -> int:
-    """The size of what a tensor is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.nbytes)
-    held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return sum(_held_bytes(inner) for inner in held if inner is not None)
 
 
 def _some(names: Sequence[str], separator: str = ", ") -> str:

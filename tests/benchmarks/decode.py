@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from torchfuse import quantize
+from torchfuse.params import held_bytes
 
 if __package__:
     from .decoders import DTYPES, SIZES, Ours, Theirs, Torchtunes, build, images_of, question
@@ -79,19 +80,11 @@ def bandwidth(options):
     return best
 
 
-def stored(tensor):
-    """Bytes that a tensor is made of, quantized ones too."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return sum(stored(part) for part in parts)
-
-
 def bytes_of_step(model, rows, slots, features, dtype):
     """What a step must read: all of the decoder but its table and the maps that only a prompt runs."""
     skipped = ("tok_embeddings", "fusion_layer.attn.k_proj", "fusion_layer.attn.v_proj")
     weights = sum(
-        stored(p) for n, p in model.decoder.named_parameters() if not any(s in n for s in skipped)
+        held_bytes(p) for n, p in model.decoder.named_parameters() if not any(s in n for s in skipped)
     )
     kept = 0
     for layer in model.layers:
@@ -180,7 +173,7 @@ def race(options, asked, entered, read, title):
         reader = model if isinstance(contestant, Ours) else ours
         needed = bytes_of_step(reader, rows, options.prompt + options.new, features, dtype)
         used[name] = statistics.median(rate[name]) / rows * needed / read
-        weights = sum(stored(tensor) for tensor in {id(p): p for p in model.parameters()}.values())
+        weights = sum(held_bytes(tensor) for tensor in {id(p): p for p in model.parameters()}.values())
         held = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"
         same = (said[name] == said["torchfuse eager"]).float().mean()
         print(

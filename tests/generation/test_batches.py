@@ -9,8 +9,9 @@ from torchfuse.data.questions import Question
 from torchfuse.generation import session
 from torchfuse.generation.batches import answer_in_batches
 from torchfuse.generation.conversation import Conversation
-from torchfuse.generation.report import Report, TimedSession, held_bytes, peak_memory, step_bytes
+from torchfuse.generation.report import Report, TimedSession, peak_memory, step_bytes
 from torchfuse.generation.sampling import Sampling
+from torchfuse.params import held_bytes
 
 DRAWN = Sampling(temperature=1.4, top_k=17)
 

@@ -117,9 +117,8 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ("seed", "Override seed: Command-line overrides must be in the form of key=value"),
         ("model.every={a", "Override model.every={a: while parsing a flow mapping"),
         ("~seed.x", "Override ~seed.x: "),
-        ("model.every=two", f"{MODEL}every must be an integer, got 'two'."),
-        ("model.every=1.5", f"{MODEL}every must be an integer, got 1.5."),
-        ("model.every=null", f"{MODEL}every must be an integer, got None."),
+        ("model.every=two", f"{MODEL}every must be an integer or null, got 'two'."),
+        ("model.every=1.5", f"{MODEL}every must be an integer or null, got 1.5."),
         ("model.num_layers=2", f"{MODEL}num_layers is fixed here at 4 and cannot be given, got 2."),
         ("model.vocab_size=41", f"{MODEL}vocab_size is fixed here at 40 and cannot be given, got 41."),
         ("model.decoder=x", f"{MODEL}decoder is fixed here and cannot be given, got 'x'."),
@@ -135,7 +134,7 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ),
         (
             "model.every=two model.keep_cls=5 model.num_heads=2",
-            f"{MODEL}every must be an integer, got 'two'; keep_cls must be true or false, got 5; "
+            f"{MODEL}every must be an integer or null, got 'two'; keep_cls must be true or false, got 5; "
             "num_heads is fixed here at 4 and cannot be given, got 2.",
         ),
         (
@@ -206,7 +205,7 @@ def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, t
             r"pretrained: encoder must be .*, got \['demo/clip'\]\.",
         ),
         ("pretrained", {"encoder": {"a": 5}}, r"pretrained: encoder must be .*, got \{'a': 5\}\."),
-        ("model", {"every": "two"}, r"model \(.*digits\): every must be an integer, got 'two'\."),
+        ("model", {"every": "two"}, r"model \(.*digits\): every must be an integer or null, got 'two'\."),
         (
             "model",
             {"_component_": "argparse.Namespace"},

@@ -7,10 +7,11 @@ with the checkpoint's own configuration. All differences are one error, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -46,7 +47,8 @@ def load_pretrained(
     bytes where someone looks. A sharded model keeps of each tensor what is its own.
 
     New tokens that ``fusion_init="mean"`` gave the mean of the table as it was, and that nothing has
-    changed since, get the mean of the loaded table; so do new rows of the head.
+    changed since, get the mean of the loaded table; so do new rows of the head. Experts that began as
+    copies of pretrained weights become copies of those loaded, under the same condition.
 
     Args:
         model: a fused model.
@@ -90,7 +92,7 @@ def load_pretrained(
             faults += [f"{part} from {directory.path}:\n  " + "\n  ".join(wrong)] if wrong else []
         if faults:
             raise ValueError(_NOTHING + "\n".join(faults))
-        with _MeansFollow(model, sources):
+        with _StartsFollow(model, sources):
             fill(sources, [parts[part] for part in wanted], torch.device(device))
 
 
@@ -155,23 +157,30 @@ def sources_of_part(
     return sources, faults + [f"config.json: {fault}" for fault in theirs.differences(ours)]
 
 
-class _MeansFollow:
-    """New rows that start as the mean of the pretrained ones shall be the mean of those loaded."""
+class _StartsFollow:
+    """What started from pretrained values shall start from those loaded, if nothing has changed it.
+
+    These are new rows that are the mean of the pretrained ones, and experts that are copies of them.
+    """
 
     def __init__(self, model: nn.Module, sources: list[Source]) -> None:
         loaded = {id(source.target) for source in sources}
-        self._modules = [
-            module
-            for module in model.modules()
-            if isinstance(module, FusionEmbedding | FusionLinear)
-            and id(module.weight) in loaded
-            and not any(p.is_meta for p in module.parameters())
-            and module.new_rows_are_means()
-        ]
+        self._renew: list[Callable[[], None]] = []
+        for module in model.modules():
+            if not any(id(p) in loaded for p in module.parameters()):
+                continue
+            whole: Any = module  # a layer that copies, and rows that average, say so by these methods
+            if isinstance(module, FusionEmbedding | FusionLinear):
+                if not any(p.is_meta for p in module.parameters()) and whole.new_rows_are_means():
+                    self._renew.append(functools.partial(whole.reset_new_rows, "mean"))
+            elif (
+                callable(getattr(type(module), "experts_are_fresh", None)) and whole.experts_are_fresh()
+            ):
+                self._renew.append(whole.reset_experts)
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for module in self._modules if kind is None else ():
-            module.reset_new_rows("mean")
+        for renew in self._renew if kind is None else ():
+            renew()

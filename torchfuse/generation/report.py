@@ -23,8 +23,9 @@ from torchfuse.generation.session import Session
 from torchfuse.modules.fusion_layer import FusionLayer
 from torchfuse.modules.kv_cache import EncoderKVCache
 from torchfuse.naming import unwrap
+from torchfuse.params import held_bytes
 
-__all__ = ["Report", "TimedSession", "clock", "held_bytes", "peak_memory", "step_bytes"]
+__all__ = ["Report", "TimedSession", "clock", "peak_memory", "step_bytes"]
 
 _PREFIXES: Final = ("", "k", "M", "G", "T")
 
@@ -201,14 +202,6 @@ def step_bytes(model: nn.Module) -> int:
 def _reads_features(layer: nn.Module) -> bool:
     """Whether a layer's cache of features, if it has one, holds any."""
     return all(getattr(module, "is_filled", True) for module in layer.modules())
-
-
-def held_bytes(tensor: Any) -> int:
-    """The size of a tensor as it is held, of a quantized one that of what it is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.nbytes)
-    inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return sum(held_bytes(part) for part in inner if part is not None)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:

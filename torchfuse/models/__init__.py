@@ -2,7 +2,9 @@
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.deep_fusion import CrossAttentionStrategy, DeepFusionModel
+from torchfuse.models.deep_stack import DeepStackStrategy
 from torchfuse.models.early_fusion import EarlyFusionModel, JointDecoderStrategy
+from torchfuse.models.expert_fusion import MoMaStrategy
 from torchfuse.models.fuse import fuse
 from torchfuse.models.mixture_fusion import MixtureFusionModel, MoTStrategy
 from torchfuse.models.strategies import (
@@ -16,11 +18,13 @@ from torchfuse.models.strategies import (
 __all__ = [
     "CrossAttentionStrategy",
     "DeepFusionModel",
+    "DeepStackStrategy",
     "EarlyFusionModel",
     "EncoderFeatures",
     "FusedModel",
     "JointDecoderStrategy",
     "MixtureFusionModel",
+    "MoMaStrategy",
     "MoTStrategy",
     "ModalityContext",
     "ModalityStrategy",

@@ -103,6 +103,9 @@ class FusedModel(DecoderSurface, EncoderOwner):
         if mode:
             for child in self.children():
                 _evaluate_frozen(child)
+            for encoder in self.encoder_parts().values():  # also one that has no parameters at all
+                if not any(p.requires_grad for p in encoder.parameters()):
+                    encoder.eval()
         return self
 
     def forward(

@@ -17,6 +17,8 @@ from torchfuse.models.strategies import (
     ModalityContext,
     ModalityStrategy,
     check_rows,
+    fuse_layers,
+    layers_to_fuse,
     register_modality_strategy,
 )
 from torchfuse.modules.fusion_layer import FusionLayer
@@ -66,37 +68,14 @@ class CrossAttentionStrategy(ModalityStrategy):
         if faults:
             raise ValueError(f"cross_attention: {'; '.join(faults)}.")
 
-    def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
+    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
         layers: Any = decoder.layers
-        indices: Sequence[int]
-        if self.layers is not None:
-            indices = sorted(set(self.layers))
-            if (
-                not indices
-                or len(indices) != len(self.layers)
-                or indices[0] < 0
-                or indices[-1] >= len(layers)
-            ):
-                raise ValueError(
-                    f"layers must name layers of this decoder, 0 to {len(layers) - 1}, each once; got "
-                    f"{list(self.layers)}."
-                )
-        elif every < 1 or every > len(layers):
-            raise ValueError(
-                f"every={every} fuses no layer of this decoder, which has {len(layers)}: layer i is "
-                f"fused when (i + 1) % every == 0. Choose every between 1 and {len(layers)}."
-            )
-        else:
-            indices = range(every - 1, len(layers), every)
-        fused = {i: self._fuse_layer(layers[i], i, decoder.tok_embeddings) for i in indices}
+        indices = layers_to_fuse(len(layers), self.layers, every)
+        return fuse_layers(
+            layers, indices, lambda i: self._fuse_layer(layers[i], decoder.tok_embeddings)
+        )
 
-        def put_in_place() -> None:
-            for index, layer in fused.items():
-                layers[index] = layer
-
-        return put_in_place
-
-    def _fuse_layer(self, layer: Any, index: int, embedding: Any) -> FusionLayer:
+    def _fuse_layer(self, layer: Any, embedding: Any) -> FusionLayer:
         from torchfuse.models.layers import cross_attention_layer  # imports torchtune
 
         try:
@@ -104,7 +83,7 @@ class CrossAttentionStrategy(ModalityStrategy):
             num_heads, num_kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
         except AttributeError as error:
             raise ValueError(
-                f"Layer {index} is a {type(layer).__name__} without what torchtune's decoder layers "
+                f"It is a {type(layer).__name__} without what torchtune's decoder layers "
                 f"have ({error}). Wrap such layers in FusionLayer yourself and give the decoder to "
                 "DeepFusionModel."
             ) from error

@@ -262,7 +262,8 @@ class EncoderOwner(nn.Module):
                     "example_input()."
                 )
             example = ask()
-        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+        table: Any = self.tok_embeddings  # the decoder's, for encoders without parameters
+        device = next(p.device for p in (*encoder.parameters(), *table.parameters()))
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
 
 

@@ -49,8 +49,8 @@ def fuse(
         decoder: a torchtune ``TransformerDecoder``. Its layers and embeddings are wrapped in place.
         encoder: a module that returns features ``[b, n, d_e]``, or modules by name.
         arch: ``"cross_attention"``, ``"joint_decoder"`` or ``"mot"``.
-        adapter: ``"linear"``, ``"mlp_2layer"``, a module of yours, or None where the encoder already
-            returns the decoder's width; by name for named encoders that differ.
+        adapter: the name of a registered one (see ``build_adapter``), a module of yours, or None where
+            the encoder already returns the decoder's width; by name for named encoders that differ.
         every: for architectures that fuse layers: layer ``i`` is fused when ``(i + 1) % every == 0``.
             None: as is usual for the architecture, 4 for ``"cross_attention"`` and 1 for ``"mot"``.
         encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
@@ -102,7 +102,7 @@ def fuse(
     if len({spec is None for spec in adapters.values()}) > 1:
         raise ValueError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
     every = strategy.default_every if every is None else every
-    put_layers_in_place = strategy.plan_for(decoder, names, every=every)
+    put_layers_in_place = strategy.plan(decoder, names, every=every)
     fused_embedding = None
     if fusion_vocab_size:
         fused_embedding = FusionEmbedding.from_pretrained(embedding, fusion_vocab_size, fusion_init)
@@ -190,7 +190,9 @@ def _adapter(
             "encoder_dim=."
         )
     with weight.device:
-        return build_adapter(spec, width, embedding.embedding_dim).to(_floating(weight))
+        num_tokens = getattr(encoder, "num_tokens", None)
+        adapter = build_adapter(spec, width, embedding.embedding_dim, num_tokens=num_tokens)
+        return adapter.to(_floating(weight))
 
 
 def _feature_dim(encoder: nn.Module) -> int | None:

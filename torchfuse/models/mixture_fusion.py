@@ -14,9 +14,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
-from torchfuse.models.early_fusion import Placement, SequenceStrategy
-from torchfuse.models.encoding import EncoderInput, OnMissing
-from torchfuse.models.strategies import ModalityContext, layers_to_fuse, register_modality_strategy
+from torchfuse.models.encoding import EncoderInput, OnMissing, encoder_names
+from torchfuse.models.sequence import Placement, SequenceStrategy
+from torchfuse.models.strategies import (
+    ModalityContext,
+    fuse_layers,
+    layers_to_fuse,
+    register_modality_strategy,
+)
 from torchfuse.modules.mixture_of_transformers import MoTLayer, MoTNorm, Start
 from torchfuse.naming import unwrap
 
@@ -60,32 +65,48 @@ class MoTStrategy(SequenceStrategy):
         if self.start not in ("warm", "zero"):
             raise ValueError(f'start must be "warm" or "zero", got {self.start!r}.')
 
-    def plan_for(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
         from torchfuse.models.layers import mot_layer  # imports torchtune
 
         layers: Any = decoder.layers
         scores_features = self.placement == "placeholder"
-        fused = {}
-        for index in layers_to_fuse(len(layers), self.layers, every):
-            last = index == len(layers) - 1
-            try:
-                fused[index] = mot_layer(
-                    layers[index],
-                    encoders,
-                    start=self.start,
-                    keys_and_values_only=last and not scores_features,
-                )
-            except ValueError as error:
-                raise ValueError(f"Layer {index} cannot be fused. {error}") from error
+
+        def build(index: int) -> nn.Module:
+            unread = index == len(layers) - 1 and not scores_features
+            return mot_layer(layers[index], encoders, start=self.start, keys_and_values_only=unread)
+
+        fuse = fuse_layers(layers, layers_to_fuse(len(layers), self.layers, every), build)
         norm = MoTNorm(decoder.norm, encoders) if scores_features else None  # type: ignore[arg-type]
 
         def put_in_place() -> None:
-            for index, layer in fused.items():
-                layers[index] = layer
+            fuse()
             if norm is not None:
                 decoder.norm = norm
 
         return put_in_place
+
+    def check_decoder(self, decoder: Any, encoders: Sequence[str]) -> None:
+        layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
+        fused = {i: layer for i, layer in enumerate(layers) if isinstance(layer, MoTLayer)}
+        faults = [] if fused else ["no layer is a MoTLayer"]
+        parts: dict[str, Any] = {f"layer {index}": layer for index, layer in fused.items()}
+        if self.placement == "placeholder":
+            norm = unwrap(decoder.norm) if hasattr(decoder, "norm") else None
+            faults += [] if isinstance(norm, MoTNorm) else ["the final norm is no MoTNorm"]
+            parts |= {"the final norm": norm} if isinstance(norm, MoTNorm) else {}
+        for what, part in parts.items():
+            if set(part.fusion_layer) != set(encoders):
+                there = ", ".join(part.fusion_layer) or "nobody"
+                faults.append(f"{what} has weights for {there}, not for {', '.join(encoders)}")
+        read = [i for i in fused if self.placement == "placeholder" or i < len(layers) - 1]
+        for index in read:
+            if fused[index].keys_and_values_only:
+                faults.append(f"layer {index} has keys and values only, but what it returns is read")
+        if faults:
+            raise ValueError(
+                f"This decoder is not fused for placement={self.placement!r}: {'; '.join(faults)}. "
+                'torchfuse.fuse(decoder, encoder, arch="mot") puts in place what is needed.'
+            )
 
     def wrap(
         self,
@@ -112,7 +133,7 @@ class MixtureFusionModel(FusedModel):
     """A decoder in whose sequence features stand, with weights of their own; ``fuse`` builds one.
 
     Args:
-        decoder: a ``TransformerDecoder`` with ``MoTLayer`` in it.
+        decoder: a ``TransformerDecoder`` with the layers in it that the strategy wants.
         encoder: a module that returns features ``[b, n, d_e]``, or several by name.
         strategy: the architecture's options.
         adapter: what maps features to the decoder's width. None: the encoders do.
@@ -132,7 +153,7 @@ class MixtureFusionModel(FusedModel):
         decoder: nn.Module,
         encoder: nn.Module | Mapping[str, nn.Module],
         *,
-        strategy: MoTStrategy,
+        strategy: SequenceStrategy,
         adapter: nn.Module | Mapping[str, nn.Module] | None = None,
         decoder_trainable: bool = False,
         encoder_trainable: bool | Mapping[str, bool] = False,
@@ -140,8 +161,7 @@ class MixtureFusionModel(FusedModel):
         on_missing: OnMissing = "skip",
         example_input: EncoderInput | None = None,
     ) -> None:
-        names = list(encoder) if isinstance(encoder, Mapping | nn.ModuleDict) else ["encoder"]
-        _check_weights(decoder, names, strategy.placement)
+        strategy.check_decoder(decoder, encoder_names(encoder))
         super().__init__(
             decoder,
             encoder,
@@ -161,28 +181,3 @@ class MixtureFusionModel(FusedModel):
         h = norm(h, routing=context.routing)
         # The rest of the decoder's own unembed.
         return self.chunked_output(h) if self.num_output_chunks > 0 else self.output(h).float()
-
-
-def _check_weights(decoder: Any, names: Sequence[str], placement: Placement) -> None:
-    """Refuse a decoder whose fused layers lack what encoders of these names need."""
-    layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
-    fused = {i: layer for i, layer in enumerate(layers) if isinstance(layer, MoTLayer)}
-    faults = [] if fused else ["no layer is a MoTLayer"]
-    parts: dict[str, Any] = {f"layer {index}": layer for index, layer in fused.items()}
-    if placement == "placeholder":
-        norm = unwrap(decoder.norm) if hasattr(decoder, "norm") else None
-        faults += [] if isinstance(norm, MoTNorm) else ["the final norm is no MoTNorm"]
-        parts |= {"the final norm": norm} if isinstance(norm, MoTNorm) else {}
-    for what, part in parts.items():
-        if set(part.fusion_layer) != set(names):
-            there = ", ".join(part.fusion_layer) or "nobody"
-            faults.append(f"{what} has weights for {there}, not for {', '.join(names)}")
-    read = [i for i in fused if placement == "placeholder" or i < len(layers) - 1]
-    for index in read:
-        if fused[index].keys_and_values_only:
-            faults.append(f"layer {index} has keys and values only, but what it returns is read")
-    if faults:
-        raise ValueError(
-            f"This decoder is not fused for placement={placement!r}: {'; '.join(faults)}. "
-            'torchfuse.fuse(decoder, encoder, arch="mot") puts in place what is needed.'
-        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
@@ -28,6 +28,7 @@ __all__ = [
     "ModalityStrategy",
     "build_modality_strategy",
     "check_rows",
+    "fuse_layers",
     "layers_to_fuse",
     "register_modality_strategy",
 ]
@@ -91,26 +92,17 @@ class ModalityStrategy(ABC):
     default_every: ClassVar[int] = 4
     """The ``every`` of ``fuse`` where none is given."""
 
-    def plan(self, decoder: nn.Module, *, every: int) -> Callable[[], None]:
+    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
         """Build what the decoder needs, and return a function that puts it in place.
 
         Everything that can fail happens here, so that the decoder is either fused or untouched.
 
         Args:
             decoder: a pretrained decoder.
+            encoders: names of the encoders; ``["encoder"]`` for one without a name.
             every: layer ``i`` is fused when ``(i + 1) % every == 0``.
         """
         return lambda: None
-
-    def plan_for(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
-        """As ``plan``, for architectures with weights of their own for each encoder.
-
-        Args:
-            decoder: as for ``plan``.
-            encoders: names of the encoders; ``["encoder"]`` for one without a name.
-            every: as for ``plan``.
-        """
-        return self.plan(decoder, every=every)
 
     def extra_tokens(self, num_features: int) -> int:
         """By how many positions that many features make the decoder's sequence longer."""
@@ -122,6 +114,9 @@ class ModalityStrategy(ABC):
 
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
         """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
+
+    def check_decoder(self, decoder: nn.Module, encoders: Sequence[str]) -> None:  # noqa: B027
+        """Raise a ``ValueError`` if a decoder lacks what ``plan`` would have put in place."""
 
     def check_prompt(  # noqa: B027  # most have nothing to check
         self,
@@ -253,3 +248,30 @@ def layers_to_fuse(num_layers: int, layers: Sequence[int] | None, every: int) ->
             f"fused when (i + 1) % every == 0. Choose every between 1 and {num_layers}."
         )
     return list(range(every - 1, num_layers, every))
+
+
+def fuse_layers(
+    layers: Any, indices: Iterable[int], build: Callable[[int], nn.Module]
+) -> Callable[[], None]:
+    """Build fused layers, and return a function that puts them in place.
+
+    Args:
+        layers: the decoder's.
+        indices: which are fused.
+        build: makes the fused layer of an index.
+
+    Raises:
+        ValueError: naming the layer that cannot be fused.
+    """
+    fused = {}
+    for index in indices:
+        try:
+            fused[index] = build(index)
+        except ValueError as error:
+            raise ValueError(f"Layer {index} cannot be fused. {error}") from error
+
+    def put_in_place() -> None:
+        for index, layer in fused.items():
+            layers[index] = layer
+
+    return put_in_place

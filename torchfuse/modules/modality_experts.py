@@ -15,79 +15,24 @@ evaluation, until training moves them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torchfuse.modules.expert_choice import ExpertChoiceRouter, ModalityExperts
+from torchfuse.modules.expert_options import ExpertOptions
 from torchfuse.modules.routing import Routing
+from torchfuse.modules.transformer_expert import are_equal, first_values
 from torchfuse.naming import TransparentWrapper, canonical_name, unwrap
 from torchfuse.params import quantized_dtype
 
 __all__ = ["ExpertOptions", "MoMaLayer", "expert_load"]
 
-Start = Literal["warm", "zero"]
-
 _TEXT: Final = "text"
 _PARTS: Final = ("sa_norm", "attn", "sa_scale", "mlp_norm", "mlp", "mlp_scale")
-
-
-@dataclass(frozen=True)
-class ExpertOptions:
-    """How many experts there are, and how they choose.
-
-    Args:
-        num_experts: new experts of each modality but text; a mapping: by modality.
-        num_text_experts: experts of text, the pretrained feed-forward among them.
-        capacity: the share of its modality's tokens that an expert takes, in (0, 1]. None: one
-            divided by the number of the modality's experts.
-        start: what experts of other modalities begin as: ``"warm"``, copies of the pretrained
-            feed-forward; ``"zero"``, such copies with an output of zero.
-        noise: whether noise is added to the routers' scores in training.
-        auxiliary_router: whether small routers learn to foretell the choice, so that the model can
-            generate, and be evaluated without a look at other tokens.
-        auxiliary_dim: width inside them. None: the decoder's.
-        auxiliary_loss_weight: what their loss, the mean over a batch, is multiplied by.
-
-    Raises:
-        ValueError: naming every number that is out of its range.
-    """
-
-    num_experts: int | Mapping[str, int] = 4
-    num_text_experts: int = 1
-    capacity: float | None = None
-    start: Start = "warm"
-    noise: bool = True
-    auxiliary_router: bool = True
-    auxiliary_dim: int | None = None
-    auxiliary_loss_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        counts: dict[str, int | None] = {
-            "num_text_experts": self.num_text_experts,
-            "auxiliary_dim": self.auxiliary_dim,
-        }
-        if isinstance(self.num_experts, Mapping):
-            counts |= {f"num_experts of {name!r}": count for name, count in self.num_experts.items()}
-        else:
-            counts["num_experts"] = self.num_experts
-        faults = [
-            f"{name} must be at least 1, got {count}"
-            for name, count in counts.items()
-            if count is not None and count < 1
-        ]
-        if self.capacity is not None and not 0 < self.capacity <= 1:
-            faults.append(f"capacity must lie in (0, 1], got {self.capacity}")
-        if self.start not in get_args(Start):
-            faults.append(f"start must be {' or '.join(map(repr, get_args(Start)))}, got {self.start!r}")
-        if not 0 <= self.auxiliary_loss_weight < float("inf"):
-            faults.append(f"auxiliary_loss_weight must be 0 or more, got {self.auxiliary_loss_weight}")
-        if faults:
-            raise ValueError(f"Experts: {'; '.join(faults)}.")
 
 
 class MoMaLayer(TransparentWrapper):
@@ -126,6 +71,24 @@ class MoMaLayer(TransparentWrapper):
         self.fusion_layer = _build_experts(unwrap(layer), modalities, options)
         self.wrap(layer, child="layer")
 
+    @torch.no_grad()
+    def reset_experts(self) -> None:
+        """Give the experts their first values, from the pretrained feed-forward as it is now."""
+        for parameter, value in self._first_values():
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def experts_are_fresh(self) -> bool:
+        """Whether all experts are as ``reset_experts`` would set them; False if one has no memory."""
+        return are_equal(self._first_values())
+
+    def _first_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        layer: Any = unwrap(self.wrapped)
+        for name, group in self.fusion_layer.experts.items():
+            zero = name == _TEXT or self.options.start == "zero"
+            for expert in group:  # type: ignore[attr-defined]  # a ModuleList
+                yield from first_values(layer.mlp, expert, ("w2.",) if zero else ())
+
     def forward(
         self,
         x: Tensor,
@@ -151,7 +114,7 @@ class MoMaLayer(TransparentWrapper):
             ValueError: if there are no experts of a modality.
         """
         if routing is not None:
-            own = self._modalities()
+            own = self.modalities
             unknown = sorted({*routing.slots, *routing.stand_ins} - {*own})
             if unknown:
                 raise ValueError(
@@ -200,7 +163,9 @@ class MoMaLayer(TransparentWrapper):
             decoder_max_seq_len=decoder_max_seq_len,
         )
 
-    def _modalities(self) -> list[str]:
+    @property
+    def modalities(self) -> list[str]:
+        """The names of the modalities beside text."""
         return [name for name in self.fusion_layer.experts if name != _TEXT]
 
     def _run(self, x: Tensor, mask: Any, input_pos: Tensor | None, routing: Routing | None) -> Tensor:

@@ -37,6 +37,7 @@ class Routing:
         valid_text: which tokens of text are no padding, bool ``[b, text]``; None: all.
         stand_ins: features ``[1, n, d]`` of modalities that this batch lacks but whose weights must take
             part in the computation, without changing a bit of it.
+        features: what ``keep_features`` kept, ``[b, slots, d]``, by name.
 
     Examples:
         >>> x = torch.arange(5.0).view(1, 5, 1)
@@ -53,6 +54,7 @@ class Routing:
     valid: Mapping[str, Tensor] = field(default_factory=dict)
     valid_text: Tensor | None = None
     stand_ins: Mapping[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
     # Where modalities alternate, by name: the positions of a modality's tokens ``[b, slots]``, and which
     # of its slots would stand at each position ``[b, t]``.
     _positions: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
@@ -63,6 +65,10 @@ class Routing:
             order = (~place).to(torch.int8).argsort(dim=1, stable=True)
             self._positions[name] = order[:, : self.slots[name]]
             self._ranks[name] = (place.cumsum(dim=1) - 1).clamp(min=0, max=self.slots[name] - 1)
+
+    def keep_features(self, embeds: Tensor) -> None:
+        """Remember what stands in the slots of ``embeds`` ``[b, t, d]``, for layers to use again."""
+        self.features.update({name: self.take(name, embeds) for name in self.slots})
 
     def text(self, x: Tensor) -> Tensor:
         """What text's weights run on, ``[b, text, d]``: all of ``x`` where modalities alternate."""

@@ -2,6 +2,7 @@
 
 from torchfuse.params.freezing import FreezeSpec, apply_freeze_specs, freeze_params
 from torchfuse.params.groups import param_groups
+from torchfuse.params.held import held_bytes, quantized_dtype
 from torchfuse.params.parts import partition, parts_of
 from torchfuse.params.schedule import FreezeSchedule
 from torchfuse.params.stages import (
@@ -12,7 +13,7 @@ from torchfuse.params.stages import (
 )
 from torchfuse.params.table import Description, PartSummary, describe
 from torchfuse.params.tagging import fusion_buffers, get_fusion_params, register_fusion_module
-from torchfuse.params.trainable import quantized_dtype, set_trainable
+from torchfuse.params.trainable import set_trainable
 
 __all__ = [
     "Description",
@@ -27,6 +28,7 @@ __all__ = [
     "freeze_params",
     "fusion_buffers",
     "get_fusion_params",
+    "held_bytes",
     "param_groups",
     "partition",
     "parts_of",

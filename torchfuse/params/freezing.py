@@ -18,9 +18,10 @@ from typing import Final, cast
 from torch import nn
 
 from torchfuse.naming import canonical_name, unwrap
+from torchfuse.params.held import quantized_dtype
 from torchfuse.params.parts import parts_of
 from torchfuse.params.tagging import fusion_ids
-from torchfuse.params.trainable import quantized_dtype, set_requires_grad
+from torchfuse.params.trainable import set_requires_grad
 
 __all__ = ["FreezeSpec", "apply_freeze_specs", "freeze_mask", "freeze_params"]
 

@@ -9,14 +9,14 @@ evaluation mode.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from torchfuse.naming import named_parameters, unwrap
+from torchfuse.params.held import quantized_dtype
 from torchfuse.params.parts import partition
 
-__all__ = ["dtype_name", "quantized_dtype", "reshard", "set_requires_grad", "set_trainable"]
+__all__ = ["reshard", "set_requires_grad", "set_trainable"]
 
 
 def set_trainable(
@@ -126,26 +126,3 @@ def _wanted(
     if encoder and not encoders:
         raise ValueError("The encoder is to train, but the model has none.")
     return wanted | dict.fromkeys(encoders, encoder)
-
-
-def quantized_dtype(tensor: Any) -> str | None:
-    """What a quantized tensor holds its values in: ``"int8"``, ``"float8_e4m3fn"``, ``"nf4"``.
-
-    Args:
-        tensor: any tensor or parameter.
-
-    Returns:
-        None if its values are held in its own dtype.
-    """
-    inner = tensor
-    while hasattr(inner, "__tensor_flatten__"):
-        if type(inner).__name__ == "NF4Tensor":
-            return "nf4"  # two to a byte; what holds them says less
-        held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
-        inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.nbytes)
-    return None if inner.dtype == tensor.dtype else dtype_name(inner)
-
-
-def dtype_name(tensor: Any) -> str:
-    """The dtype of a tensor as people write it: ``"bfloat16"``."""
-    return str(tensor.dtype).removeprefix("torch.")

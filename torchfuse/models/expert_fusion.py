@@ -1,0 +1,113 @@
+"""Modality-aware experts: features stand in the sequence, and feed-forwards of their own read them.
+
+Attention is the pretrained layer's for all tokens, see ``torchfuse.modules.modality_experts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from torch import Tensor, nn
+
+from torchfuse.models.base import FusedModel
+from torchfuse.models.mixture_fusion import MixtureFusionModel
+from torchfuse.models.sequence import Placement, SequenceStrategy
+from torchfuse.models.strategies import fuse_layers, layers_to_fuse, register_modality_strategy
+from torchfuse.modules.expert_options import ExpertOptions
+from torchfuse.modules.modality_experts import MoMaLayer
+from torchfuse.naming import unwrap
+
+__all__ = ["MoMaStrategy"]
+
+# How training goes is nothing that a model and what is loaded into it must have in common.
+_OF_TRAINING: Final = ("start", "noise", "auxiliary_loss_weight", "pad_id")
+
+
+@register_modality_strategy("moma")
+@dataclass(frozen=True)
+class MoMaStrategy(SequenceStrategy, ExpertOptions):
+    """Each encoder's features run through experts of their own in the fused layers.
+
+    With ``placement="prefix"`` nobody reads what the last layer of the decoder makes of features, so
+    that layer stays as it is.
+
+    Args:
+        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
+            encoder's token.
+        encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders.
+        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
+            which is all of them unless it is.
+        num_experts: see ``ExpertOptions``, as for all that follow.
+        num_text_experts: experts of text, the pretrained feed-forward among them.
+        capacity: the share of its modality's tokens that an expert takes.
+        start: what new experts begin as.
+        noise: whether noise is added to the routers' scores in training.
+        auxiliary_router: whether the model will be able to generate.
+        auxiliary_dim: width inside auxiliary routers.
+        auxiliary_loss_weight: of their loss.
+        pad_id: id of padding, which no expert shall take in training. None: every token competes.
+
+    Raises:
+        ValueError: if an option is out of its range, or the last layer is named with ``"prefix"``.
+    """
+
+    default_every: ClassVar[int] = 1
+    routes_tokens: ClassVar[bool] = True
+
+    placement: Placement = "prefix"
+    layers: Sequence[int] | None = None
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        SequenceStrategy.__post_init__(self)
+        ExpertOptions.__post_init__(self)
+
+    def padding(self, model: FusedModel, tokens: Tensor) -> Tensor | None:
+        if self.pad_id is None or model.caches_are_enabled():  # with caches each token is for itself
+            return None
+        return tokens == self.pad_id
+
+    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+        layers: Any = decoder.layers
+        indices = layers_to_fuse(len(layers), self.layers, every)
+        last = len(layers) - 1
+        if self.placement == "prefix" and last in indices:
+            if self.layers is not None or indices == [last]:
+                raise ValueError(
+                    f"Layer {last} is the last: with features in front of the text nobody reads what "
+                    "its experts would make of them. Fuse layers before it, or "
+                    'placement="placeholder".'
+                )
+            indices.remove(last)
+        return fuse_layers(layers, indices, lambda index: MoMaLayer(layers[index], encoders, self))
+
+    def check_decoder(self, decoder: Any, encoders: Sequence[str]) -> None:
+        layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
+        fused = [layer for layer in layers if isinstance(layer, MoMaLayer)]
+        wrong = [set(layer.modalities) for layer in fused if set(layer.modalities) != set(encoders)]
+        if not fused or wrong:
+            there = f"has experts for {', '.join(sorted(wrong[0]))}" if wrong else "has no MoMaLayer"
+            raise ValueError(
+                f"This decoder {there}, and the encoders are {', '.join(encoders)}. "
+                'torchfuse.fuse(decoder, encoder, arch="moma") puts in place what is needed.'
+            )
+
+    def wrap(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+        **flags: Any,
+    ) -> MixtureFusionModel:
+        return MixtureFusionModel(decoder, encoder, strategy=self, adapter=adapter, **flags)
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in super().options().items() if name not in _OF_TRAINING}
+
+    def describe(self, decoder: nn.Module) -> dict[str, Any]:
+        layers: Any = decoder.layers
+        fused = [i for i, layer in enumerate(layers) if isinstance(unwrap(layer), MoMaLayer)]
+        return {**super().options(), "layers": fused}

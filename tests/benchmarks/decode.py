@@ -32,6 +32,8 @@ import torch
 from tqdm import tqdm
 
 from torchfuse import quantize
+from torchfuse.generation import Session
+from torchfuse.generation.report import step_bytes
 from torchfuse.params import held_bytes
 
 if __package__:
@@ -80,19 +82,14 @@ def bandwidth(options):
     return best
 
 
-def bytes_of_step(model, rows, slots, features, dtype):
-    """What a step must read: all of the decoder but its table and the maps that only a prompt runs."""
-    skipped = ("tok_embeddings", "fusion_layer.attn.k_proj", "fusion_layer.attn.v_proj")
-    weights = sum(
-        held_bytes(p) for n, p in model.decoder.named_parameters() if not any(s in n for s in skipped)
-    )
-    kept = 0
-    for layer in model.layers:
-        fused = getattr(layer, "fusion_layer", None)
-        kept += 2 * slots * layer.attn.num_kv_heads * layer.attn.head_dim
-        if fused is not None:
-            kept += 2 * features * fused.attn.num_kv_heads * fused.attn.head_dim
-    return weights + rows * kept * dtype.itemsize
+@torch.no_grad()
+def bytes_of_step(options, model, asked):
+    """What a step must read, once the image's keys and values are kept."""
+    tokens, embeds = asked[0], model.encode(images_of(asked))
+    sizes = {"max_tokens": options.prompt + options.new, "max_features": embeds.shape[1]}
+    with Session(model, batch_size=tokens.shape[0], **sizes) as session:
+        session.answer(tokens, max_new_tokens=1, encoder_embeds=embeds)
+        return step_bytes(model)
 
 
 def memory(options, contestant, asked):
@@ -148,7 +145,7 @@ def contestants(options, theirs, tunes, ours):
 
 def race(options, asked, entered, read, title):
     """Print one table; tokens per second of every round, by contestant, and ours of the bandwidth."""
-    rows, dtype = asked[0].shape[0], asked[1].dtype
+    rows = asked[0].shape[0]
     said, most = {}, {}
     for contestant in entered:  # compiles what there is to compile
         contestant(asked, 1)
@@ -171,7 +168,7 @@ def race(options, asked, entered, read, title):
     for contestant in entered:
         name, model = contestant.name, contestant.model
         reader = model if isinstance(contestant, Ours) else ours
-        needed = bytes_of_step(reader, rows, options.prompt + options.new, features, dtype)
+        needed = bytes_of_step(options, reader, asked)
         used[name] = statistics.median(rate[name]) / rows * needed / read
         weights = sum(held_bytes(tensor) for tensor in {id(p): p for p in model.parameters()}.values())
         held = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"

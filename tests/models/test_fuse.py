@@ -141,7 +141,7 @@ def structure(decoder):
         ({"every": 0}, "every=0 fuses no layer"),
         (
             {"arch": "crossattention"},
-            "Unknown architecture 'crossattention'; there are cross_attention, joint",
+            "Unknown architecture 'crossattention'; there are cross_attention, .*joint",
         ),
         (
             {"nm_heads": 3},

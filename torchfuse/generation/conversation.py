@@ -128,9 +128,8 @@ class Conversation:
         """Raise a ``ValueError`` unless a turn fits in what is left."""
         used = 0 if self._session is None else self._session.length
         left, new = self.max_tokens - used, self.asking.max_new_tokens
-        length = len(prompt) + bool(
-            self.tokens
-        )  # the last token of an answer is read with the next turn
+        # The last token of an answer is read with the next turn.
+        length = len(prompt) + bool(self.tokens)
         faults = []
         if length + new - 1 > left:
             faults.append(

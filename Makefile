@@ -8,7 +8,7 @@ TUNE := $(BIN)/tune run torchfuse/recipes
 CONFIGS := recipes/configs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs clean
+.PHONY: help setup demo compare test check format docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -29,6 +29,12 @@ demo: $(STAMP) ## make data and checkpoints, finetune two architectures, ask the
 	$(TUNE)/finetune.py --config $(CONFIGS)/joint_decoder.yaml
 	$(TUNE)/generate.py --config $(CONFIGS)/generate.yaml
 	$(BIN)/python -m torchfuse.recipes.draw_digits $(DEMO)
+
+compare: $(STAMP) | $(DEMO)/questions ## finetune five architectures on one budget, draw how they fare
+	$(TUNE)/compare.py --config $(CONFIGS)/compare.yaml
+
+$(DEMO)/questions: | $(STAMP)
+	$(BIN)/python -m torchfuse.recipes.prepare_digits $(DEMO)
 
 test: $(STAMP) ## run the tests, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from torchfuse.checkpoint.files import write_whole
@@ -24,7 +25,13 @@ INK: Final = "#22252b"
 FAINT: Final = "#8a909c"
 RIGHT: Final = "#1b7f4d"
 WRONG: Final = "#c2342c"
-COLORS: Final = {"cross_attention": "#3d5a98", "joint_decoder": "#d1812c"}
+COLORS: Final = {
+    "cross_attention": "#3d5a98",
+    "joint_decoder": "#d1812c",
+    "mot": "#2f8f83",
+    "moma": "#8a4f9e",
+    "deepstack": "#b8405e",
+}
 # The grid: for each row its title, the kind of question and the number of cells.
 GRID: Final = (
     ("one image", "one_image", 6),
@@ -42,15 +49,22 @@ def main() -> None:
     runs = {path.parent.name: path.parent for path in sorted(folder.glob("*/metrics.json"))}
     if not runs:
         parser.error(f"{folder} holds no finished run.")
-    metrics = {name: _read(run / "metrics.json") for name, run in runs.items()}
+    metrics = {name: read_json(run / "metrics.json") for name, run in runs.items()}
     text = json.dumps(metrics, indent=2) + "\n"
     write_whole(folder / "metrics.json", lambda file: file.write_text(text, encoding="utf-8"))
-    plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK})
-    draw_losses(folder / "loss.png", {name: _read(run / "losses.json") for name, run in runs.items()})
+    set_style()
+    draw_losses(
+        folder / "loss.png", {name: read_json(run / "losses.json") for name, run in runs.items()}
+    )
     shown = "cross_attention" if "cross_attention" in runs else next(iter(runs))
     draw_answers(folder / "answers.png", runs[shown], metrics[shown])
     for name in ("metrics.json", "loss.png", "answers.png"):
         print(f"wrote {folder / name}")
+
+
+def set_style() -> None:
+    """Font and colors of all pictures."""
+    plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK})
 
 
 def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
@@ -68,7 +82,7 @@ def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="both", color="#e6e8ec", linewidth=0.6)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
@@ -100,7 +114,7 @@ def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
     figure.text(0.02, 1 - 0.42 / height, title, fontsize=17, fontweight="bold")
     subtitle = f"questions about held-out images; right answers: {shares}"
     figure.text(0.02, 1 - 0.7 / height, subtitle, fontsize=11, color=FAINT)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _in_turn(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
@@ -154,11 +168,14 @@ def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a file of JSON says."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
+
     def write(file: Path) -> None:
         figure.savefig(file, dpi=120, facecolor="white", format="png")
 

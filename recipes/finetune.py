@@ -15,16 +15,14 @@ import json
 import math
 import os
 import time
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import MISSING, OmegaConf
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader, DistributedSampler
 from torchtune import training
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from torchtune.utils import batch_to_device, get_world_size_and_rank
@@ -34,7 +32,6 @@ from torchfuse import describe, param_groups
 from torchfuse.checkpoint.files import write_whole
 from torchfuse.checkpoint.trained import save_trained
 from torchfuse.config import build, recipe
-from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import (
     Question,
     QuestionDataset,
@@ -42,8 +39,20 @@ from torchfuse.data.questions import (
     check_questions,
     read_questions,
 )
+from torchfuse.data.steps import count_tokens, optimizer_steps
 from torchfuse.devices import device_and_dtype
-from torchfuse.evaluation import Answered, accuracy, answer_questions, exchange_images
+from torchfuse.evaluation import (
+    Answered,
+    TrainingRecord,
+    accuracy,
+    accuracy_by_kind,
+    accuracy_table,
+    answer_questions,
+    answer_record,
+    costs_in_words,
+    examine,
+    training_costs,
+)
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.params.trainable import set_requires_grad
 from torchfuse.runs import build_model, check_images
@@ -86,7 +95,8 @@ class Config:
     """Everything that the recipe takes.
 
     ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; none
-    leaves what trains as the model says.
+    leaves what trains as the model says. Every ``eval_every`` steps and after the last, questions about
+    one image are asked: the first ``eval_limit`` of ``data.test``.
     """
 
     output_dir: str = MISSING
@@ -102,18 +112,20 @@ class Config:
     activation_checkpointing: bool = False
     compile: bool = False
     eval_batch_size: int = 128
+    eval_every: int | None = None
+    eval_limit: int | None = None
 
 
 @recipe(Config)
 def main(config: Config) -> None:
     """Finetune a fused model on questions about images."""
     started = time.perf_counter()
-    _check_numbers(config)
+    check_numbers(config)
     stages = FreezeSchedule(read_freeze_meta(config.freeze))
     distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed_run:
         distributed.init_process_group()
-    say = print if get_world_size_and_rank()[1] == 0 else _silent
+    say, write = (print, _write) if get_world_size_and_rank()[1] == 0 else (_silent, _silent)
     training.set_seed(config.seed)
     output = _output_dir(config.output_dir)
 
@@ -122,6 +134,7 @@ def main(config: Config) -> None:
     test = config.data.test
     held_out = read_questions(test) if test else []
     longest = check_questions(transform, held_out, test) if test else 0
+    now_and_then = _to_ask_in_training(held_out, config)
     model = _build_model(config, shard_it=distributed_run)
     _check_image_token(model, transform.image_token)
     check_images(model, transform.image_transform, config.pretrained.encoder)
@@ -134,33 +147,27 @@ def main(config: Config) -> None:
         options = {"batch_size": config.eval_batch_size, "max_new_tokens": longest}
         return answer_questions(model, transform, asked, **options)
 
-    metrics: dict[str, Any] = {}
-    if text := [question for question in held_out if not question.images]:
-        metrics["before"] = _shares(ask(text))
-    history = _train(model, questions, stages, config, say)
+    text = [question for question in held_out if not question.images]
+    before = {"before": accuracy_by_kind(ask(text))} if text else {}
+    record = _train(model, questions, stages, config, say, lambda: accuracy(ask(now_and_then))["all"])
     set_requires_grad(model, dict.fromkeys(trained, True))  # what an earlier stage trained is saved too
     save_trained(model, output / "fusion")
-    write = _write if get_world_size_and_rank()[1] == 0 else _silent
     write(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    write(output / "losses.json", json.dumps(history) + "\n")
+    write(output / "losses.json", json.dumps(record.losses) + "\n")
     say(f"saved {output / 'fusion'}")
 
-    if held_out:
-        answered = ask(held_out)
-        metrics["after"] = _shares(answered) | {"all": round(accuracy(answered)["all"], 4)}
-        write(output / "answers.jsonl", "".join(_record(a, output) + "\n" for a in answered))
-    numbers = Counter(len(question.images) for question in held_out)
-    if seeing := [q for q in held_out if q.images and numbers[len(q.images)] > 1]:
-        metrics["images_exchanged"] = _shares(ask(exchange_images(seeing, config.seed)))
-    if metrics:
-        say(_table(metrics))
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    answered, shares = examine(ask, held_out, config.seed)
+    if answered:
+        write(output / "answers.jsonl", "".join(answer_record(a, output) + "\n" for a in answered))
+    shares, costs = before | shares, training_costs(model, record)
+    say(f"\n{accuracy_table(shares)}\n\n{costs_in_words(costs)}\n")
+    metrics = {**shares, **costs, "seconds": round(time.perf_counter() - started, 1)}
     write(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if distributed_run:
         distributed.destroy_process_group()
 
 
-def _check_numbers(config: Config) -> None:
+def check_numbers(config: Config) -> None:
     """Raise one ``ValueError`` for all numbers out of range."""
     train = config.train
     faults = [
@@ -173,6 +180,8 @@ def _check_numbers(config: Config) -> None:
             ("train.warmup_steps", train.warmup_steps, 0),
             ("data.limit", config.data.limit, 1),
             ("eval_batch_size", config.eval_batch_size, 1),
+            ("eval_every", config.eval_every, 1),
+            ("eval_limit", config.eval_limit, 1),
         )
         if value is not None and value < least
     ]
@@ -225,63 +234,74 @@ def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
     return model
 
 
+def _to_ask_in_training(held_out: list[Question], config: Config) -> list[Question]:
+    """The questions about one image that are asked while the model is trained."""
+    about_one = [question for question in held_out if len(question.images) == 1]
+    if config.eval_every is not None and not about_one:
+        raise ValueError(
+            f"eval_every={config.eval_every} asks questions about one image, and there is none in "
+            f"data.test={config.data.test}; name a file with some, or set eval_every=null."
+        )
+    return about_one[: config.eval_limit]
+
+
 def _train(
-    model: nn.Module, questions: QuestionDataset, stages: FreezeSchedule, config: Config, say: Any
-) -> list[list[float]]:
-    """Train, and return step and loss of every step."""
+    model: nn.Module,
+    questions: QuestionDataset,
+    stages: FreezeSchedule,
+    config: Config,
+    say: Any,
+    ask: Callable[[], float],
+) -> TrainingRecord:
+    """Train, and ask now and then."""
     options, (device, _) = config.train, device_and_dtype(config.device, config.dtype)
     world_size, rank = get_world_size_and_rank()
-    sampler = DistributedSampler(questions, world_size, rank, seed=config.seed, drop_last=True)
-    loader = DataLoader(
+    num_steps, steps = optimizer_steps(
         questions,
         batch_size=options.batch_size,
-        sampler=sampler,
-        drop_last=True,
-        collate_fn=lambda samples: padded_collate_images(samples, questions.transform.pad_id),
+        batches_per_step=options.gradient_accumulation_steps,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        seed=config.seed,
+        world_size=world_size,
+        rank=rank,
     )
-    steps_per_epoch = len(loader) // options.gradient_accumulation_steps
-    num_steps = steps_per_epoch * options.epochs
-    if options.max_steps is not None:
-        num_steps = min(num_steps, options.max_steps)
-    if not num_steps:
-        raise ValueError(
-            f"{len(questions)} questions are too few for one step of {world_size} x "
-            f"{options.batch_size} x {options.gradient_accumulation_steps}."
-        )
     optimizer = torch.optim.AdamW(
         param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages)
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, num_steps)
-    history: list[list[float]] = []
+    record = TrainingRecord()
     model.train()
+    began = time.perf_counter()
     with tqdm(total=num_steps, desc="finetune", disable=None if rank == 0 else True) as bar:
-        for epoch in range(options.epochs):
-            sampler.set_epoch(epoch)
-            batches = iter(loader)
-            while len(history) < num_steps:
-                step = list(islice(batches, options.gradient_accumulation_steps))
-                if len(step) < options.gradient_accumulation_steps:
-                    break
-                for batch in step:
-                    batch_to_device(batch, device)
-                stages.apply(model, len(history))
-                loss = _backward(model, step, world_size)
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"The loss of step {len(history) + 1} is {loss}; nothing is saved. Try a lower "
-                        "train.lr or more train.warmup_steps."
-                    )
-                if options.clip_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                history.append([len(history) + 1, loss])
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}")
-                if bar.disable and len(history) % max(1, num_steps // 10) == 0:
-                    say(f"step {len(history)} of {num_steps}: loss {loss:.3f}")
-    return history
+        for number, step in enumerate(steps, 1):
+            for batch in step:
+                record.tokens.update(count_tokens(batch, questions.transform))
+                batch_to_device(batch, device)
+            stages.apply(model, number - 1)
+            loss = _backward(model, step, world_size)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"The loss of step {number} is {loss}; nothing is saved. Try a lower train.lr or "
+                    "more train.warmup_steps."
+                )
+            if options.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            record.losses.append((number, loss))
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if bar.disable and number % max(1, num_steps // 10) == 0:
+                say(f"step {number} of {num_steps}: loss {loss:.3f}")
+            if config.eval_every and (number % config.eval_every == 0 or number == num_steps):
+                record.seconds += time.perf_counter() - began
+                record.accuracies.append((number, ask()))
+                began = time.perf_counter()
+    record.seconds += time.perf_counter() - began
+    record.add_up_ranks(device)
+    return record
 
 
 def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> float:
@@ -299,35 +319,6 @@ def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> 
     if world_size > 1:
         distributed.all_reduce(total)
     return float(total / count.clamp(min=1))
-
-
-def _shares(answered: list[Answered]) -> dict[str, float]:
-    """Accuracy by kind of question."""
-    return {kind: round(share, 4) for kind, share in accuracy(answered).items() if kind != "all"}
-
-
-def _table(metrics: dict[str, Any]) -> str:
-    columns = list(metrics)
-    kinds = list(dict.fromkeys(kind for name in columns for kind in metrics[name]))
-    width = max(map(len, ["accuracy", *kinds]), default=0)
-    lines = [f"{'accuracy':<{width}}" + "".join(f"  {name:>16}" for name in columns)]
-    for kind in kinds:
-        cells = [f"{metrics[n][kind]:.1%}" if kind in metrics[n] else "" for n in columns]
-        lines.append(f"{kind:<{width}}" + "".join(f"  {cell:>16}" for cell in cells))
-    return "\n" + "\n".join(lines) + "\n"
-
-
-def _record(answered: Answered, folder: Path) -> str:
-    question = answered.question
-    return json.dumps(
-        {
-            "kind": question.kind,
-            "question": question.question,
-            "images": [os.path.relpath(image, folder) for image in question.images],
-            "answer": question.answer,
-            "said": answered.said,
-        }
-    )
 
 
 def _write(path: Path, text: str) -> None:

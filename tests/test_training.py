@@ -22,7 +22,7 @@ def test_scores_the_next_token_and_shifts_once():
     assert int(count) == len(by_hand) == 10
 
 
-def test_a_token_is_not_in_the_logits_that_score_it():
+def test_defect_1_a_token_is_not_in_the_logits_that_score_it():
     """Copying cannot help: changing id t leaves the logits that score it unchanged."""
     model, tokens = tiny_decoder(), text()
     changed = tokens.clone()
@@ -34,7 +34,7 @@ def test_a_token_is_not_in_the_logits_that_score_it():
     assert not torch.allclose(one[:, 6], other[:, 6])
 
 
-def test_random_tokens_cannot_be_learned_below_chance():
+def test_defect_1_random_tokens_cannot_be_learned_below_chance():
     decoder = tiny_decoder()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(5)
@@ -49,7 +49,7 @@ def test_random_tokens_cannot_be_learned_below_chance():
     assert sum(losses[-20:]) / 20 > math.log(VOCAB) - 0.02
 
 
-def test_micro_batches_weigh_by_token():
+def test_defect_5_micro_batches_weigh_by_token():
     """Two micro-batches with different numbers of labels give the gradient of one batch."""
 
     def gradient(parts):
@@ -67,7 +67,7 @@ def test_micro_batches_weigh_by_token():
     assert whole.any()
 
 
-def test_nothing_to_learn_is_no_error_and_no_gradient():
+def test_defect_4_nothing_to_learn_is_no_error_and_no_gradient():
     model = fuse(tiny_decoder(), TinyEncoder(), every=1, decoder_trainable=True)
     total, count = next_token_loss(model(text()), torch.full((2, 13), -100))
     total.backward()

@@ -9,6 +9,7 @@ from torchfuse.checkpoint.fusion_artifact import (
     save_fusion,
 )
 from torchfuse.checkpoint.pretrained import load_pretrained
+from torchfuse.checkpoint.seeding import seed_adapters
 from torchfuse.generation import generate
 from torchfuse.models.deep_fusion import DeepFusionModel
 from torchfuse.models.early_fusion import EarlyFusionModel
@@ -48,6 +49,7 @@ __all__ = [
     "load_fusion_state_dict",
     "save_fusion",
     "load_fusion",
+    "seed_adapters",
     # run
     "generate",
     "quantize",

@@ -101,7 +101,7 @@ def step(rank, name):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ARCHS)
-def test_two_ranks_one_image(name):
+def test_defect_4_two_ranks_one_image(name):
     run_on_ranks(step, name)
 
 

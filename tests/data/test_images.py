@@ -257,7 +257,7 @@ def test_agrees_with_the_encoder_it_was_made_for(tmp_path):
     ImageTransform.from_directory(unscaled).check(preprocessor=unscaled)
 
 
-def test_each_difference_from_the_encoder_is_named(tmp_path):
+def test_defect_8_each_difference_from_the_encoder_is_named(tmp_path):
     transform = ImageTransform(7, MEAN, STD)
     write(tmp_path, image_mean=[0.1, 0.2, 0.31], image_std=STD, do_rescale=False)
     with pytest.raises(

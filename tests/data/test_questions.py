@@ -43,7 +43,7 @@ def two_images(folder):
     return Question("<image> and <image> which digit ?", (folder / "a.png", folder / "b.png"), "two")
 
 
-def test_tokens_labels_and_pixels(folder):
+def test_defect_8_the_end_of_an_answer_is_learned(folder):
     sample = transform(folder)(two_images(folder))
     assert sample["tokens"] == [BOS, MARK, AND, MARK, WHICH, DIGIT, ASK, TWO, EOS]
     assert sample["labels"] == [-100] * 7 + [TWO, EOS]  # unshifted, the end is learned
@@ -90,7 +90,7 @@ def test_images_without_markers_come_first(folder):
         Question("<image> which ?", (folder / "a.png",) * 2)
 
 
-def test_nothing_is_ever_cut_off(folder):
+def test_defect_8_nothing_is_ever_cut_off(folder):
     with pytest.raises(ValueError, match="is 9 tokens long with its answer, and max_seq_len is 8"):
         transform(folder, max_seq_len=8)(two_images(folder))
     assert transform(folder, max_seq_len=9)(two_images(folder))

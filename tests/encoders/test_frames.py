@@ -8,7 +8,7 @@ from support import IMAGE, TinyEncoder, inputs, open_gates, text, tiny_decoder
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from torchfuse import fuse, generate
+from torchfuse import fuse, generate, get_fusion_params
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.frames import FrameEncoder, frame_features_mask, hide_padding
 from torchfuse.encoders.hf import HfEncoder
@@ -25,6 +25,15 @@ ARCHS = {
     "prefix": {"arch": "joint_decoder", "placement": "prefix"},
     "mot": {"arch": "mot"},
     "mot_placeholder": {"arch": "mot", "placement": "placeholder", "encoder_token": IMAGE},
+    "moma": {"arch": "moma", "num_experts": 2},
+    "moma_placeholder": {
+        "arch": "moma",
+        "num_experts": 2,
+        "placement": "placeholder",
+        "encoder_token": IMAGE,
+    },
+    "deepstack": {"arch": "deepstack"},
+    "deepstack_placeholder": {"arch": "deepstack", "placement": "placeholder", "encoder_token": IMAGE},
 }
 
 
@@ -66,7 +75,12 @@ def make(arch, encoder="one_a_row"):
     built = ENCODERS[encoder]()
     torch.manual_seed(17)
     adapter = build_adapter("avgpool", DIM, 18, num_tokens=built.num_tokens)
-    model = fuse(tiny_decoder(), built, adapter=adapter, **ARCHS[arch])
+    # In training experts choose among all rows.
+    model = fuse(tiny_decoder(), built, adapter=adapter, **ARCHS[arch]).eval()
+    if arch.startswith("deepstack"):
+        for name, parameter in get_fusion_params(model).items():
+            if ".w2." in name:
+                nn.init.normal_(parameter, std=0.5)  # at zero a test of it is vacuous
     return open_gates(model) if arch == "cross_attention" else model
 
 
@@ -195,6 +209,7 @@ def test_the_wrapper_hides_padding_itself_and_no_name():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_one_graph(arch):
+    torch._dynamo.reset()
     model, tokens, images = make(arch), prompt(arch), clip()
     encoder = FrameEncoder(Patches(), min_frames=1)
     torch.compile(encoder, backend="eager", fullgraph=True)(images[:2], REAL[:2])

@@ -123,7 +123,7 @@ def test_compiled_conversations_answer_the_same(tmp_path, traced):
 
 @pytest.mark.parametrize("layout", ["all", "placeholder"])
 @pytest.mark.parametrize("shown", [True, False], ids=["images", "text"])
-def test_bytes_of_a_step_are_those_of_what_runs(tmp_path, layout, shown):
+def test_defect_9_bytes_of_a_step_are_those_of_what_runs(tmp_path, layout, shown):
     """Counted anew: what is read by modules that a step runs, found by hooks, and every cache."""
     model, ask = model_for(layout), asking(tmp_path, layout)
     ran, counting = set(), []

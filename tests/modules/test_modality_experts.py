@@ -209,7 +209,7 @@ def test_the_dtype_is_the_layers():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_no_pad_competes(layout, training):
+def test_defect_6_no_pad_competes(layout, training):
     layer, routing = moma().train(training), LAYOUTS[layout]()
     counted = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     for places in members(routing).values():
@@ -232,7 +232,7 @@ def test_no_pad_competes(layout, training):
     assert changed.grad[counted].any()
 
 
-def test_evaluation_sees_no_neighbour_and_no_future():
+def test_defect_6_evaluation_sees_no_neighbour_and_no_future():
     layer, x = moma().eval(), hidden()
     both = layer(x, routing=prefix(pads=False))
     assert any(0 < share < 1 for load in expert_load(layer)[""].values() for share in load)

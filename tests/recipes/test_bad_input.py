@@ -205,7 +205,11 @@ def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, t
             r"pretrained: encoder must be .*, got \['demo/clip'\]\.",
         ),
         ("pretrained", {"encoder": {"a": 5}}, r"pretrained: encoder must be .*, got \{'a': 5\}\."),
-        ("model", {"every": "two"}, r"model \(.*digits\): every must be an integer or null, got 'two'\."),
+        (
+            "model",
+            {"every": "two"},
+            r"model \(.*digits\): every must be an integer or null, got 'two'\.",
+        ),
         (
             "model",
             {"_component_": "argparse.Namespace"},

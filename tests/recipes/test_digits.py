@@ -20,6 +20,7 @@ from torchfuse.data.questions import read_questions
 from torchfuse.runs import load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs"
+ARCHS = ["cross_attention", "joint_decoder", "mot", "moma", "deepstack"]
 TUNE = str(Path(sys.executable).parent / "tune")
 
 
@@ -64,7 +65,7 @@ def run_of(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["cross_attention", "joint_decoder"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_finetune(run_of, arch):
     output, said = run_of(arch)
     assert re.search(r"decoder +38 +596,096 +0 ", said)
@@ -173,6 +174,25 @@ def test_evaluate(digits, run_of, tmp_path, monkeypatch, trained):
 
 
 @pytest.mark.slow
+def test_compare(digits, tmp_path):
+    archs = ["mot", "deepstack"]
+    done = tune(
+        digits.parent,
+        "torchfuse/recipes/compare.py",
+        "--config",
+        CONFIGS / "digits" / "compare.yaml",
+        f"output_dir={tmp_path / 'compare'}",
+        f"configs=[{','.join(str(CONFIGS / 'digits' / f'{arch}.yaml') for arch in archs)}]",
+        "budget.train.max_steps=2",
+        "budget.train.batch_size=16",
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^mot +[\d,]+ +\d+ s +[\d,]+ ", done.stdout, re.MULTILINE), done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"compare", "compare.json", "compare.png"}
+    assert {path.name for path in (tmp_path / "compare").iterdir()} == {*archs}
+
+
+@pytest.mark.slow
 def test_draw(digits, run_of, tmp_path):
     command = [sys.executable, "-m", "torchfuse.recipes.draw_digits"]
     runs = {arch: run_of(arch)[0] for arch in ("cross_attention", "joint_decoder")}
@@ -197,7 +217,7 @@ def test_draw(digits, run_of, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("arch", ["cross_attention"])
-def test_finetune_on_two_ranks_learns_what_one_learns(digits, tmp_path, arch):
+def test_defect_5_finetune_on_two_ranks_learns_what_one_learns(digits, tmp_path, arch):
     """Half the batch on each of two sharded ranks is one step of the whole batch."""
     common = ["model.on_missing=participate", "train.max_steps=1", "train.epochs=1"]
     alone = finetune(
@@ -260,7 +280,7 @@ def test_torchtunes_own_recipe_trains_and_continues(digits, tmp_path):
 
 
 def test_every_yaml_is_run_by_a_test():
-    run = {"cross_attention", "joint_decoder", "generate", "evaluate", "torchtune_full_finetune"}
+    run = {*ARCHS, "compare", "generate", "evaluate", "torchtune_full_finetune"}
     assert {path.stem for path in CONFIGS.rglob("*.yaml")} == run
 
 

@@ -80,11 +80,15 @@ def description_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]
 def _kind(model: nn.Module) -> dict[str, Any]:
     """How a model was fused, as far as the shapes of its tensors do not show it."""
     strategy = getattr(unwrap(model), "strategy", None)
+    options = {} if strategy is None else strategy.options()
+    encoders = getattr(unwrap(model), "encoder_names", ())
+    if len(encoders) > 1 and strategy is not None and strategy.extra_tokens(1):
+        options["order"] = list(encoders)  # in front of the text, whoever stands behind sees more
     head = getattr(unwrap(model), "output", None)
     return {
         "format": _FORMAT,
         "architecture": None if strategy is None else strategy.arch,
-        "options": {} if strategy is None else strategy.options(),
+        "options": options,
         "fusion_head": isinstance(head, FusionLinear | TiedFusionLinear),
     }
 

@@ -16,8 +16,9 @@ from torch import nn
 from torchfuse.checkpoint.formats import DECODERS, ENCODERS, read_spec
 from torchfuse.checkpoint.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.settings import Settings
-from torchfuse.checkpoint.spec import ModelSpec, Spec, setting
+from torchfuse.checkpoint.spec import ModelSpec, Spec, setting, shown_by_shapes
 from torchfuse.models.base import FusedModel
+from torchfuse.models.strategies import build_modality_strategy
 from torchfuse.modules.adapters import Adapter, build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
@@ -39,7 +40,7 @@ class Fused(ModelSpec):
     decoder: Spec
     encoders: Mapping[str, Spec] = field(compare=False)
     arch: str = setting("arch")
-    options: Mapping[str, Any] = setting("options")
+    options: Mapping[str, Any] = shown_by_shapes()  # or by _different_options
     adapters: Mapping[str, Mapping[str, Any]] = setting("adapters")
     fusion_vocab_size: int = setting("fusion_vocab_size")
     fusion_head: bool = setting("fusion_head")
@@ -165,6 +166,23 @@ class Fused(ModelSpec):
     def differences(self, ours: Spec) -> list[str]:
         faults = super().differences(ours)
         if isinstance(ours, Fused):
+            if self.arch == ours.arch:
+                faults += self._different_options(ours)
             for name in self.encoders.keys() & ours.encoders.keys():
                 faults += self.encoders[name].differences(ours.encoders[name])
         return faults
+
+    def _different_options(self, ours: Fused) -> list[str]:
+        try:
+            theirs, here = self._options_in_common(), ours._options_in_common()
+        except ValueError as error:
+            return [str(error)]
+        return [
+            f"{name} {theirs.get(name)!r}, the model has {here.get(name)!r}"
+            for name in {**theirs, **here}
+            if theirs.get(name) != here.get(name)
+        ]
+
+    def _options_in_common(self) -> dict[str, Any]:
+        """The options that a checkpoint and a model must have in common, as a file holds them."""
+        return json.loads(json.dumps(build_modality_strategy(self.arch, **self.options).options()))

@@ -7,6 +7,7 @@ them before anything runs. Weights are no business of this file: a tower of tran
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,12 +15,20 @@ from typing import Any, Final, TypeVar
 from torch import nn
 
 from torchfuse.encoders.stub import RandomEncoder
+from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
-__all__ = ["build_encoder", "encoder_names", "register_encoder"]
+__all__ = [
+    "build_encoder",
+    "encoder_names",
+    "encoder_takes",
+    "pixels_keyword",
+    "register_encoder",
+]
 
 _Builder = TypeVar("_Builder", bound=Callable[..., nn.Module])
 _REGISTRY: Final[dict[str, Callable[..., nn.Module]]] = {}
+_PIXELS: Final = ("images", "pixel_values")
 _SIGLIP: Final = ("siglip_vision_model", "siglip2_vision_model")
 
 
@@ -82,6 +91,41 @@ def build_encoder(name: str, **options: Any) -> nn.Module:
             "(num_tokens may be None where it depends on the input)."
         )
     return encoder
+
+
+def encoder_takes(name: str, option: str) -> bool:
+    """Whether a registered encoder has an option of its own by this name."""
+    return name in _REGISTRY and option in inspect.signature(_REGISTRY[name]).parameters
+
+
+def pixels_keyword(encoder: nn.Module) -> str:
+    """The keyword by which an encoder takes pixels.
+
+    ``images`` or ``pixel_values`` if its ``forward`` names one of them, else the first that it names;
+    where it names none, its ``example_input()`` is asked.
+
+    Args:
+        encoder: any encoder.
+
+    Raises:
+        ValueError: if there is no telling.
+
+    Examples:
+        >>> pixels_keyword(RandomEncoder(5, 7)), pixels_keyword(nn.Linear(3, 5))
+        ('images', 'input')
+    """
+    inner: Any = unwrap(encoder)
+    parameters = inspect.signature(inner.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not names and callable(getattr(inner, "example_input", None)):
+        names = [name for name in inner.example_input() if name in _PIXELS]
+    found = next((name for name in _PIXELS if name in names), next(iter(names), None))
+    if found is None:
+        raise ValueError(
+            f"Which keyword of {type(inner).__name__} takes pixels is not known: let its forward name "
+            f"{' or '.join(_PIXELS)}."
+        )
+    return found
 
 
 register_encoder("random")(RandomEncoder)

@@ -14,8 +14,11 @@ from torchfuse.models.strategies import (
     build_modality_strategy,
     register_modality_strategy,
 )
+from torchfuse.models.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
+from torchfuse.models.vlm_config import AdapterConfig, ModelConfig, VisionEncoderConfig, VLMConfig
 
 __all__ = [
+    "AdapterConfig",
     "CrossAttentionStrategy",
     "DeepFusionModel",
     "DeepStackStrategy",
@@ -28,7 +31,13 @@ __all__ = [
     "MoTStrategy",
     "ModalityContext",
     "ModalityStrategy",
+    "ModelConfig",
+    "VLMConfig",
+    "VLMWrapper",
+    "VisionEncoderConfig",
     "build_modality_strategy",
+    "build_vlm_wrapper",
     "fuse",
+    "inner_transformer",
     "register_modality_strategy",
 ]

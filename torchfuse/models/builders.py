@@ -44,7 +44,7 @@ def llama3_2_1b_clip_vit_l_14_336(
     """Llama 3.2 1B with the CLIP ViT-L/14 tower for images of 336 pixels.
 
     Args:
-        arch: ``"cross_attention"``, ``"joint_decoder"`` or ``"mot"``.
+        arch: the name of an architecture, see ``torchfuse.fuse``.
         feature_layer: which hidden state of CLIP the features are.
         keep_cls: whether CLIP's class token is a feature too.
         **fuse_options: see ``torchfuse.fuse``.
@@ -102,7 +102,7 @@ def llama_clip(
         tie_word_embeddings: whether the head shares the embedding's weight.
         feature_layer: which hidden state of the tower the features are.
         keep_cls: whether the tower's class token is a feature too.
-        arch: ``"cross_attention"``, ``"joint_decoder"`` or ``"mot"``.
+        arch: the name of an architecture, see ``torchfuse.fuse``.
         **fuse_options: see ``torchfuse.fuse``.
 
     Raises:
@@ -151,7 +151,7 @@ def digits(
     """The two tiny checkpoints that ``torchfuse.recipes.prepare_digits`` makes, fused.
 
     Args:
-        arch: ``"cross_attention"``, ``"joint_decoder"`` or ``"mot"``.
+        arch: the name of an architecture, see ``torchfuse.fuse``.
         feature_layer: which hidden state of the tower the features are.
         keep_cls: whether the tower's class token is a feature too.
         **options: see ``llama_clip``, whose sizes are fixed here, and ``torchfuse.fuse``.

@@ -5,19 +5,17 @@ Attention is the pretrained layer's for all tokens, see ``torchfuse.modules.moda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
-from torchfuse.models.mixture_fusion import MixtureFusionModel
-from torchfuse.models.sequence import Placement, SequenceStrategy
-from torchfuse.models.strategies import fuse_layers, layers_to_fuse, register_modality_strategy
+from torchfuse.models.mixture_fusion import LayerStrategy
+from torchfuse.models.strategies import fuse_layers, register_modality_strategy
 from torchfuse.modules.expert_options import ExpertOptions
 from torchfuse.modules.modality_experts import MoMaLayer
-from torchfuse.naming import unwrap
 
 __all__ = ["MoMaStrategy"]
 
@@ -27,7 +25,7 @@ _OF_TRAINING: Final = ("start", "noise", "auxiliary_loss_weight", "pad_id")
 
 @register_modality_strategy("moma")
 @dataclass(frozen=True)
-class MoMaStrategy(SequenceStrategy, ExpertOptions):
+class MoMaStrategy(LayerStrategy, ExpertOptions):
     """Each encoder's features run through experts of their own in the fused layers.
 
     With ``placement="prefix"`` nobody reads what the last layer of the decoder makes of features, so
@@ -53,15 +51,12 @@ class MoMaStrategy(SequenceStrategy, ExpertOptions):
         ValueError: if an option is out of its range, or the last layer is named with ``"prefix"``.
     """
 
-    default_every: ClassVar[int] = 1
-    routes_tokens: ClassVar[bool] = True
+    layer_type: ClassVar[type[nn.Module]] = MoMaLayer
 
-    placement: Placement = "prefix"
-    layers: Sequence[int] | None = None
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        SequenceStrategy.__post_init__(self)
+        LayerStrategy.__post_init__(self)
         ExpertOptions.__post_init__(self)
 
     def padding(self, model: FusedModel, tokens: Tensor) -> Tensor | None:
@@ -71,43 +66,14 @@ class MoMaStrategy(SequenceStrategy, ExpertOptions):
 
     def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
         layers: Any = decoder.layers
-        indices = layers_to_fuse(len(layers), self.layers, every)
-        last = len(layers) - 1
-        if self.placement == "prefix" and last in indices:
-            if self.layers is not None or indices == [last]:
-                raise ValueError(
-                    f"Layer {last} is the last: with features in front of the text nobody reads what "
-                    "its experts would make of them. Fuse layers before it, or "
-                    'placement="placeholder".'
-                )
-            indices.remove(last)
+        indices = self.layers_that_are_read(decoder, every)
         return fuse_layers(layers, indices, lambda index: MoMaLayer(layers[index], encoders, self))
 
-    def check_decoder(self, decoder: Any, encoders: Sequence[str]) -> None:
-        layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
-        fused = [layer for layer in layers if isinstance(layer, MoMaLayer)]
-        wrong = [set(layer.modalities) for layer in fused if set(layer.modalities) != set(encoders)]
-        if not fused or wrong:
-            there = f"has experts for {', '.join(sorted(wrong[0]))}" if wrong else "has no MoMaLayer"
-            raise ValueError(
-                f"This decoder {there}, and the encoders are {', '.join(encoders)}. "
-                'torchfuse.fuse(decoder, encoder, arch="moma") puts in place what is needed.'
-            )
-
-    def wrap(
-        self,
-        decoder: nn.Module,
-        encoder: nn.Module | Mapping[str, nn.Module],
-        *,
-        adapter: nn.Module | Mapping[str, nn.Module] | None,
-        **flags: Any,
-    ) -> MixtureFusionModel:
-        return MixtureFusionModel(decoder, encoder, strategy=self, adapter=adapter, **flags)
+    def modalities_of(self, layer: Any) -> list[str]:
+        return list(layer.modalities)
 
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in super().options().items() if name not in _OF_TRAINING}
 
     def describe(self, decoder: nn.Module) -> dict[str, Any]:
-        layers: Any = decoder.layers
-        fused = [i for i, layer in enumerate(layers) if isinstance(unwrap(layer), MoMaLayer)]
-        return {**super().options(), "layers": fused}
+        return {**super().describe(decoder), **{name: getattr(self, name) for name in _OF_TRAINING}}

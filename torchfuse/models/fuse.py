@@ -10,7 +10,7 @@ from torch import nn
 
 from torchfuse.models.base import FusedModel, refuse_fused
 from torchfuse.models.encoding import EncoderInput, OnMissing, encoder_names
-from torchfuse.models.strategies import build_modality_strategy
+from torchfuse.models.strategies import ModalityStrategy, build_modality_strategy
 from torchfuse.modules.adapters import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
@@ -25,7 +25,7 @@ def fuse(
     decoder: nn.Module,
     encoder: nn.Module | Mapping[str, nn.Module],
     *,
-    arch: str = "cross_attention",
+    arch: str | ModalityStrategy = "cross_attention",
     adapter: AdapterSpec | Mapping[str, AdapterSpec] = "mlp_2layer",
     every: int | None = None,
     encoder_dim: int | Mapping[str, int] | None = None,
@@ -48,11 +48,13 @@ def fuse(
     Args:
         decoder: a torchtune ``TransformerDecoder``. Its layers and embeddings are wrapped in place.
         encoder: a module that returns features ``[b, n, d_e]``, or modules by name.
-        arch: ``"cross_attention"``, ``"joint_decoder"`` or ``"mot"``.
+        arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"``, ``"moma"``, ``"deepstack"`` or
+            another registered name; or a strategy, which has its options already.
         adapter: the name of a registered one (see ``build_adapter``), a module of yours, or None where
             the encoder already returns the decoder's width; by name for named encoders that differ.
         every: for architectures that fuse layers: layer ``i`` is fused when ``(i + 1) % every == 0``.
-            None: as is usual for the architecture, 4 for ``"cross_attention"`` and 1 for ``"mot"``.
+            None: as is usual for the architecture, 4 for ``"cross_attention"``, 1 for ``"mot"`` and
+            ``"moma"``.
         encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
             ``config.hidden_size``.
         fusion_vocab_size: number of new tokens to embed beside the pretrained table.
@@ -68,7 +70,8 @@ def fuse(
         on_missing: ``"skip"`` or ``"participate"``, see ``FusedModel``.
         example_input: see ``FusedModel``.
         **arch_options: the architecture's own, see ``CrossAttentionStrategy``,
-            ``JointDecoderStrategy`` (``placement=``, ``encoder_token=``) and ``MoTStrategy``.
+            ``JointDecoderStrategy`` (``placement=``, ``encoder_token=``), ``MoTStrategy``,
+            ``MoMaStrategy`` and ``DeepStackStrategy``.
 
     Returns:
         A ``DeepFusionModel``, ``EarlyFusionModel`` or ``MixtureFusionModel``, or what another
@@ -89,7 +92,7 @@ def fuse(
         torch.Size([1, 3, 11])
     """
     refuse_fused(decoder)
-    strategy = build_modality_strategy(arch, **arch_options)
+    strategy = _strategy(arch, arch_options)
     encoders = {"": encoder} if isinstance(encoder, nn.Module) else dict(encoder)
     names = encoder_names(encoder)
     strategy.check_encoders(names)
@@ -139,6 +142,17 @@ def fuse(
         if fused_embedding is not None:
             _replace_embedding(decoder, fused_embedding, embedding)
         raise
+
+
+def _strategy(arch: str | ModalityStrategy, options: Mapping[str, Any]) -> ModalityStrategy:
+    if not isinstance(arch, ModalityStrategy):
+        return build_modality_strategy(arch, **options)
+    if options:
+        raise ValueError(
+            f"{', '.join(options)} cannot be given beside a {type(arch).__name__}, which has its "
+            "options already; a name of an architecture takes them."
+        )
+    return arch
 
 
 def _token_embedding(decoder: nn.Module) -> nn.Embedding:

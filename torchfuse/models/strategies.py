@@ -3,7 +3,7 @@
 A strategy turns tokens and encoder features into what the decoder consumes, a
 ``ModalityContext``. It holds options but no parameters, and is no submodule: sharding,
 checkpoints and freezing never see it. A new architecture is one class with
-``register_modality_strategy`` on it.
+``register_modality_strategy`` on it: what it inherits fuses, saves, counts and generates.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class ModalityContext:
 class ModalityStrategy(ABC):
     """How one architecture brings the encoder's features to the decoder.
 
-    Subclasses are dataclasses: their fields are the architecture's options.
+    Subclasses are dataclasses, or made such by ``register_modality_strategy``: their fields are the
+    architecture's options. Only ``prepare`` must be written.
     """
 
     arch: ClassVar[str]
@@ -107,6 +108,21 @@ class ModalityStrategy(ABC):
     def extra_tokens(self, num_features: int) -> int:
         """By how many positions that many features make the decoder's sequence longer."""
         return 0
+
+    def num_image_tokens(self, model: FusedModel, num_frames: int = 1) -> int:
+        """How many positions of the decoder's sequence an image takes, in front or in place of tokens.
+
+        Args:
+            model: the fused model. One with several encoders is asked for an image for each.
+            num_frames: frames of a clip, or images a row.
+
+        Raises:
+            ValueError: if an encoder does not say how many features an image has, and it matters.
+        """
+        if not self.special_tokens() and not self.extra_tokens(1):
+            return 0
+        each = sum(_features_of_an_image(model, name) for name in model.encoder_names)
+        return num_frames * each
 
     def special_tokens(self) -> tuple[int, ...]:
         """Ids that stand for features, which a model must not say."""
@@ -154,7 +170,6 @@ class ModalityStrategy(ABC):
             input_pos: the caller's positions of tokens.
         """
 
-    @abstractmethod
     def wrap(
         self,
         decoder: nn.Module,
@@ -164,6 +179,9 @@ class ModalityStrategy(ABC):
         **flags: Any,
     ) -> FusedModel:
         """Build the model around decoder, encoders and adapters."""
+        from torchfuse.models.base import FusedModel  # which imports this module
+
+        return FusedModel(decoder, encoder, strategy=self, adapter=adapter, **flags)
 
     def describe(self, decoder: nn.Module) -> dict[str, Any]:
         """The options that would build what stands in this decoder now, all of them."""
@@ -179,11 +197,22 @@ _StrategyType = TypeVar("_StrategyType", bound="type[ModalityStrategy]")
 
 
 def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _StrategyType]:
-    """Make a strategy available under a name, everywhere an architecture is named."""
+    """Make a strategy available under a name, everywhere an architecture is named.
+
+    A class that is no dataclass of its own becomes one, a frozen one, so that its fields are options.
+
+    Args:
+        arch: the name.
+
+    Raises:
+        ValueError: if there is an architecture of that name.
+    """
 
     def register(cls: _StrategyType) -> _StrategyType:
         if arch in _REGISTRY:
             raise ValueError(f"There is an architecture {arch!r} already: {_REGISTRY[arch].__name__}.")
+        if "__dataclass_fields__" not in vars(cls):
+            dataclass(frozen=True)(cls)  # in place
         cls.arch = arch
         _REGISTRY[arch] = cls
         return cls
@@ -195,8 +224,8 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
     """Build the strategy of an architecture.
 
     Args:
-        arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"`` or what
-            ``register_modality_strategy`` added.
+        arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"``, ``"moma"``, ``"deepstack"`` or
+            what ``register_modality_strategy`` added.
         **options: the architecture's options.
 
     Raises:
@@ -205,6 +234,20 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
     if arch not in _REGISTRY:
         raise ValueError(f"Unknown architecture {arch!r}; there are {', '.join(sorted(_REGISTRY))}.")
     return call_with_options(_REGISTRY[arch], what=f"architecture {arch!r}", options=options)
+
+
+def _features_of_an_image(model: FusedModel, name: str) -> int:
+    """Features of one image of an encoder, behind its adapter."""
+    encoder, adapter = model.get_encoder(name), model.get_adapter(name)
+    num = getattr(encoder, "num_tokens", None)
+    count: Any = getattr(adapter, "output_num_tokens", None)
+    if not isinstance(num, int) or (adapter is not None and count is None):
+        known = isinstance(num, int)
+        silent = f"adapter of {name!r} ({type(adapter).__name__}) has no output_num_tokens"
+        if not known:
+            silent = f"encoder {name!r} ({type(encoder).__name__}) does not say num_tokens"
+        raise ValueError(f"How many features an image has is not known: the {silent}.")
+    return num if adapter is None else int(count(num))
 
 
 def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:

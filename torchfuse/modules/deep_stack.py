@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.modules.routing import Routing, take_part
-from torchfuse.naming import TransparentWrapper, canonical_name
+from torchfuse.naming import TransparentWrapper, canonical_name, unwrap
 
 __all__ = ["DeepStackLayer", "FeatureMap"]
 
@@ -85,16 +85,22 @@ class DeepStackLayer(TransparentWrapper):
         Returns:
             Hidden states, ``[b, t, d]``.
         """
-        h = self.wrapped(x, **kwargs)
         if routing is None:
-            return h
+            return self.wrapped(x, **kwargs)
+        # Activation checkpointing around the pretrained layer alone is meant for all that runs here.
+        checkpoint = getattr(self.wrapped, "checkpoint_fn", None)
+        if checkpoint is not None:
+            return checkpoint(self._run, x, routing, **kwargs)
+        return self._run(x, routing, **kwargs)
+
+    def _run(self, x: Tensor, routing: Routing, **kwargs: Any) -> Tensor:
+        h = unwrap(self.wrapped)(x, **kwargs)
         if routing.slots:
-            text = routing.text(h)
             parts = {
                 name: routing.take(name, h) + self.fusion_layer[name](routing.features[name])
                 for name in routing.slots
             }
-            h = routing.merge(text, parts)
+            h = routing.merge(routing.text(h), parts)
         for name, stand_in in routing.stand_ins.items():
             h = take_part(h, self.fusion_layer[name](stand_in))
         return h

@@ -160,8 +160,11 @@ class ExpertChoiceRouter(nn.Module):
                     w2=nn.Linear(auxiliary_dim, num_experts),
                 )
             )
-        self.register_buffer("taken", torch.zeros(num_experts, dtype=torch.long), persistent=False)
-        self.register_buffer("num_tokens", torch.zeros((), dtype=torch.long), persistent=False)
+        # No checkpoint holds counts, so they have memory even where weights are still to get theirs.
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        counts = torch.zeros(num_experts, dtype=torch.long, device=device)
+        self.register_buffer("taken", counts, persistent=False)
+        self.register_buffer("num_tokens", counts.new_zeros(()), persistent=False)
 
     @property
     def looks_ahead(self) -> bool:
@@ -213,7 +216,7 @@ class ExpertChoiceRouter(nn.Module):
 
     @torch.no_grad()
     def _count(self, taken: Tensor, valid: Tensor) -> None:
-        if self.taken.device != valid.device:  # built on the meta device, where buffers are not loaded
+        if self.taken.device != valid.device:  # weights that got their memory later may be elsewhere
             self.taken = torch.zeros_like(self.taken, device=valid.device)
             self.num_tokens = torch.zeros_like(self.num_tokens, device=valid.device)
         self.taken.copy_(taken.sum(dim=0))

@@ -149,12 +149,7 @@ class MoMaLayer(TransparentWrapper):
         Raises:
             ValueError: if the experts choose among all tokens of a batch in evaluation too.
         """
-        if self.fusion_layer.looks_ahead:
-            raise ValueError(
-                "These experts cannot generate: each chooses its tokens among all of a batch, those to "
-                "come and those of other rows too. Build them with auxiliary_router=True, and train "
-                "them, so that every token is decided by itself."
-            )
+        self.check_caches()
         layer: Any = self.wrapped
         layer.setup_caches(
             batch_size,
@@ -162,6 +157,15 @@ class MoMaLayer(TransparentWrapper):
             encoder_max_seq_len=encoder_max_seq_len,
             decoder_max_seq_len=decoder_max_seq_len,
         )
+
+    def check_caches(self) -> None:
+        """Raise a ``ValueError`` if the experts choose among all tokens of a batch in evaluation too."""
+        if self.fusion_layer.looks_ahead:
+            raise ValueError(
+                "These experts cannot generate: each chooses its tokens among all of a batch, those to "
+                "come and those of other rows too. Build them with auxiliary_router=True, and train "
+                "them, so that every token is decided by itself."
+            )
 
     @property
     def modalities(self) -> list[str]:

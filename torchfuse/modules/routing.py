@@ -38,6 +38,9 @@ class Routing:
         stand_ins: features ``[1, n, d]`` of modalities that this batch lacks but whose weights must take
             part in the computation, without changing a bit of it.
         features: what ``keep_features`` kept, ``[b, slots, d]``, by name.
+        positions: where modalities alternate, the positions of each one's tokens, ``[b, slots]``, by
+            name; computed unless given.
+        ranks: likewise, which of its slots would stand at each position, ``[b, t]``.
 
     Examples:
         >>> x = torch.arange(5.0).view(1, 5, 1)
@@ -54,17 +57,18 @@ class Routing:
     valid: Mapping[str, Tensor] = field(default_factory=dict)
     valid_text: Tensor | None = None
     stand_ins: Mapping[str, Tensor] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
-    # Where modalities alternate, by name: the positions of a modality's tokens ``[b, slots]``, and which
-    # of its slots would stand at each position ``[b, t]``.
-    _positions: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
-    _ranks: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    # FSDP2 makes copies by dataclasses.replace, for which every field must be an argument.
+    features: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    positions: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    ranks: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, place in (self.places or {}).items():
-            order = (~place).to(torch.int8).argsort(dim=1, stable=True)
-            self._positions[name] = order[:, : self.slots[name]]
-            self._ranks[name] = (place.cumsum(dim=1) - 1).clamp(min=0, max=self.slots[name] - 1)
+            if name not in self.positions:
+                order = (~place).to(torch.int8).argsort(dim=1, stable=True)
+                self.positions[name] = order[:, : self.slots[name]]
+                rank = place.cumsum(dim=1) - 1
+                self.ranks[name] = rank.clamp(min=0, max=self.slots[name] - 1)
 
     def keep_features(self, embeds: Tensor) -> None:
         """Remember what stands in the slots of ``embeds`` ``[b, t, d]``, for layers to use again."""
@@ -83,7 +87,7 @@ class Routing:
                     return x[:, start : start + length]
                 start += length
             raise KeyError(name)
-        index = self._positions[name].unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        index = self.positions[name].unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return x.gather(1, index)
 
     def merge(self, text: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -91,7 +95,7 @@ class Routing:
         if self.places is None:
             return torch.cat([*(parts[name] for name in self.slots), text], dim=1)
         for name, part in parts.items():
-            rank = self._ranks[name].unsqueeze(-1).expand(-1, -1, part.shape[-1])
+            rank = self.ranks[name].unsqueeze(-1).expand(-1, -1, part.shape[-1])
             text = torch.where(self.places[name].unsqueeze(-1), part.gather(1, rank), text)
         return text
 

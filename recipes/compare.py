@@ -1,0 +1,209 @@
+"""Finetune several architectures on the same data and budget, and draw how they fare.
+
+Each run is the finetune recipe in a process of its own, one after the other. They leave a folder each
+below ``output_dir``, and beside that a picture and its numbers: for ``demo/compare`` they are
+``demo/compare.png`` and ``demo/compare.json``.
+
+Launch:
+
+    tune run torchfuse/recipes/compare.py --config recipes/configs/digits/compare.yaml
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from omegaconf import MISSING, DictConfig, OmegaConf
+from torchfuse.recipes import finetune
+from torchfuse.recipes.draw_digits import COLORS, FAINT, read_json, save_figure, set_style
+from tqdm import tqdm
+
+from torchfuse.checkpoint.files import write_whole
+from torchfuse.config import read_config, recipe, typed
+
+# What may differ between runs that are compared.
+OWN: Final = ("output_dir", "model", "transform", "freeze", "train.lr", "train.weight_decay")
+# The accuracies that the picture shows, and those on its axis.
+AXIS: Final = (0.01, 0.995)
+TICKS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
+
+
+@dataclass
+class Config:
+    """Everything that the recipe takes.
+
+    ``configs`` are configurations of the finetune recipe; what ``budget`` says stands in place of what
+    each of them says.
+    """
+
+    output_dir: str = MISSING
+    configs: list[str] = MISSING
+    budget: dict[str, Any] = field(default_factory=dict)
+
+
+@recipe(Config)
+def main(config: Config) -> None:
+    """Finetune several architectures on the same data and budget, and draw how they fare."""
+    runs = _read_runs(config)
+    with tqdm(runs.items(), desc="compare", disable=None) as bar:
+        for name, given in bar:
+            bar.write(f"\n{name}")
+            sys.stdout.flush()
+            _finetune(name, given)
+    metrics = {name: read_json(Path(given.output_dir) / "metrics.json") for name, given in runs.items()}
+    numbers, picture = Path(f"{config.output_dir}.json"), Path(f"{config.output_dir}.png")
+    text = json.dumps({"budget": config.budget, "runs": metrics}, indent=2) + "\n"
+    write_whole(numbers, lambda file: file.write_text(text, encoding="utf-8"))
+    draw(picture, metrics)
+    print(f"{table(metrics)}\n\nwrote {picture} and {numbers}")
+
+
+def _read_runs(config: Config) -> dict[str, DictConfig]:
+    """The configurations of all runs, by name, each known to be one and fit to be compared."""
+    runs: dict[str, DictConfig] = {}
+    checked: dict[str, dict[str, Any]] = {}
+    faults = [] if config.configs else ["configs names no configuration"]
+    for path in config.configs:
+        name = Path(path).stem
+        if name in runs:
+            faults.append(f"{path}: there is a run called {name} already")
+            continue
+        try:
+            given = read_config(path, "configs lists configurations of the finetune recipe")
+            own = {"output_dir": f"{config.output_dir}/{name}"}
+            runs[name] = OmegaConf.merge(given, config.budget, own)  # type: ignore[assignment]
+            known = typed(runs[name], finetune.Config)
+            finetune.check_numbers(known)
+        except ValueError as error:
+            faults.append(f"{path}: {str(error).rstrip('.')}")
+            continue
+        checked[path] = dict(_flat(asdict(known)))
+        if known.eval_every is None or known.data.test is None:
+            faults.append(f"{path}: eval_every and data.test must be given, or there is nothing to draw")
+    if checked:
+        first, *others = checked
+        for path in others:
+            names = [n for n in {**checked[first], **checked[path]} if not n.startswith(OWN)]
+            differ = [n for n in names if checked[first].get(n) != checked[path].get(n)]
+            if differ:
+                faults.append(
+                    f"{path}: differs from {first} in {', '.join(differ)}, which budget can set"
+                )
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}.")
+    return runs
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _finetune(name: str, given: DictConfig) -> None:
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        file = Path(folder) / f"{name}.yaml"
+        file.write_text(OmegaConf.to_yaml(given), encoding="utf-8")
+        done = subprocess.run([sys.executable, "-m", finetune.__name__, "--config", str(file)])
+    if done.returncode:
+        raise ValueError(f"the run {name} ended with exit code {done.returncode}, see above.")
+
+
+def _columns(metrics: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The table: a title, and a cell for each run."""
+    runs = list(metrics.values())
+    columns = {
+        "new parameters": [f"{run['new_parameters']:,}" for run in runs],
+        "training": [f"{run['training_seconds']:.0f} s" for run in runs],
+        "tokens/s": [f"{run['tokens_per_second']:,}" for run in runs],
+    }
+    kinds = [k for k in runs[0]["after"] if k != "all" and k not in runs[0].get("before", {})]
+    for kind in kinds:
+        columns[kind.replace("_", " ")] = [f"{run['after'][kind]:.1%}" for run in runs]
+    return columns
+
+
+def table(metrics: dict[str, dict[str, Any]]) -> str:
+    """What was compared, in plain text."""
+    columns = {"architecture": [*metrics], **_columns(metrics)}
+    widths = [max(map(len, [title, *cells])) for title, cells in columns.items()]
+    rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
+def draw(path: Path, metrics: dict[str, dict[str, Any]]) -> None:
+    """Accuracy against steps: each run's line leads to its row in a table."""
+    set_style()
+    figure = plt.figure(figsize=(12.5, 4.8))
+    axes = figure.add_axes((0.055, 0.13, 0.4, 0.65))
+    _draw_curves(axes, {name: run["accuracy_at_step"] for name, run in metrics.items()})
+    _draw_table(figure, axes, metrics)
+    title = "What each architecture learns on one budget"
+    figure.text(0.02, 0.92, title, fontsize=16, fontweight="bold")
+    steps = max(run["steps"] for run in metrics.values())
+    subtitle = f"right answers to held-out questions about one image, over {steps:,} optimizer steps"
+    figure.text(0.02, 0.86, subtitle, fontsize=10.5, color=FAINT)
+    save_figure(figure, path)
+
+
+def _draw_curves(axes: Axes, curves: dict[str, list[list[float]]]) -> None:
+    style = {"linewidth": 2, "marker": "o", "markersize": 4, "clip_on": False}
+    for name, points in curves.items():
+        steps, shares = np.array(points).T
+        axes.plot(steps, shares.clip(*AXIS), label=name, color=COLORS.get(name), **style)
+    axes.set_xlim(0, max(points[-1][0] for points in curves.values()))
+    # As log odds, so that 98 % and 99 % lie as far apart as they are: one makes twice the mistakes.
+    lowest = min(share for points in curves.values() for _, share in points)
+    axes.set_yscale("logit")
+    axes.set_ylim(max(AXIS[0], 0.8 * lowest), AXIS[1])
+    axes.yaxis.set_major_locator(FixedLocator(TICKS))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("optimizer step", color=FAINT, fontsize=9.5)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8ec", linewidth=0.6)
+    axes.tick_params(colors=FAINT, labelsize=9)
+
+
+def _draw_table(figure: Figure, axes: Axes, metrics: dict[str, dict[str, Any]]) -> None:
+    """Rows beside the axes, in the order in which the lines end, so that none crosses another."""
+    colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    ends: dict[str, tuple[int, float]] = {n: run["accuracy_at_step"][-1] for n, run in metrics.items()}
+    order = sorted(metrics, key=lambda name: -ends[name][1])
+    columns = _columns({name: metrics[name] for name in order})
+    left, top, width = 0.5, 0.79, 0.36 / len(columns)
+    height = min(0.14, 0.66 / len(order))
+    right = [0.98 - width * (len(columns) - 1 - index) for index in range(len(columns))]
+    for x, (title, cells) in zip(right, columns.items(), strict=True):
+        head = title.replace(" ", "\n")
+        figure.text(x, top, head, ha="right", va="bottom", fontsize=9.5, color=FAINT, linespacing=1.2)
+        for row, cell in enumerate(cells):
+            figure.text(x, top - height * (row + 0.6), cell, ha="right", va="center", fontsize=11)
+    for row, name in enumerate(order):
+        color = colors[name]
+        y = top - height * (row + 0.6)
+        bold = {"fontsize": 11, "fontweight": "bold", "color": color}
+        figure.text(left, y, name.replace("_", " "), va="center", **bold)
+        leader = ConnectionPatch(
+            ends[name], (left - 0.008, y), axes.transData, figure.transFigure, color=color, linewidth=0.8
+        )
+        figure.add_artist(leader)
+
+
+if __name__ == "__main__":
+    main()

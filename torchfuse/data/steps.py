@@ -1,0 +1,93 @@
+"""The batches of each optimizer step, and how many tokens of which modality are in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from torchfuse.data.collate import padded_collate_images
+from torchfuse.data.questions import QuestionDataset, QuestionTransform
+
+__all__ = ["count_tokens", "optimizer_steps"]
+
+Step = list[dict[str, Any]]
+
+
+def optimizer_steps(
+    questions: QuestionDataset,
+    *,
+    batch_size: int,
+    batches_per_step: int = 1,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    seed: int = 0,
+    world_size: int = 1,
+    rank: int = 0,
+) -> tuple[int, Iterator[Step]]:
+    """Shuffle questions anew in every epoch, and batch them.
+
+    Args:
+        questions: the questions.
+        batch_size: questions in a batch.
+        batches_per_step: batches whose gradients are accumulated.
+        epochs: how often each question comes. What is left behind the last whole step of an epoch, is
+            left out in it.
+        max_steps: the most steps there are.
+        seed: of the order.
+        world_size: how many ranks share a step; each gets as many batches.
+        rank: this one.
+
+    Returns:
+        How many steps there are, and the batches of each, as ``padded_collate_images`` makes them.
+
+    Raises:
+        ValueError: if the questions are too few for one step.
+    """
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        questions, world_size, rank, seed=seed, drop_last=True
+    )
+    loader = DataLoader(
+        questions,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=lambda samples: padded_collate_images(samples, questions.transform.pad_id),
+    )
+    num_steps = len(loader) // batches_per_step * epochs
+    if not num_steps:
+        raise ValueError(
+            f"{len(questions)} questions are too few for one step of {world_size} x {batch_size} x "
+            f"{batches_per_step}."
+        )
+    if max_steps is not None:
+        num_steps = min(num_steps, max_steps)
+
+    def steps() -> Iterator[Step]:
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            batches = iter(loader)
+            while len(step := list(islice(batches, batches_per_step))) == batches_per_step:
+                yield step
+
+    return num_steps, islice(steps(), num_steps)
+
+
+def count_tokens(batch: Mapping[str, Any], transform: QuestionTransform) -> dict[str, int]:
+    """How many tokens of text and of images a batch has, without padding and markers of images.
+
+    Args:
+        batch: what ``padded_collate_images`` made.
+        transform: what turned the questions into sequences.
+    """
+    ids, mask = batch["tokens"], batch.get("encoder_mask")
+    others = [transform.pad_id]
+    if transform.image_token is not None:
+        others.append(transform.image_token)
+    return {
+        "text": int((~torch.isin(ids, torch.tensor(others))).sum()),
+        "image": 0 if mask is None else int(mask.any(dim=1).sum()),
+    }

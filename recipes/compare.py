@@ -183,7 +183,10 @@ def _draw_curves(axes: Axes, curves: dict[str, list[list[float]]]) -> None:
 def _draw_table(figure: Figure, axes: Axes, metrics: dict[str, dict[str, Any]]) -> None:
     """Rows beside the axes, in the order in which the lines end, so that none crosses another."""
     colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
-    ends: dict[str, tuple[int, float]] = {n: run["accuracy_at_step"][-1] for n, run in metrics.items()}
+    ends = {
+        name: np.clip(run["accuracy_at_step"][-1], (0, AXIS[0]), (np.inf, AXIS[1]))
+        for name, run in metrics.items()
+    }
     order = sorted(metrics, key=lambda name: -ends[name][1])
     columns = _columns({name: metrics[name] for name in order})
     left, top, width = 0.5, 0.79, 0.36 / len(columns)

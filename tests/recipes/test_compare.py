@@ -102,6 +102,14 @@ def test_curves_and_rows_show_the_numbers(tmp_path, monkeypatch):
     assert texts["50.0%"].get_position()[1] == texts["mot"].get_position()[1]
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_accuracies_at_the_ends_of_the_scale_are_drawn_at_its_border(tmp_path, share):
+    """Their odds are zero or infinite."""
+    compare.draw(tmp_path / "a.png", {"mot": metrics("mot", share)})
+    with Image.open(tmp_path / "a.png") as image:
+        assert len(image.convert("L").getcolors()) > 100
+
+
 @pytest.mark.parametrize(
     ("configs", "changes", "complaints"),
     [

@@ -11,6 +11,16 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+# Imported once, by a server from which ranks are forked, instead of by each of them.
+PRELOADED = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torchtune.models.llama3_2",
+    "torchtune.training",
+    "torchfuse.models",
+    "torchfuse.training",
+]
+
 
 def _rank(rank: int, world_size: int, store: str, function: Callable[..., None], args: Any) -> None:
     warnings.simplefilter("ignore")
@@ -28,7 +38,11 @@ def _rank(rank: int, world_size: int, store: str, function: Callable[..., None],
 
 def run_on_ranks(function: Callable[..., None], *args: Any, world_size: int = 2) -> None:
     """Call ``function(rank, *args)`` on each rank; a module-level function, as the processes are new."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(
-            _rank, (world_size, f"{folder}/store", function, args), nprocs=world_size, join=True
+        multiprocessing.start_processes(
+            _rank,
+            (world_size, f"{folder}/store", function, args),
+            nprocs=world_size,
+            start_method="forkserver",
         )

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torchfuse.checkpoint.description import describe_fusion, description_faults
 from torchfuse.checkpoint.files import write_whole
 from torchfuse.checkpoint.fingerprint import (
+    TensorPrint,
     compare,
     explain,
     fingerprint,
@@ -233,6 +234,21 @@ def load_artifact(
         replaced: pretrained parameters whose values are about to be replaced, so that those which they
             have now do not matter.
     """
+    tensors, description, base = read_artifact(path)
+    faults = description_faults(description, model) if strict else []
+    # Artifacts of earlier versions do not say what base they are for.
+    other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
+    return _load(model, tensors, strict, faults, other)
+
+
+def read_artifact(
+    path: str | Path,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, TensorPrint] | None]:
+    """The tensors of an artifact, what it says of its model, and the base that it was made over.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+    """
     file = Path(path) / ARTIFACT_FILE
     if not file.is_file():
         raise ValueError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
@@ -243,10 +259,7 @@ def load_artifact(
         base = read_fingerprint(description["base"]) if "base" in description else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    faults = description_faults(description, model) if strict else []
-    # Artifacts of earlier versions do not say what base they are for.
-    other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
-    return _load(model, tensors, strict, faults, other)
+    return tensors, description, base
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,30 +6,25 @@ architectures over one base. Usually one trained as ``joint_decoder`` seeds the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from torchfuse.checkpoint.fingerprint import (
-    TensorPrint,
     compare,
     explain,
     fingerprint,
     pretrained_tensors,
-    read_fingerprint,
 )
 from torchfuse.checkpoint.fusion_artifact import (
-    ARTIFACT_FILE,
     fusion_state_dict,
     load_fusion_state_dict,
+    read_artifact,
 )
 
 __all__ = ["seed_adapters"]
 
-_HEADER: Final = "torchfuse"
 _ADAPTERS: Final = ("adapter.", "adapters.")
 
 
@@ -52,7 +47,7 @@ def seed_adapters(model: nn.Module, path: str | Path, strict: bool = True) -> li
         ValueError: if there is no such artifact or it is damaged; with every adapter's tensor that does
             not fit; if nothing does. The model is as it was then.
     """
-    tensors, base = _read(Path(path))
+    tensors, _, base = read_artifact(path)
     theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(_ADAPTERS)}
     ours = {n: t for n, t in fusion_state_dict(model).items() if n.startswith(_ADAPTERS)}
     faults = [
@@ -82,18 +77,3 @@ def seed_adapters(model: nn.Module, path: str | Path, strict: bool = True) -> li
         )
     load_fusion_state_dict(model, fitting, strict=False)
     return list(fitting)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, TensorPrint] | None]:
-    """The tensors of an artifact, and the base that it says it was made over, if it does."""
-    file = path / ARTIFACT_FILE
-    if not file.is_file():
-        raise ValueError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
-    try:
-        with safe_open(file, framework="pt") as reader:
-            description: dict[str, Any] = dict(json.loads((reader.metadata() or {})[_HEADER]))
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        base = read_fingerprint(description["base"]) if "base" in description else None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    return tensors, base

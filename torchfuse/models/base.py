@@ -13,7 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchfuse.models.encoding import EncoderInput, EncoderMask, EncoderOwner, OnMissing
+from torchfuse.models.encoding import (
+    EncoderInput,
+    EncoderMask,
+    EncoderOwner,
+    OnMissing,
+    encoder_names,
+)
 from torchfuse.models.strategies import ModalityContext, ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
 from torchfuse.naming import unwrap
@@ -45,8 +51,8 @@ class FusedModel(DecoderSurface, EncoderOwner):
             smallest size that it accepts. None: its ``example_input()`` is asked.
 
     Raises:
-        ValueError: if names do not agree, ``"participate"`` has no example input, or the decoder is a
-            fused model already.
+        ValueError: if names do not agree, ``"participate"`` has no example input, the decoder is a
+            fused model already, or its layers are not those that the strategy wants.
     """
 
     own_attributes: ClassVar[frozenset[str]] = frozenset(
@@ -68,6 +74,7 @@ class FusedModel(DecoderSurface, EncoderOwner):
     ) -> None:
         super().__init__()
         refuse_fused(decoder)
+        strategy.check_decoder(decoder, encoder_names(encoder))
         self.decoder = decoder
         self._own_encoders(encoder, adapter, on_missing, example_input)
         strategy.check_encoders(self.encoder_names)

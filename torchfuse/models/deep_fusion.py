@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.encoding import EncoderInput, OnMissing
+from torchfuse.models.fused_layers import fuse_layers, layers_to_fuse
 from torchfuse.models.strategies import (
     EncoderFeatures,
     ModalityContext,
     ModalityStrategy,
     check_rows,
-    fuse_layers,
-    layers_to_fuse,
     register_modality_strategy,
 )
 from torchfuse.modules.fusion_layer import FusionLayer

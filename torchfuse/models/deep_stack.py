@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Final
 
 from torch import nn
 
+from torchfuse.models.fused_layers import fuse_layers
 from torchfuse.models.mixture_fusion import LayerStrategy
-from torchfuse.models.strategies import fuse_layers, register_modality_strategy
+from torchfuse.models.strategies import register_modality_strategy
 from torchfuse.modules.deep_stack import DeepStackLayer
 
 __all__ = ["DeepStackStrategy"]

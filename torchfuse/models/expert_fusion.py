@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Final
 from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
+from torchfuse.models.fused_layers import fuse_layers
 from torchfuse.models.mixture_fusion import LayerStrategy
-from torchfuse.models.strategies import fuse_layers, register_modality_strategy
+from torchfuse.models.strategies import register_modality_strategy
 from torchfuse.modules.expert_options import ExpertOptions
 from torchfuse.modules.modality_experts import MoMaLayer
 

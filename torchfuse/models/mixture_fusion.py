@@ -16,14 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.models.base import FusedModel
-from torchfuse.models.encoding import EncoderInput, OnMissing, encoder_names
+from torchfuse.models.fused_layers import fuse_layers, layers_to_fuse
 from torchfuse.models.sequence import Placement, SequenceStrategy
-from torchfuse.models.strategies import (
-    ModalityContext,
-    fuse_layers,
-    layers_to_fuse,
-    register_modality_strategy,
-)
+from torchfuse.models.strategies import ModalityContext, register_modality_strategy
 from torchfuse.modules.mixture_of_transformers import MoTLayer, MoTNorm, Start
 from torchfuse.naming import unwrap
 
@@ -197,47 +192,8 @@ def _misfit(what: str, there: Sequence[str], encoders: Sequence[str]) -> list[st
 class MixtureFusionModel(FusedModel):
     """A decoder in whose sequence features stand, with weights of their own; ``fuse`` builds one.
 
-    Args:
-        decoder: a ``TransformerDecoder`` with the layers in it that the strategy wants.
-        encoder: a module that returns features ``[b, n, d_e]``, or several by name.
-        strategy: the architecture's options.
-        adapter: what maps features to the decoder's width. None: the encoders do.
-        decoder_trainable: whether the pretrained decoder trains.
-        encoder_trainable: whether the encoders train; also ``{name: bool}``.
-        fusion_trainable: whether what fusion added trains.
-        on_missing: see ``FusedModel``.
-        example_input: see ``FusedModel``.
-
-    Raises:
-        ValueError: if no layer is fused, or the weights in the decoder are not those that the encoders
-            and the placement need.
+    Arguments are those of ``FusedModel``.
     """
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        encoder: nn.Module | Mapping[str, nn.Module],
-        *,
-        strategy: SequenceStrategy,
-        adapter: nn.Module | Mapping[str, nn.Module] | None = None,
-        decoder_trainable: bool = False,
-        encoder_trainable: bool | Mapping[str, bool] = False,
-        fusion_trainable: bool = True,
-        on_missing: OnMissing = "skip",
-        example_input: EncoderInput | None = None,
-    ) -> None:
-        strategy.check_decoder(decoder, encoder_names(encoder))
-        super().__init__(
-            decoder,
-            encoder,
-            strategy=strategy,
-            adapter=adapter,
-            decoder_trainable=decoder_trainable,
-            encoder_trainable=encoder_trainable,
-            fusion_trainable=fusion_trainable,
-            on_missing=on_missing,
-            example_input=example_input,
-        )
 
     def setup_caches(
         self,

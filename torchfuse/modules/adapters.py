@@ -115,10 +115,10 @@ class _GridAdapter(Adapter):
         in_dim: int,
         out_dim: int,
         *,
-        window: int,
-        grid: int | None,
-        num_prefix_tokens: int,
-        keep_prefix: bool,
+        window: int = 2,
+        grid: int | None = None,
+        num_prefix_tokens: int = 0,
+        keep_prefix: bool = True,
     ) -> None:
         super().__init__(in_dim, out_dim)
         self.grid = TokenGrid(grid, num_prefix_tokens)
@@ -211,25 +211,6 @@ class AvgPoolAdapter(_GridAdapter):
         >>> adapter(torch.randn(2, 4 * 9, 5)).shape  # two rows of four frames of 3 x 3
         torch.Size([2, 16, 7])
     """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        *,
-        window: int = 2,
-        grid: int | None = None,
-        num_prefix_tokens: int = 0,
-        keep_prefix: bool = True,
-    ) -> None:
-        super().__init__(
-            in_dim,
-            out_dim,
-            window=window,
-            grid=grid,
-            num_prefix_tokens=num_prefix_tokens,
-            keep_prefix=keep_prefix,
-        )
 
     def _pool(self, cells: Tensor) -> Tensor:
         return window_means(cells, self.window)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.modules.fusion_wrapper import FusionWrapper
 from torchfuse.modules.routing import Routing, take_part
-from torchfuse.naming import TransparentWrapper, canonical_name, unwrap
+from torchfuse.naming import unwrap
 
 __all__ = ["DeepStackLayer", "FeatureMap"]
 
@@ -40,7 +41,7 @@ class FeatureMap(nn.Module):
         return self.w2(self.activation(self.w1(features)))
 
 
-class DeepStackLayer(TransparentWrapper):
+class DeepStackLayer(FusionWrapper):
     """A pretrained decoder layer behind which features are added where they stand.
 
     Names are the pretrained layer's (see ``torchfuse.naming.TransparentWrapper``); new parameters stand
@@ -69,10 +70,6 @@ class DeepStackLayer(TransparentWrapper):
             maps = {name: FeatureMap(dim, hidden_dim or dim) for name in modalities}
         self.fusion_layer = nn.ModuleDict(maps).to(weight.dtype)
         self.wrap(layer, child="layer")
-
-    def fusion_params(self) -> list[str]:
-        """The names, relative to this layer, of the parameters that fusion added."""
-        return [f"fusion_layer.{canonical_name(n)}" for n, _ in self.fusion_layer.named_parameters()]
 
     def forward(self, x: Tensor, *, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         """Run the layer, and add the features that stand in the sequence to its hidden states.

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.naming import TransparentWrapper, canonical_name
+from torchfuse.modules.fusion_wrapper import FusionWrapper
 
 __all__ = ["FusionLayer"]
 
 
-class FusionLayer(TransparentWrapper):
+class FusionLayer(FusionWrapper):
     """Runs a new layer before or after a pretrained layer; names are the pretrained layer's.
 
     A parameter ``attn.q_proj.weight`` of ``layer`` is ``attn.q_proj.weight`` here too, in every view
@@ -65,10 +65,6 @@ class FusionLayer(TransparentWrapper):
         if self.fusion_first:
             return self.wrapped(self.fusion_layer(x, **kwargs), **kwargs)
         return self.fusion_layer(self.wrapped(x, **kwargs), **kwargs)
-
-    def fusion_params(self) -> list[str]:
-        """The names, relative to this layer, of the parameters that fusion added."""
-        return [f"fusion_layer.{canonical_name(n)}" for n, _ in self.fusion_layer.named_parameters()]
 
     def setup_caches(
         self,

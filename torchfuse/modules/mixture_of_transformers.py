@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.modules.fusion_wrapper import FusionWrapper
 from torchfuse.modules.grouped_attention import grouped_attention
 from torchfuse.modules.routing import Routing, take_part
 from torchfuse.modules.transformer_expert import (
@@ -29,22 +30,18 @@ from torchfuse.modules.transformer_expert import (
     expert_like,
     first_values,
 )
-from torchfuse.naming import TransparentWrapper, canonical_name, unwrap
+from torchfuse.naming import unwrap
 
 __all__ = ["MoTLayer", "MoTNorm", "Start"]
 
 Start = Literal["warm", "zero"]
 
 
-class _Experts(TransparentWrapper):
+class _Experts(FusionWrapper):
     """A pretrained module for text, and one like it for each other modality."""
 
     fusion_layer: nn.ModuleDict
     start: Start = "warm"
-
-    def fusion_params(self) -> list[str]:
-        """The names, relative to this module, of the parameters that fusion added."""
-        return [f"fusion_layer.{canonical_name(n)}" for n, _ in self.fusion_layer.named_parameters()]
 
     @torch.no_grad()
     def reset_experts(self) -> None:

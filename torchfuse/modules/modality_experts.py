@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from torchfuse.modules.expert_choice import ExpertChoiceRouter, ModalityExperts
 from torchfuse.modules.expert_options import ExpertOptions
+from torchfuse.modules.fusion_wrapper import FusionWrapper
 from torchfuse.modules.routing import Routing
 from torchfuse.modules.transformer_expert import are_equal, first_values
-from torchfuse.naming import TransparentWrapper, canonical_name, unwrap
+from torchfuse.naming import canonical_name, unwrap
 from torchfuse.params import quantized_dtype
 
 __all__ = ["ExpertOptions", "MoMaLayer", "expert_load"]
@@ -35,7 +36,7 @@ _TEXT: Final = "text"
 _PARTS: Final = ("sa_norm", "attn", "sa_scale", "mlp_norm", "mlp", "mlp_scale")
 
 
-class MoMaLayer(TransparentWrapper):
+class MoMaLayer(FusionWrapper):
     """A pretrained decoder layer with experts of each modality in place of its one feed-forward.
 
     ``x + attn(norm(x))`` is the pretrained layer's. What is added to that is the pretrained
@@ -126,37 +127,20 @@ class MoMaLayer(TransparentWrapper):
             return checkpoint(self._run, x, mask, input_pos, routing)
         return self._run(x, mask, input_pos, routing)
 
-    def fusion_params(self) -> list[str]:
-        """The names, relative to this layer, of the parameters that fusion added."""
-        return [f"fusion_layer.{canonical_name(n)}" for n, _ in self.fusion_layer.named_parameters()]
-
-    def setup_caches(
-        self,
-        batch_size: int,
-        dtype: torch.dtype,
-        *,
-        encoder_max_seq_len: int | None,
-        decoder_max_seq_len: int | None,
-    ) -> None:
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, **lengths: int | None) -> None:
         """Set up the pretrained layer's key-value cache; experts keep nothing.
 
         Args:
             batch_size: rows of the cache.
             dtype: dtype of the cache.
-            encoder_max_seq_len: of no use to this layer.
-            decoder_max_seq_len: slots for tokens.
+            **lengths: what else the pretrained layer takes.
 
         Raises:
             ValueError: if the experts choose among all tokens of a batch in evaluation too.
         """
         self.check_caches()
         layer: Any = self.wrapped
-        layer.setup_caches(
-            batch_size,
-            dtype,
-            encoder_max_seq_len=encoder_max_seq_len,
-            decoder_max_seq_len=decoder_max_seq_len,
-        )
+        layer.setup_caches(batch_size, dtype, **lengths)
 
     def check_caches(self) -> None:
         """Raise a ``ValueError`` if the experts choose among all tokens of a batch in evaluation too."""

@@ -1,0 +1,69 @@
+"""Which layers of a decoder are fused, and how they are all exchanged or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+__all__ = ["fuse_layers", "layers_to_fuse"]
+
+
+def layers_to_fuse(num_layers: int, layers: Sequence[int] | None, every: int) -> list[int]:
+    """Which layers of a decoder are fused, from the first to the last.
+
+    Args:
+        num_layers: layers of the decoder.
+        layers: those that the caller names, counted from 0; None: as ``every`` says.
+        every: layer ``i`` is fused when ``(i + 1) % every == 0``.
+
+    Raises:
+        ValueError: if a named layer does not exist or is named twice, or none would be fused.
+
+    Examples:
+        >>> layers_to_fuse(7, None, 3), layers_to_fuse(7, [4, 0], 3)
+        ([2, 5], [0, 4])
+    """
+    if layers is not None:
+        indices = sorted(set(layers))
+        known = bool(indices) and indices[0] >= 0 and indices[-1] < num_layers
+        if not known or len(indices) != len(layers):
+            raise ValueError(
+                f"layers must name layers of this decoder, 0 to {num_layers - 1}, each once; got "
+                f"{list(layers)}."
+            )
+        return indices
+    if not 1 <= every <= num_layers:
+        raise ValueError(
+            f"every={every} fuses no layer of this decoder, which has {num_layers}: layer i is "
+            f"fused when (i + 1) % every == 0. Choose every between 1 and {num_layers}."
+        )
+    return list(range(every - 1, num_layers, every))
+
+
+def fuse_layers(
+    layers: Any, indices: Iterable[int], build: Callable[[int], nn.Module]
+) -> Callable[[], None]:
+    """Build fused layers, and return a function that puts them in place.
+
+    Args:
+        layers: the decoder's.
+        indices: which are fused.
+        build: makes the fused layer of an index.
+
+    Raises:
+        ValueError: naming the layer that cannot be fused.
+    """
+    fused = {}
+    for index in indices:
+        try:
+            fused[index] = build(index)
+        except ValueError as error:
+            raise ValueError(f"Layer {index} cannot be fused. {error}") from error
+
+    def put_in_place() -> None:
+        for index, layer in fused.items():
+            layers[index] = layer
+
+    return put_in_place

@@ -1,0 +1,19 @@
+"""New weights beside a pretrained module, under one name of their own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torchfuse.naming import TransparentWrapper, canonical_name
+
+__all__ = ["FusionWrapper"]
+
+
+class FusionWrapper(TransparentWrapper):
+    """A wrapper whose new parameters stand under ``fusion_layer.`` and are all that fusion added."""
+
+    fusion_layer: nn.Module
+
+    def fusion_params(self) -> list[str]:
+        """The names, relative to this module, of the parameters that fusion added."""
+        return [f"fusion_layer.{canonical_name(n)}" for n, _ in self.fusion_layer.named_parameters()]

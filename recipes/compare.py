@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from omegaconf import MISSING, DictConfig, OmegaConf
-from torchfuse.recipes import finetune
+from torchfuse.recipes import finetune, finetune_config
 from torchfuse.recipes.draw_digits import COLORS, FAINT, read_json, save_figure, set_style
 from tqdm import tqdm
 
@@ -83,12 +82,12 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
             given = read_config(path, "configs lists configurations of the finetune recipe")
             own = {"output_dir": f"{config.output_dir}/{name}"}
             runs[name] = OmegaConf.merge(given, config.budget, own)  # type: ignore[assignment]
-            known = typed(runs[name], finetune.Config)
-            finetune.check_numbers(known)
+            known = typed(runs[name], finetune_config.Config)
+            finetune_config.check_numbers(known)
         except ValueError as error:
             faults.append(f"{path}: {str(error).rstrip('.')}")
             continue
-        checked[path] = dict(_flat(asdict(known)))
+        checked[path] = dict(finetune_config.flat(asdict(known)))
         if known.eval_every is None or known.data.test is None:
             faults.append(f"{path}: eval_every and data.test must be given, or there is nothing to draw")
     if checked:
@@ -103,14 +102,6 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
     if faults:
         raise ValueError(f"{'; '.join(faults)}.")
     return runs
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _finetune(name: str, given: DictConfig) -> None:

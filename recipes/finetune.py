@@ -8,27 +8,31 @@ Launch on one device, or on several with FSDP2:
     tune run torchfuse/recipes/finetune.py --config recipes/configs/digits/cross_attention.yaml
     tune run --nproc_per_node 2 torchfuse/recipes/finetune.py --config ... model.on_missing=participate
 
-Any key can be overridden: ``train.lr=1e-3 model.every=2``.
+Any key can be overridden: ``train.lr=1e-3 model.every=2``. A run that saves itself goes on after a
+break as if there had been none:
+
+    tune run torchfuse/recipes/finetune.py --config ... save_every=100 resume=true
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor, distributed, nn
+from torchfuse.recipes.finetune_config import Config, check_numbers, course
 from torchtune import training
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from torchtune.utils import batch_to_device, get_world_size_and_rank
 from tqdm import tqdm
 
 from torchfuse import describe, param_groups
+from torchfuse.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
 from torchfuse.checkpoint.files import write_whole
 from torchfuse.checkpoint.trained import save_trained
 from torchfuse.config import build, recipe
@@ -43,7 +47,6 @@ from torchfuse.data.steps import count_tokens, optimizer_steps
 from torchfuse.devices import device_and_dtype
 from torchfuse.evaluation import (
     Answered,
-    TrainingRecord,
     accuracy,
     accuracy_by_kind,
     accuracy_table,
@@ -54,66 +57,11 @@ from torchfuse.evaluation import (
     training_costs,
 )
 from torchfuse.params import FreezeSchedule, read_freeze_meta
-from torchfuse.params.trainable import set_requires_grad
 from torchfuse.runs import build_model, check_images
 from torchfuse.training import next_token_loss, shard
+from torchfuse.training_record import TrainingRecord
 
-
-@dataclass
-class Pretrained:
-    """Directories of pretrained checkpoints; an encoder's by name where encoders have names."""
-
-    decoder: str = MISSING
-    encoder: Any = MISSING
-
-
-@dataclass
-class Data:
-    """Question files."""
-
-    train: str = MISSING
-    test: str | None = None
-    limit: int | None = None
-
-
-@dataclass
-class Train:
-    """Optimisation; ``lr`` and ``weight_decay`` are numbers, or by part of the model."""
-
-    lr: Any = 1e-3
-    weight_decay: Any = 0.0
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    warmup_steps: int = 0
-    clip_grad_norm: float | None = 1.0
-
-
-@dataclass
-class Config:
-    """Everything that the recipe takes.
-
-    ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; none
-    leaves what trains as the model says. Every ``eval_every`` steps and after the last, questions about
-    one image are asked: the first ``eval_limit`` of ``data.test``.
-    """
-
-    output_dir: str = MISSING
-    model: dict[str, Any] = MISSING
-    pretrained: Pretrained = field(default_factory=Pretrained)
-    transform: dict[str, Any] = MISSING
-    data: Data = field(default_factory=Data)
-    train: Train = field(default_factory=Train)
-    freeze: list[dict[str, Any]] = field(default_factory=list)
-    device: str = "cpu"
-    dtype: str = "fp32"
-    seed: int = 0
-    activation_checkpointing: bool = False
-    compile: bool = False
-    eval_batch_size: int = 128
-    eval_every: int | None = None
-    eval_limit: int | None = None
+_CHECKPOINTS = "checkpoints"  # below output_dir
 
 
 @recipe(Config)
@@ -127,7 +75,7 @@ def main(config: Config) -> None:
         distributed.init_process_group()
     say, write = (print, _write) if get_world_size_and_rank()[1] == 0 else (_silent, _silent)
     training.set_seed(config.seed)
-    output = _output_dir(config.output_dir)
+    output = _output_dir(config)
 
     transform: QuestionTransform = build(config.transform, what="transform", kind=QuestionTransform)
     questions = QuestionDataset(transform, config.data.train, config.data.limit)
@@ -138,8 +86,7 @@ def main(config: Config) -> None:
     model = _build_model(config, shard_it=distributed_run)
     _check_image_token(model, transform.image_token)
     check_images(model, transform.image_transform, config.pretrained.encoder)
-    trained = stages.trained_ever(model)
-    stages.apply(model, 0)
+    run = _Training(model, stages, questions, config)
     say(f"\n{describe(model)}\n")
 
     def ask(asked: list[Question]) -> list[Answered]:
@@ -148,10 +95,12 @@ def main(config: Config) -> None:
         return answer_questions(model, transform, asked, **options)
 
     text = [question for question in held_out if not question.images]
-    before = {"before": accuracy_by_kind(ask(text))} if text else {}
-    record = _train(model, questions, stages, config, say, lambda: accuracy(ask(now_and_then))["all"])
-    set_requires_grad(model, dict.fromkeys(trained, True))  # what an earlier stage trained is saved too
-    save_trained(model, output / "fusion")
+    if run.resume():
+        say(f"goes on behind step {run.step} of {run.num_steps}")
+    elif text:
+        run.record.before = accuracy_by_kind(ask(text))
+    record = run.train(say, lambda: accuracy(ask(now_and_then))["all"])
+    save_trained(model, output / "fusion", trained=run.trained, stages=stages)
     write(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write(output / "losses.json", json.dumps(record.losses) + "\n")
     say(f"saved {output / 'fusion'}")
@@ -159,43 +108,13 @@ def main(config: Config) -> None:
     answered, shares = examine(ask, held_out, config.seed)
     if answered:
         write(output / "answers.jsonl", "".join(answer_record(a, output) + "\n" for a in answered))
-    shares, costs = before | shares, training_costs(model, record)
+    shares = ({"before": record.before} if record.before else {}) | shares
+    costs = training_costs(model, record)
     say(f"\n{accuracy_table(shares)}\n\n{costs_in_words(costs)}\n")
     metrics = {**shares, **costs, "seconds": round(time.perf_counter() - started, 1)}
     write(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if distributed_run:
         distributed.destroy_process_group()
-
-
-def check_numbers(config: Config) -> None:
-    """Raise one ``ValueError`` for all numbers out of range."""
-    train = config.train
-    faults = [
-        f"{name}={value} must be at least {least}"
-        for name, value, least in (
-            ("train.epochs", train.epochs, 1),
-            ("train.max_steps", train.max_steps, 1),
-            ("train.batch_size", train.batch_size, 1),
-            ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
-            ("train.warmup_steps", train.warmup_steps, 0),
-            ("data.limit", config.data.limit, 1),
-            ("eval_batch_size", config.eval_batch_size, 1),
-            ("eval_every", config.eval_every, 1),
-            ("eval_limit", config.eval_limit, 1),
-        )
-        if value is not None and value < least
-    ]
-    if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
-        faults.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
-    for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
-        rates = list(value.values()) if isinstance(value, dict) else [value]
-        numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
-        if not rates or not numbers or min(rates) < 0:
-            faults.append(
-                f"{name}={value} must be a number of at least 0, or one for each part that trains"
-            )
-    if faults:
-        raise ValueError(f"{'; '.join(faults)}.")
 
 
 def _check_image_token(model: nn.Module, token: int | None) -> None:
@@ -211,13 +130,19 @@ def _check_image_token(model: nn.Module, token: int | None) -> None:
 def _silent(*_: Any) -> None: ...
 
 
-def _output_dir(name: str) -> Path:
+def _output_dir(config: Config) -> Path:
     """The directory to write to later, known to be writable now."""
-    path = Path(name)
-    for place in (path, path / "fusion"):
+    path = Path(config.output_dir)
+    for place in (path, path / "fusion", path / _CHECKPOINTS):
         existing = next(p for p in [place, *place.absolute().parents] if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ValueError(f"output_dir {path}: {existing} is no directory that can be written to.")
+    earlier = latest_checkpoint(path / _CHECKPOINTS)
+    if earlier is not None and config.save_every is not None and not config.resume:
+        raise ValueError(
+            f"{earlier} is of an earlier run: resume=true goes on with it; for a new run remove it, or "
+            "name another output_dir."
+        )
     return path
 
 
@@ -245,63 +170,142 @@ def _to_ask_in_training(held_out: list[Question], config: Config) -> list[Questi
     return about_one[: config.eval_limit]
 
 
-def _train(
-    model: nn.Module,
-    questions: QuestionDataset,
-    stages: FreezeSchedule,
-    config: Config,
-    say: Any,
-    ask: Callable[[], float],
-) -> TrainingRecord:
-    """Train, and ask now and then."""
-    options, (device, _) = config.train, device_and_dtype(config.device, config.dtype)
-    world_size, rank = get_world_size_and_rank()
-    num_steps, steps = optimizer_steps(
-        questions,
-        batch_size=options.batch_size,
-        batches_per_step=options.gradient_accumulation_steps,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        seed=config.seed,
-        world_size=world_size,
-        rank=rank,
-    )
-    optimizer = torch.optim.AdamW(
-        param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages)
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, num_steps)
-    record = TrainingRecord()
-    model.train()
-    began = time.perf_counter()
-    with tqdm(total=num_steps, desc="finetune", disable=None if rank == 0 else True) as bar:
-        for number, step in enumerate(steps, 1):
-            for batch in step:
-                record.tokens.update(count_tokens(batch, questions.transform))
-                batch_to_device(batch, device)
-            stages.apply(model, number - 1)
-            loss = _backward(model, step, world_size)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"The loss of step {number} is {loss}; nothing is saved. Try a lower train.lr or "
-                    "more train.warmup_steps."
-                )
-            if options.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            record.losses.append((number, loss))
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if bar.disable and number % max(1, num_steps // 10) == 0:
-                say(f"step {number} of {num_steps}: loss {loss:.3f}")
-            if config.eval_every and (number % config.eval_every == 0 or number == num_steps):
+class _Training:
+    """A model in training: what changes from step to step, saved and loaded as one.
+
+    Args:
+        model: the model, sharded or not.
+        stages: what trains when.
+        questions: what it is trained on.
+        config: the recipe's configuration.
+    """
+
+    def __init__(
+        self, model: nn.Module, stages: FreezeSchedule, questions: QuestionDataset, config: Config
+    ) -> None:
+        self.model, self.stages, self.questions, self.config = model, stages, questions, config
+        self.device, _ = device_and_dtype(config.device, config.dtype)
+        self.world_size, self.rank = get_world_size_and_rank()
+        self.step, self.record = 0, TrainingRecord()
+        self.trained = stages.trained_ever(model)
+        stages.apply(model, 0)
+        self.num_steps, _ = self._steps()
+        options = config.train
+        self.optimizer = torch.optim.AdamW(
+            param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages)
+        )
+        self.lr_schedule = get_cosine_schedule_with_warmup(
+            self.optimizer, options.warmup_steps, self.num_steps
+        )
+
+    def resume(self) -> bool:
+        """Go on with the newest checkpoint if the configuration says so; returns whether there is one.
+
+        Raises:
+            ValueError: if it is of a run that went otherwise, or does not fit.
+        """
+        folder = self._checkpoints
+        if not self.config.resume or latest_checkpoint(folder) is None:
+            return False
+        loaded = load_checkpoint(folder, self.model, self.optimizer)
+        ours, theirs = course(self.config, self.world_size), loaded.extra["course"]
+        differ = [
+            f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
+            for name in {**theirs, **ours}
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differ:
+            raise ValueError(f"{loaded.path} is of a run that went otherwise: {'; '.join(differ)}.")
+        self.step = loaded.step
+        self.record = TrainingRecord.restored(loaded.extra["record"], self.rank)
+        self.lr_schedule.load_state_dict(loaded.extra["lr_schedule"])
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the run; every rank calls this."""
+        save_checkpoint(
+            self._checkpoints,
+            self.model,
+            self.optimizer,
+            step=self.step,
+            extra={
+                "course": course(self.config, self.world_size),
+                "record": self.record.of_all_ranks(self.device).state(),
+                "lr_schedule": self.lr_schedule.state_dict(),
+            },
+            trained=self.trained,
+        )
+
+    def train(self, say: Callable[[str], None], ask: Callable[[], float]) -> TrainingRecord:
+        """Take the steps that are left, and ask and save now and then."""
+        record, config = self.record, self.config
+        _, steps = self._steps()
+        self.model.train()
+        bar = tqdm(
+            desc="finetune",
+            total=self.num_steps,
+            initial=self.step,
+            disable=None if self.rank == 0 else True,
+        )
+        with bar:
+            began = time.perf_counter()
+            for step in steps:
+                loss = self._take(step)
+                record.losses.append((self.step, loss))
                 record.seconds += time.perf_counter() - began
-                record.accuracies.append((number, ask()))
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if bar.disable and self.step % max(1, self.num_steps // 10) == 0:
+                    say(f"step {self.step} of {self.num_steps}: loss {loss:.3f}")
+                if self._is_time(config.eval_every):
+                    record.accuracies.append((self.step, ask()))
+                if self._is_time(config.save_every):
+                    self.save()
                 began = time.perf_counter()
-    record.seconds += time.perf_counter() - began
-    record.add_up_ranks(device)
-    return record
+        return record.of_all_ranks(self.device)
+
+    def _take(self, step: list[dict[str, Any]]) -> float:
+        """One optimizer step; returns its loss."""
+        # Of the step alone, so that a run that goes on draws what one without a break does.
+        torch.manual_seed(self.config.seed + self.step * self.world_size + self.rank)
+        for batch in step:
+            self.record.tokens.update(count_tokens(batch, self.questions.transform))
+            batch_to_device(batch, self.device)
+        self.stages.apply(self.model, self.step)
+        loss = _backward(self.model, step, self.world_size)
+        self.step += 1
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss of step {self.step} is {loss}; it is not saved. Try a lower train.lr or more "
+                "train.warmup_steps."
+            )
+        if self.config.train.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_schedule.step()
+        return loss
+
+    def _steps(self) -> tuple[int, Iterable[list[dict[str, Any]]]]:
+        options = self.config.train
+        return optimizer_steps(
+            self.questions,
+            batch_size=options.batch_size,
+            batches_per_step=options.gradient_accumulation_steps,
+            epochs=options.epochs,
+            max_steps=options.max_steps,
+            seed=self.config.seed,
+            world_size=self.world_size,
+            rank=self.rank,
+            start=self.step,
+        )
+
+    def _is_time(self, every: int | None) -> bool:
+        return every is not None and (self.step % every == 0 or self.step == self.num_steps)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.output_dir) / _CHECKPOINTS
 
 
 def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> float:

@@ -23,6 +23,7 @@ LAYERS = [
     "quantization",
     "data",
     "generation",
+    "training_record",
     "evaluation",
     "devices",
     "training",

@@ -7,12 +7,11 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed, nn
+from torch import nn
 from tqdm import tqdm
 
 from torchfuse.data.collate import padded_collate_images
@@ -20,10 +19,10 @@ from torchfuse.data.questions import Question, QuestionTransform
 from torchfuse.generation import generate
 from torchfuse.modules.modality_experts import MoMaLayer, expert_load
 from torchfuse.params import get_fusion_params
+from torchfuse.training_record import TrainingRecord
 
 __all__ = [
     "Answered",
-    "TrainingRecord",
     "accuracy",
     "accuracy_by_kind",
     "accuracy_table",
@@ -211,30 +210,6 @@ def examine(
         # Without "all", which would be of other questions than the other.
         shares["images_exchanged"] = accuracy_by_kind(ask(exchange_images(seeing, seed)))
     return answered, shares
-
-
-@dataclass
-class TrainingRecord:
-    """What training was like.
-
-    Attributes:
-        losses: steps, counted from 1, each with its loss.
-        accuracies: steps after which questions were asked, each with the share of right answers.
-        tokens: how many were trained on, by modality.
-        seconds: how long it took, without those in which questions were asked.
-    """
-
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    accuracies: list[tuple[int, float]] = field(default_factory=list)
-    tokens: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    def add_up_ranks(self, device: torch.device) -> None:
-        """Make ``tokens`` those of all ranks; without several it stays as it is."""
-        if distributed.is_initialized():
-            counts = torch.tensor(list(self.tokens.values()), device=device)
-            distributed.all_reduce(counts)
-            self.tokens = Counter(dict(zip(self.tokens, counts.tolist(), strict=True)))
 
 
 def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from contract import views
 from ranks import run_on_ranks
 from support import inputs, text
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 
-from torchfuse import param_groups, set_trainable
+from torchfuse import get_fusion_params, param_groups, set_trainable
 from torchfuse.checkpoint import dcp_storage
 from torchfuse.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
+from torchfuse.naming import named_parameters
+from torchfuse.params import freeze_params
 from torchfuse.training import shard
 
 
@@ -87,6 +90,7 @@ def _two_ranks(rank, folder):
     with pytest.raises(ValueError, match=r"__1_0\.distcp is cut off"):
         load_checkpoint(folder / "async", fresh, again)
     assert not differences(before, contents(fresh, again))
+    left_out_runs(folder / "left_out", shard)
     if rank == 0:
         torch.save({"at": at, "after": after}, folder / "two.pt")
 
@@ -370,6 +374,92 @@ def test_all_that_cannot_be_saved_is_said_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file; checkpoints stand in a directory"):
         save_checkpoint(tmp_path / "file", nn.Linear(3, 5), step=0)
+
+
+# --- what is left out ----------------------------------------------------------------------------
+
+
+def stored_names(path):
+    return {n.removeprefix("model.") for n in FileSystemReader(path).read_metadata().state_dict_metadata}
+
+
+def left_out_runs(folder, prepare):
+    """One in which the decoder's second layer trains, and a fresh one over the same base."""
+    runs = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)  # what fusion added starts elsewhere
+        model = make(3, train=False)
+        freeze_params(model, "decoder.layers.1", "decoder.tok_embeddings", frozen=False)
+        prepare(model)
+        runs += [model, adamw(model)]
+    model, optimizer, fresh, again = runs
+    views.step(model, optimizer)
+    views.step(model, optimizer)
+    trained = [name for name, p in named_parameters(model) if p.requires_grad]
+    save_checkpoint(folder, model, optimizer, step=2, trained=trained)
+    before = contents(fresh, again)
+    load_checkpoint(folder, fresh, again)
+    after = contents(model, optimizer)
+    assert not differences(after, contents(fresh, again))
+    assert ("model", "decoder.layers.1.attn.q_proj.weight") in differences(before, after)
+    views.step(fresh, again)
+    views.step(model, optimizer)
+    assert not differences(contents(model, optimizer), contents(fresh, again))
+    return model, optimizer, trained
+
+
+def test_defect_10_what_never_trains_is_in_no_checkpoint(tmp_path):
+    model, optimizer, trained = left_out_runs(tmp_path, lambda model: model)
+    stored = {n for n in stored_names(tmp_path / "step_2") if not n.startswith("optimizer.")}
+    assert stored == {*get_fusion_params(model), *trained}
+    frozen = {n for n, p in named_parameters(model) if not p.requires_grad}
+    assert frozen
+    assert not frozen & stored
+    save_checkpoint(tmp_path / "whole", model, optimizer, step=2)
+    assert frozen <= stored_names(tmp_path / "whole" / "step_2")
+
+    other = make(5, train=False)
+    refused(
+        tmp_path,
+        other,
+        None,
+        "pretrained tensors are not what this was trained over",
+        "decoder.layers.0.attn.q_proj.weight is float32 [18, 18] in the saved base",
+    )
+    less = make(3, train=False)
+    del less.encoder.layers[0].bias
+    refused(
+        tmp_path, less, None, "encoder.layers.0.bias is float32 [11] in the saved base, missing here"
+    )
+    half = make(3, train=False).bfloat16()
+    refused(tmp_path, half, None, "dtype: decoder.layers.1.attn.q_proj.weight is [18, 18] torch.float32")
+
+    with pytest.raises(ValueError, match="nothing was written") as caught:
+        save_checkpoint(tmp_path, model, optimizer, step=3, trained=["decoder.norm.scale", "nose"])
+    assert "trained names nose, which is no parameter of the model" in str(caught.value)
+    assert "decoder.layers.1.attn.q_proj.weight trains, or is in the optimizer" in str(caught.value)
+    assert "decoder.norm.scale trains" not in str(caught.value)
+    assert latest_checkpoint(tmp_path).name == "step_2"
+
+
+def test_a_parameter_with_two_names_is_left_out_under_both(tmp_path):
+    def tied(scale):
+        torch.manual_seed(5)
+        model = nn.ModuleDict({"body": nn.Linear(3, 3), "table": nn.Linear(3, 7, bias=False)})
+        model["head"] = nn.Linear(3, 7, bias=False)
+        model["head"].weight = model["table"].weight
+        torch.nn.init.constant_(model["body"].weight, scale)
+        return model
+
+    model = tied(2.0)
+    save_checkpoint(tmp_path, model.requires_grad_(False), step=0, trained=["body.weight"])
+    assert stored_names(tmp_path / "step_0") == {"body.weight"}
+    fresh = tied(1.0)
+    load_checkpoint(tmp_path, fresh)
+    assert not differences(contents(model), contents(fresh))
+    with torch.no_grad():
+        fresh["head"].weight.add_(1)
+    refused(tmp_path, fresh, None, "base: head.weight is", "base: table.weight is")
 
 
 # --- what does not fit ---------------------------------------------------------------------------

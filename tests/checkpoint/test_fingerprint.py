@@ -66,7 +66,7 @@ def test_the_same_values_in_other_dtypes():
     assert compare(whole, prints(x.bfloat16())) == {}
     assert compare(prints(x.bfloat16()), prints(x.bfloat16().float())) == {}
     assert compare(whole, prints(x.bfloat16() + 1)) == {
-        "x": "float32 [7, 13] in the artifact's base, bfloat16 [7, 13] with other values here"
+        "x": "float32 [7, 13] in the saved base, bfloat16 [7, 13] with other values here"
     }
     # fp16 rounds elsewhere on the way to bf16: compared with itself, not with the others.
     assert compare(prints(x.half()), prints(x)) == compare(prints(x.half() + 1), prints(x)) == {}
@@ -93,15 +93,15 @@ def test_differences_in_words_and_only_the_first_few_of_them():
     ours["x2"] = prints(torch.ones(5, 3))["x"]
     found = compare(theirs, ours)
     assert len(found) == 13
-    assert found["x0"] == "float32 [3, 5] in the artifact's base, missing here"
-    assert found["x1"] == "not in the artifact's base, float32 [3, 5] here"
-    assert found["x2"] == "float32 [3, 5] in the artifact's base, float32 [5, 3] here"
+    assert found["x0"] == "float32 [3, 5] in the saved base, missing here"
+    assert found["x1"] == "not in the saved base, float32 [3, 5] here"
+    assert found["x2"] == "float32 [3, 5] in the saved base, float32 [5, 3] here"
     lines = explain(found)
-    assert lines[0] == "base: 13 pretrained tensors are not what the artifact was made over"
+    assert lines[0] == "base: 13 pretrained tensors are not what this was trained over"
     assert len(lines) == 10
     assert lines[-1] == "base: and 5 more"
     assert explain({"x": "odd"}) == [
-        "base: 1 pretrained tensor is not what the artifact was made over",
+        "base: 1 pretrained tensor is not what this was trained over",
         "base: x is odd",
     ]
 

@@ -263,7 +263,7 @@ def added(model):
             changed,
             [
                 "base: 1 pretrained tensor is not what",
-                "decoder.layers.2.attn.q_proj.weight is float32 [18, 18] in the artifact's base, "
+                "decoder.layers.2.attn.q_proj.weight is float32 [18, 18] in the saved base, "
                 "float32 [18, 18] with other values here",
             ],
         ),
@@ -271,15 +271,15 @@ def added(model):
             renamed,
             [
                 "base: 4 pretrained tensors are not what",
-                "encoder.layers.0.weight is float32 [11, 5] in the artifact's base, missing here",
-                "encoder.blocks.0.weight is not in the artifact's base, float32 [11, 5] here",
+                "encoder.layers.0.weight is float32 [11, 5] in the saved base, missing here",
+                "encoder.blocks.0.weight is not in the saved base, float32 [11, 5] here",
             ],
         ),
         (
             reshaped,
-            ["encoder.layers.0.weight is float32 [11, 5] in the artifact's base, float32 [11, 3] here"],
+            ["encoder.layers.0.weight is float32 [11, 5] in the saved base, float32 [11, 3] here"],
         ),
-        (added, ["base: encoder.head.weight is not in the artifact's base, float32 [3, 2] here"]),
+        (added, ["base: encoder.head.weight is not in the saved base, float32 [3, 2] here"]),
     ],
     ids=["changed", "renamed", "reshaped", "added"],
 )

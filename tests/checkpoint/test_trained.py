@@ -5,9 +5,17 @@ import torch
 from ranks import run_on_ranks
 from safetensors import safe_open
 from support import TinyEncoder, inputs, same_state, state, text, tiny_decoder
+from torch import nn
 
 from torchfuse import fuse, load_fusion, save_fusion, set_trainable
 from torchfuse.checkpoint.trained import load_trained, save_trained
+from torchfuse.params import (
+    FreezeSchedule,
+    FreezeSpec,
+    FreezeStage,
+    canonical_freeze_meta,
+    read_freeze_meta,
+)
 from torchfuse.training import shard
 
 
@@ -46,6 +54,57 @@ def test_what_trained_is_saved_and_loaded(tmp_path, trainable):
     load_trained(fresh, tmp_path)
     assert same_state(state(model), fresh)
     assert torch.equal(fresh(text(), encoder_input=inputs()), model(text(), encoder_input=inputs()))
+
+
+def test_running_means_of_what_trained_are_saved_with_it(tmp_path):
+    def with_norm():
+        encoder = TinyEncoder()
+        encoder.norm = nn.BatchNorm1d(3)
+        return fuse(tiny_decoder(), encoder, every=2, encoder_trainable=True)
+
+    model = move(with_norm())
+    model.encoder.norm.running_mean += 2
+    model.encoder.norm.num_batches_tracked += 5
+    save_trained(model, tmp_path)
+    fresh = with_norm()
+    load_trained(fresh, tmp_path)
+    assert same_state(state(model), fresh)
+
+
+def test_what_was_trained_and_no_longer_trains_is_saved_when_named(tmp_path):
+    stages = [
+        FreezeStage(3, (FreezeSpec("*", True), FreezeSpec("adapter", False))),
+        FreezeSpec("encoder.layers.0.weight", False),
+    ]
+    model = make()
+    schedule = FreezeSchedule(stages)
+    trained = schedule.trained_ever(model)
+    for step in (0, 3):
+        schedule.apply(model, step)
+        move(model)
+    save_trained(model, tmp_path, trained=trained, stages=schedule)
+    assert names_in(tmp_path) == {"encoder.layers.0.weight"}
+    fresh = make()
+    load_trained(fresh, tmp_path)
+    assert same_state(state(model), fresh)
+    described = json.loads((tmp_path / "fusion.json").read_text())
+    assert described["trainable"]["encoder"] == ["encoder.layers.0.weight"]
+    assert described["freeze"] == canonical_freeze_meta(stages)
+    assert read_freeze_meta(described["freeze"]) == schedule.stages
+    with pytest.raises(ValueError, match="trained names what is no parameter of the model: nose"):
+        save_trained(model, tmp_path, trained=["nose"])
+
+
+def test_the_order_of_freeze_specs_stands_in_the_artifact(tmp_path):
+    order = [FreezeSpec("encoder", True), FreezeSpec("encoder.layers.0", False)]
+    found = []
+    for specs in (order, order[::-1]):
+        save_fusion(make(), tmp_path, stages=specs)
+        found.append(json.loads((tmp_path / "fusion.json").read_text())["freeze"])
+    assert found[0] != found[1]
+    assert [s["module"] for s in found[1][0]["specs"]] == ["encoder.layers.0", "encoder"]
+    save_fusion(make(), tmp_path)
+    assert json.loads((tmp_path / "fusion.json").read_text())["freeze"] == []
 
 
 def test_only_fusion_trained_is_the_artifact_alone(tmp_path):

@@ -47,6 +47,22 @@ def test_as_many_steps_as_were_told(questions, max_steps, expected):
     assert all(len(step) == 2 and len(asked(step)) == 6 for step in steps)
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 6])
+def test_steps_that_were_taken_are_left_out_and_nothing_of_theirs_is_read(questions, start, monkeypatch):
+    options = {"batch_size": 3, "batches_per_step": 2, "epochs": 3, "seed": 3}
+    whole = [asked(step) for step in optimizer_steps(questions("last"), **options)[1]]
+    read, get = [], QuestionDataset.__getitem__
+    monkeypatch.setattr(
+        QuestionDataset, "__getitem__", lambda self, index: read.append(index) or get(self, index)
+    )
+    num_steps, steps = optimizer_steps(questions("last"), start=start, **options)
+    assert num_steps == 6
+    assert [asked(step) for step in steps] == whole[start:]
+    assert len(read) == 6 * (6 - start)
+    limited = optimizer_steps(questions("last"), start=start, max_steps=5, **options)[1]
+    assert [asked(step) for step in limited] == whole[start:5]
+
+
 def test_an_epoch_asks_nothing_twice_and_the_next_has_another_order(questions):
     _, steps = optimizer_steps(questions("all"), batch_size=2, epochs=2, seed=3)
     orders = [asked(step) for step in steps]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from torchfuse.recipes import compare, finetune
+from torchfuse.recipes import compare, finetune_config
 
 from torchfuse import recipes
 
@@ -182,4 +182,4 @@ def test_the_digits_configurations_differ_in_nothing_but_the_architecture():
     runs = compare._read_runs(given)
     assert set(runs) == {"joint_decoder", "cross_attention", "mot", "moma", "deepstack"}
     assert all(run.model.arch == name for name, run in runs.items())
-    assert all(compare.typed(run, finetune.Config).eval_every for run in runs.values())
+    assert all(compare.typed(run, finetune_config.Config).eval_every for run in runs.values())

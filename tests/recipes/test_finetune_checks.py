@@ -3,15 +3,17 @@
 import sys
 
 import pytest
-from torchfuse.recipes import finetune, prepare_digits
+from torchfuse.recipes import finetune_config, prepare_digits
 
 
 def config(**train):
     limit = train.pop("limit", None)
-    asking = {name: train.pop(name) for name in ("eval_every", "eval_limit") if name in train}
-    return finetune.Config(
-        train=finetune.Train(**train),
-        data=finetune.Data(limit=limit),
+    asking = {
+        name: train.pop(name) for name in ("eval_every", "eval_limit", "save_every") if name in train
+    }
+    return finetune_config.Config(
+        train=finetune_config.Train(**train),
+        data=finetune_config.Data(limit=limit),
         eval_batch_size=train.get("batch_size", 1),
         **asking,
     )
@@ -27,7 +29,10 @@ def config(**train):
         ),
         ({"batch_size": 0}, ["train.batch_size=0", "eval_batch_size=0"]),
         ({"limit": 0}, ["data.limit=0"]),
-        ({"eval_every": 0, "eval_limit": -3}, ["eval_every=0", "eval_limit=-3 must be at least 1"]),
+        (
+            {"eval_every": 0, "eval_limit": -3, "save_every": 0},
+            ["eval_every=0", "eval_limit=-3 must be at least 1", "save_every=0"],
+        ),
         ({"clip_grad_norm": 0.0}, ["train.clip_grad_norm=0.0 must be above 0, or null"]),
         ({"clip_grad_norm": float("nan")}, ["train.clip_grad_norm=nan"]),
         ({"lr": -1.0}, ["train.lr=-1.0 must be a number of at least 0"]),
@@ -39,14 +44,16 @@ def config(**train):
 )
 def test_numbers_out_of_range_are_one_error(given, complaints):
     with pytest.raises(ValueError, match="must be") as info:
-        finetune.check_numbers(config(**given))
+        finetune_config.check_numbers(config(**given))
     for complaint in complaints:
         assert complaint in str(info.value)
 
 
 def test_numbers_in_range():
-    finetune.check_numbers(config())
-    finetune.check_numbers(config(lr={"fusion": 1, "decoder": 0.5}, clip_grad_norm=None, max_steps=3))
+    finetune_config.check_numbers(config())
+    finetune_config.check_numbers(
+        config(lr={"fusion": 1, "decoder": 0.5}, clip_grad_norm=None, max_steps=3)
+    )
 
 
 @pytest.mark.parametrize("part", ["images", "questions", "llama", "clip", "prompt.yaml"])

@@ -2,13 +2,13 @@
 
 Shapes of tensors do not show how a model was fused: which architecture, with which options. So an
 artifact says it, a load compares it, and every difference is named. It also says which base fusion was
-trained over (see ``fingerprint``) and, for the record, what of the model trained.
+trained over (see ``fingerprint``) and, for the record, what of the model trained, and in which stages.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -16,14 +16,18 @@ from torch import nn
 from torchfuse.checkpoint.fingerprint import fingerprint, pretrained_tensors
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import unwrap
-from torchfuse.params import partition
+from torchfuse.params import FreezeSpec, FreezeStage, canonical_freeze_meta, partition
 
 __all__ = ["describe_fusion", "description_faults"]
 
 _FORMAT: Final = 1
 
 
-def describe_fusion(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+def describe_fusion(
+    model: nn.Module,
+    without: Collection[str] = (),
+    stages: Iterable[FreezeSpec | FreezeStage] = (),
+) -> dict[str, Any]:
     """What an artifact says of the model that it is for.
 
     On a sharded model every rank calls this, and all get the same.
@@ -31,17 +35,20 @@ def describe_fusion(model: nn.Module, without: Collection[str] = ()) -> dict[str
     Args:
         model: a fused model.
         without: pretrained parameters that are kept beside the artifact, and so are no part of its base.
+        stages: the freeze specs and stages by which the model was trained.
 
     Returns:
         ``format``, ``architecture``, ``options`` and ``fusion_head``, which a load compares with the
         model's; ``base``, by name the shape, dtype and hash of sampled values of each pretrained tensor,
-        which it compares too; and ``trainable``, for each part whether it trains, or the names of those
-        of its parameters that do, which is for the record.
+        which it compares too; and for the record ``trainable``, for each part whether it trains or is
+        kept beside the artifact, or the names of those of its parameters that do, and ``freeze``, the
+        stages in their order, for ``read_freeze_meta``.
     """
     base = fingerprint(pretrained_tensors(model, without))
     return {
         **_kind(model),
-        "trainable": {part: _trainable(parameters) for part, parameters in partition(model).items()},
+        "trainable": {part: _trainable(params, without) for part, params in partition(model).items()},
+        "freeze": canonical_freeze_meta(stages),
         "base": {name: tensor._asdict() for name, tensor in base.items()},
     }
 
@@ -93,6 +100,6 @@ def _kind(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _trainable(parameters: Mapping[str, nn.Parameter]) -> bool | list[str]:
-    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+def _trainable(parameters: Mapping[str, nn.Parameter], kept: Collection[str]) -> bool | list[str]:
+    names = [name for name, p in parameters.items() if p.requires_grad or name in kept]
     return names if 0 < len(names) < len(parameters) else bool(names)

@@ -2,8 +2,9 @@
 
 A checkpoint is a directory ``step_<n>``. Its tensors are stored by ``torch.distributed.checkpoint``
 under canonical names, so that any number of ranks reads what any other number wrote; all that is no
-tensor stands in ``checkpoint.json`` (see ``run_state``). Everything is written under a hidden name and
-renamed by rank zero when all ranks have written, so that what is called ``step_<n>`` is complete.
+tensor stands in ``checkpoint.json`` (see ``run_state``). What never trains may be left out. Everything
+is written under a hidden name and renamed by rank zero when all ranks have written, so that what is
+called ``step_<n>`` is complete.
 
 Nothing in a checkpoint is run (see ``dcp_storage``), and before the first tensor is read, names, shapes
 and dtypes have been compared with the model's.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -35,6 +36,7 @@ from torchfuse.checkpoint.dcp_storage import (
 from torchfuse.checkpoint.optimizer_state import optimizer_faults, optimizer_targets, set_optimizer
 from torchfuse.checkpoint.ranks import agree, coordination_group, from_rank_zero, is_rank_zero
 from torchfuse.checkpoint.run_state import (
+    base_of,
     model_faults,
     model_tensors,
     read_description,
@@ -95,6 +97,7 @@ def save_checkpoint(
     *,
     step: int,
     extra: Mapping[str, Any] | None = None,
+    trained: Collection[str] | None = None,
     asynchronous: bool = False,
 ) -> Save:
     """Save a run as ``folder/step_<step>``; under a process group every rank calls this.
@@ -108,6 +111,9 @@ def save_checkpoint(
         step: how many steps were taken.
         extra: anything else to keep, such as the state of a scheduler or the position in the data, in
             JSON's types. Rank zero's is kept.
+        trained: names of the pretrained parameters that train at any time, as
+            ``FreezeSchedule.trained_ever`` returns them. Other pretrained tensors are not written then;
+            a load expects a model that has them, and compares. None: everything is written.
         asynchronous: return when the tensors have been copied to the CPU, and write in the background.
             Training may go on at once. Call ``wait()`` before the process group is destroyed.
 
@@ -131,7 +137,7 @@ def save_checkpoint(
     global _running
     _finish_running()
     group = coordination_group()
-    tensors, values, faults = run_contents(model, optimizer, step, extra)
+    tensors, values, faults = run_contents(model, optimizer, step, extra, trained)
     agree(group, faults, "The checkpoint cannot be saved; nothing was written.", same=step)
     text = json.dumps(values, indent=1)
     folder = Path(folder)
@@ -169,7 +175,7 @@ def load_checkpoint(
 
     The number of ranks may differ from that of the save. What trains is restored too. An optimizer must
     hold what it held then; if that is not what trains now, load the model alone first, build the
-    optimizer, and load both.
+    optimizer, and load both. What was left out of the checkpoint must be in the model already.
 
     Args:
         path: a checkpoint, or the folder of a run, whose latest one is loaded.
@@ -188,18 +194,18 @@ def load_checkpoint(
     given = Path(path)
     path = given / from_rank_zero(group, lambda: _find(given))
     faults: list[str] = []
-    tensors = model_tensors(model)
+    tensors, base = model_tensors(model), base_of(model)
     try:
         description = read_description(path / DESCRIPTION)
         reader = Reader(path)
         stored = reader.metadata.state_dict_metadata
-        faults = model_faults(stored, tensors, description, model)
+        faults = model_faults(stored, tensors, description, model, base)
         if optimizer is not None:
             faults += optimizer_faults(stored, description.optimizer, model, optimizer)
     except ValueError as error:
         faults.append(str(error))
     agree(group, faults, f"{path} does not fit; nothing was loaded.")
-    target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name in stored}
     saved = description.optimizer if optimizer is not None else None  # not there: a fault above
     if saved is not None:
         target |= optimizer_targets(stored, saved, model)

@@ -123,22 +123,20 @@ def compare(theirs: Mapping[str, TensorPrint], ours: Mapping[str, TensorPrint]) 
     for name, there in theirs.items():
         here = ours.get(name)
         if here is None:
-            found[name] = f"{there} in the artifact's base, missing here"
+            found[name] = f"{there} in the saved base, missing here"
         elif here.shape != there.shape:
-            found[name] = f"{there} in the artifact's base, {here} here"
+            found[name] = f"{there} in the saved base, {here} here"
         elif _are_comparable(there, here) and here.values != there.values:
-            found[name] = f"{there} in the artifact's base, {here} with other values here"
+            found[name] = f"{there} in the saved base, {here} with other values here"
     return found | {
-        name: f"not in the artifact's base, {here} here"
-        for name, here in ours.items()
-        if name not in theirs
+        name: f"not in the saved base, {here} here" for name, here in ours.items() if name not in theirs
     }
 
 
 def explain(differences: Mapping[str, str]) -> list[str]:
     """What ``compare`` found as lines of a message: how many tensors, and the first few by name."""
     count = f"{len(differences)} pretrained tensor{'s are' if len(differences) > 1 else ' is'}"
-    lines = [f"base: {count} not what the artifact was made over"]
+    lines = [f"base: {count} not what this was trained over"]
     lines += [f"base: {name} is {how}" for name, how in list(differences.items())[:_LISTED]]
     more = len(differences) - _LISTED
     return [*lines, f"base: and {more} more"] if more > 0 else lines

@@ -11,7 +11,7 @@ over another one of the same shapes, and what of the model trained, for the reco
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,7 +33,7 @@ from torchfuse.checkpoint.fingerprint import (
 )
 from torchfuse.checkpoint.loading import copy_into
 from torchfuse.checkpoint.ranks import is_rank_zero
-from torchfuse.params import fusion_buffers, get_fusion_params
+from torchfuse.params import FreezeSpec, FreezeStage, fusion_buffers, get_fusion_params
 
 __all__ = [
     "ARTIFACT_FILE",
@@ -159,7 +159,9 @@ def _explain(
     return f"The fusion tensors do not fit this model; nothing was loaded.{advice}\n  {listing}"
 
 
-def save_fusion(model: nn.Module, path: str | Path) -> None:
+def save_fusion(
+    model: nn.Module, path: str | Path, *, stages: Iterable[FreezeSpec | FreezeStage] = ()
+) -> None:
     """Write what fusion learned as an artifact; an older one at this place is replaced whole.
 
     It belongs to the pretrained parts as they are now; if one of them trains, use ``save_trained``.
@@ -168,12 +170,14 @@ def save_fusion(model: nn.Module, path: str | Path) -> None:
     Args:
         model: a fused model.
         path: directory of the artifact, made if need be.
+        stages: the freeze specs and stages by which the model was trained, a ``FreezeSchedule`` for
+            example. They stand in the artifact in their order, for the record.
 
     Raises:
         ValueError: if fusion added nothing to this model, or the path is no directory.
     """
     tensors = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
-    description = describe_fusion(model)
+    description = describe_fusion(model, stages=stages)
     if is_rank_zero():
         write_artifact(path, tensors, description)
 

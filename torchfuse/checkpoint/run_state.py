@@ -3,19 +3,34 @@
 Tensors have canonical names (``model.<name>``, ``optimizer.state.<name>.<key>``) whatever wraps the
 model. All that is no tensor is a description: step, what trains, the optimizer's options and counts,
 and what the caller adds. It is checked as a file of a stranger is, since a load acts on it.
+
+Pretrained tensors that never train need not be written: a description may hold what they are known by
+(see ``fingerprint``), and a load compares that with the model's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
+from torchfuse.checkpoint.fingerprint import (
+    TensorPrint,
+    compare,
+    explain,
+    fingerprint,
+    pretrained_tensors,
+    read_fingerprint,
+)
 from torchfuse.checkpoint.optimizer_state import (
     are_strings,
     is_optimizer_description,
@@ -25,6 +40,7 @@ from torchfuse.naming import canonical_name, named_parameters, unwrap
 
 __all__ = [
     "Description",
+    "base_of",
     "model_faults",
     "model_tensors",
     "read_description",
@@ -44,30 +60,44 @@ class Description(NamedTuple):
         trainable: names of the parameters that trained.
         extra: what the caller added.
         optimizer: as ``optimizer_contents`` returned it; None if no optimizer was saved.
+        base: what the tensors of the model that were not saved are known by, by name.
     """
 
     step: int
     trainable: list[str]
     extra: dict[str, Any]
     optimizer: dict[str, Any] | None
+    base: dict[str, TensorPrint]
 
 
 def run_contents(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, step: Any, extra: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    step: Any,
+    extra: Any,
+    trained: Collection[str] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """What a run holds.
+
+    On a sharded model every rank calls this.
 
     Args:
         model: the model.
         optimizer: its optimizer; None for none.
         step: how many steps were taken; anything else is a fault.
         extra: what the caller adds; what JSON would not give back is a fault.
+        trained: pretrained parameters that are kept; None: all are.
 
     Returns:
         All tensors by name; all other values, in JSON's types; and what cannot be saved.
     """
     tensors = model_tensors(model)
+    base = {} if trained is None else base_of(model, trained)
+    for name in base:
+        del tensors[_MODEL + name]
     of_optimizer, optimizer_values, faults = optimizer_contents(model, optimizer)
+    if trained is not None:
+        faults += _trained_faults(model, trained, optimizer_values)
     for index, group in enumerate(optimizer_values["groups"] if optimizer_values else []):
         faults += _json_faults(group["options"], f"optimizer group {index}")
     faults += _tensor_faults(tensors)
@@ -84,6 +114,7 @@ def run_contents(
         "trainable": [name for name, p in named_parameters(model) if p.requires_grad],
         "optimizer": optimizer_values,
         "extra": extra,
+        "base": {name: tensor._asdict() for name, tensor in base.items()},
     }
     return tensors | of_optimizer, values, faults
 
@@ -91,6 +122,39 @@ def run_contents(
 def model_tensors(model: nn.Module) -> dict[str, Any]:
     """Parameters and persistent buffers by the names that they are stored under."""
     return {_MODEL + canonical_name(n): t for n, t in get_model_state_dict(model).items()}
+
+
+def base_of(model: nn.Module, trained: Collection[str] = ()) -> dict[str, TensorPrint]:
+    """What the pretrained tensors of a model are known by, under each name that they have.
+
+    On a sharded model every rank calls this, and all get the same.
+
+    Args:
+        model: any module; in one that is not fused all tensors are pretrained.
+        trained: names of parameters to leave out, with the buffers beside them.
+    """
+    base = fingerprint(pretrained_tensors(model, trained))
+    first: dict[int, str] = {}  # a parameter that stands in several places has a name for each
+    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        known = base.get(first.setdefault(id(parameter), canonical_name(name)))
+        if known is not None:
+            base[canonical_name(name)] = known
+    return base
+
+
+def _trained_faults(
+    model: nn.Module, trained: Collection[str], optimizer: Mapping[str, Any] | None
+) -> list[str]:
+    """What must not be left out, and names that mean nothing."""
+    names = {name for name, _ in named_parameters(model)}
+    moving = {name for name, p in named_parameters(model) if p.requires_grad}
+    moving |= {name for group in (optimizer or {"groups": []})["groups"] for name in group["names"]}
+    forgotten = sorted(moving & pretrained_tensors(model, trained).keys())
+    unknown = sorted({*trained} - names)
+    faults = [f"trained names {name}, which is no parameter of the model" for name in unknown]
+    return faults + [
+        f"{name} trains, or is in the optimizer, and is not in trained" for name in forgotten
+    ]
 
 
 def read_description(file: Path) -> Description:
@@ -107,6 +171,7 @@ def read_description(file: Path) -> Description:
         if data["format"] != _FORMAT:
             raise ValueError(f"format {data['format']!r}, known here is {_FORMAT}")
         step, trainable, extra, saved = (data[k] for k in ("step", "trainable", "extra", "optimizer"))
+        base = read_fingerprint(data.get("base", {}))  # earlier versions kept everything
         good = type(step) is int and isinstance(extra, dict) and are_strings(trainable)
         if saved is not None:
             good = good and is_optimizer_description(saved)
@@ -114,7 +179,7 @@ def read_description(file: Path) -> Description:
             raise TypeError("an entry is of another type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
-    return Description(step, trainable, extra, saved)
+    return Description(step, trainable, extra, saved, base)
 
 
 def model_faults(
@@ -122,6 +187,7 @@ def model_faults(
     tensors: Mapping[str, Any],
     description: Description,
     model: nn.Module,
+    base: Mapping[str, TensorPrint],
 ) -> list[str]:
     """How a model differs from the one that was saved.
 
@@ -130,9 +196,13 @@ def model_faults(
         tensors: what ``model_tensors`` returned.
         description: what is stored beside them.
         model: the model.
+        base: what ``base_of`` returned for it.
     """
     bare = {name: name.removeprefix(_MODEL) for name in [*tensors, *saved]}
-    faults = [f"missing: {bare[name]}" for name in tensors if name not in saved]
+    left_out = description.base
+    faults = [f"missing: {bare[n]}" for n in tensors if n not in saved and bare[n] not in left_out]
+    differ = compare(left_out, {name: base[name] for name in left_out if name in base})
+    faults += explain(differ) if differ else []
     faults += [f"unexpected: {bare[n]}" for n in saved if n.startswith(_MODEL) and n not in tensors]
     for name, tensor in tensors.items():
         if name not in saved or not isinstance(tensor, Tensor):
@@ -161,7 +231,8 @@ def set_model(model: nn.Module, description: Description, tensors: Mapping[str, 
         tensors: by the names of ``model_tensors``; those of an optimizer are passed over.
     """
     names = [name for name in tensors if name.startswith(_MODEL)]
-    set_model_state_dict(model, {name.removeprefix(_MODEL): tensors[name] for name in names})
+    values: dict[str, Any] = {name.removeprefix(_MODEL): tensors[name] for name in names}
+    set_model_state_dict(model, values, options=StateDictOptions(strict=not description.base))
     for name, parameter in named_parameters(model):
         parameter.requires_grad_(name in description.trainable)
     inner = unwrap(model)

@@ -1,14 +1,15 @@
 """All that a run learned: what fusion added, and whatever else of the model it trained.
 
 Usually that is the fusion-only artifact and nothing else. Where a pretrained part trains too, its
-trained tensors stand beside the artifact in ``trained.safetensors``, which says by a digest which
-artifact it belongs to, so that files of two runs are never taken for one.
+trained tensors, and the buffers that training moves with them, stand beside the artifact in
+``trained.safetensors``, which says by a digest which artifact it belongs to, so that files of two runs
+are never taken for one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from torchfuse.checkpoint.description import describe_fusion
 from torchfuse.checkpoint.files import write_whole
+from torchfuse.checkpoint.fingerprint import pretrained_tensors
 from torchfuse.checkpoint.fusion_artifact import (
     ARTIFACT_FILE,
     fusion_state_dict,
@@ -29,6 +31,7 @@ from torchfuse.checkpoint.fusion_artifact import (
 from torchfuse.checkpoint.loading import copy_into
 from torchfuse.checkpoint.ranks import is_rank_zero
 from torchfuse.naming import named_parameters
+from torchfuse.params import FreezeSpec, FreezeStage
 
 __all__ = ["load_trained", "save_trained", "trained_pretrained_names", "write_trained"]
 
@@ -42,24 +45,42 @@ def trained_pretrained_names(model: nn.Module) -> list[str]:
     return [n for n, p in named_parameters(model) if p.requires_grad and n not in added]
 
 
-def save_trained(model: nn.Module, path: str | Path) -> None:
-    """Write what fusion learned, and the pretrained parameters that train.
+def save_trained(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    trained: Collection[str] | None = None,
+    stages: Iterable[FreezeSpec | FreezeStage] = (),
+) -> None:
+    """Write what fusion learned, and the pretrained parameters that were trained.
 
     On a sharded model every rank calls this and rank zero writes.
 
     Args:
         model: a fused model.
         path: directory of the artifact, made if need be.
+        trained: names of the parameters that were trained at any time, as
+            ``FreezeSchedule.trained_ever`` returns them; those of what fusion added may be among them.
+            None: what trains now.
+        stages: as for ``save_fusion``.
 
     Raises:
-        ValueError: if fusion added nothing to this model, or the path is no directory.
+        ValueError: if fusion added nothing to this model, a name is no parameter's, or the path is no
+            directory.
     """
-    parameters = dict(named_parameters(model))
-    fusion = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
-    trained = {n: whole(parameters[n].detach()) for n in trained_pretrained_names(model)}
-    description = describe_fusion(model, without=trained)
+    pretrained, added = pretrained_tensors(model), fusion_state_dict(model)
+    if trained is None:
+        trained = trained_pretrained_names(model)
+    names = [name for name in trained if name not in added]
+    if unknown := [name for name in names if name not in pretrained]:
+        raise ValueError(f"trained names what is no parameter of the model: {', '.join(unknown[:8])}.")
+    fusion = {name: whole(tensor) for name, tensor in added.items()}
+    # Running means and the like move with the parameters beside them.
+    moved = pretrained.keys() - pretrained_tensors(model, names).keys()
+    kept = {name: whole(tensor) for name, tensor in pretrained.items() if name in moved}
+    description = describe_fusion(model, without=kept, stages=stages)
     if is_rank_zero():
-        write_trained(path, fusion, trained, description)
+        write_trained(path, fusion, kept, description)
 
 
 def write_trained(
@@ -101,7 +122,7 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     file = path / _FILE
     tensors = _read(file, _digest(path)) if file.is_file() else {}
-    ours = dict(named_parameters(model))
+    ours = pretrained_tensors(model)
     wrong = [
         f"{name} {list(tensor.shape)}"
         for name, tensor in tensors.items()

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import QuestionDataset, QuestionTransform
@@ -27,6 +27,7 @@ def optimizer_steps(
     seed: int = 0,
     world_size: int = 1,
     rank: int = 0,
+    start: int = 0,
 ) -> tuple[int, Iterator[Step]]:
     """Shuffle questions anew in every epoch, and batch them.
 
@@ -40,9 +41,11 @@ def optimizer_steps(
         seed: of the order.
         world_size: how many ranks share a step; each gets as many batches.
         rank: this one.
+        start: how many steps have been taken; nothing of theirs is read.
 
     Returns:
-        How many steps there are, and the batches of each, as ``padded_collate_images`` makes them.
+        How many steps there are with those, and the batches of each that is left, as
+        ``padded_collate_images`` makes them.
 
     Raises:
         ValueError: if the questions are too few for one step.
@@ -50,14 +53,9 @@ def optimizer_steps(
     sampler: DistributedSampler[Any] = DistributedSampler(
         questions, world_size, rank, seed=seed, drop_last=True
     )
-    loader = DataLoader(
-        questions,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=True,
-        collate_fn=lambda samples: padded_collate_images(samples, questions.transform.pad_id),
-    )
-    num_steps = len(loader) // batches_per_step * epochs
+    batches = BatchSampler(sampler, batch_size, drop_last=True)
+    an_epoch = len(batches) // batches_per_step
+    num_steps = an_epoch * epochs
     if not num_steps:
         raise ValueError(
             f"{len(questions)} questions are too few for one step of {world_size} x {batch_size} x "
@@ -66,14 +64,19 @@ def optimizer_steps(
     if max_steps is not None:
         num_steps = min(num_steps, max_steps)
 
+    def collated(samples: list[Any]) -> dict[str, Any]:
+        return padded_collate_images(samples, questions.transform.pad_id)
+
     def steps() -> Iterator[Step]:
-        for epoch in range(epochs):
+        for epoch in range(start // an_epoch, epochs):
             sampler.set_epoch(epoch)
-            batches = iter(loader)
-            while len(step := list(islice(batches, batches_per_step))) == batches_per_step:
+            taken = max(start - epoch * an_epoch, 0) * batches_per_step
+            left = list(islice(batches, taken, None))
+            loader = iter(DataLoader(questions, batch_sampler=left, collate_fn=collated))
+            while len(step := list(islice(loader, batches_per_step))) == batches_per_step:
                 yield step
 
-    return num_steps, islice(steps(), num_steps)
+    return num_steps, islice(steps(), max(num_steps - start, 0))
 
 
 def count_tokens(batch: Mapping[str, Any], transform: QuestionTransform) -> dict[str, int]:

@@ -1,0 +1,144 @@
+"""What the finetune recipe takes, what of it decides how training goes, and what is out of range."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from omegaconf import MISSING
+
+__all__ = ["Config", "Data", "Pretrained", "Train", "check_numbers", "course", "flat"]
+
+# What may differ between the two halves of a run: where and how it runs, and what is asked meanwhile.
+_NO_MATTER: Final = frozenset(
+    {
+        "output_dir",
+        "data.test",
+        "device",
+        "activation_checkpointing",
+        "compile",
+        "eval_batch_size",
+        "eval_every",
+        "eval_limit",
+        "save_every",
+        "resume",
+    }
+)
+_SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
+
+
+@dataclass
+class Pretrained:
+    """Directories of pretrained checkpoints; an encoder's by name where encoders have names."""
+
+    decoder: str = MISSING
+    encoder: Any = MISSING
+
+
+@dataclass
+class Data:
+    """Question files."""
+
+    train: str = MISSING
+    test: str | None = None
+    limit: int | None = None
+
+
+@dataclass
+class Train:
+    """Optimisation; ``lr`` and ``weight_decay`` are numbers, or by part of the model."""
+
+    lr: Any = 1e-3
+    weight_decay: Any = 0.0
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 0
+    clip_grad_norm: float | None = 1.0
+
+
+@dataclass
+class Config:
+    """Everything that the recipe takes.
+
+    ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; none
+    leaves what trains as the model says. Every ``eval_every`` steps and after the last, questions about
+    one image are asked: the first ``eval_limit`` of ``data.test``. Every ``save_every`` steps and after
+    the last, the run is saved in ``output_dir/checkpoints``; ``resume`` goes on with the newest of them,
+    if there is one.
+    """
+
+    output_dir: str = MISSING
+    model: dict[str, Any] = MISSING
+    pretrained: Pretrained = field(default_factory=Pretrained)
+    transform: dict[str, Any] = MISSING
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    freeze: list[dict[str, Any]] = field(default_factory=list)
+    device: str = "cpu"
+    dtype: str = "fp32"
+    seed: int = 0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    eval_batch_size: int = 128
+    eval_every: int | None = None
+    eval_limit: int | None = None
+    save_every: int | None = None
+    resume: bool = False
+
+
+def check_numbers(config: Config) -> None:
+    """Raise one ``ValueError`` for all numbers out of range."""
+    train = config.train
+    faults = [
+        f"{name}={value} must be at least {least}"
+        for name, value, least in (
+            ("train.epochs", train.epochs, 1),
+            ("train.max_steps", train.max_steps, 1),
+            ("train.batch_size", train.batch_size, 1),
+            ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
+            ("train.warmup_steps", train.warmup_steps, 0),
+            ("data.limit", config.data.limit, 1),
+            ("eval_batch_size", config.eval_batch_size, 1),
+            ("eval_every", config.eval_every, 1),
+            ("eval_limit", config.eval_limit, 1),
+            ("save_every", config.save_every, 1),
+        )
+        if value is not None and value < least
+    ]
+    if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
+        faults.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
+    for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
+        rates = list(value.values()) if isinstance(value, dict) else [value]
+        numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
+        if not rates or not numbers or min(rates) < 0:
+            faults.append(
+                f"{name}={value} must be a number of at least 0, or one for each part that trains"
+            )
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}.")
+
+
+def course(config: Config, world_size: int) -> dict[str, Any]:
+    """What decides how training goes, by key; a run that goes on must have it as it was.
+
+    How many questions a step has counts, and not how they are shared among ranks and batches.
+
+    Args:
+        config: the configuration.
+        world_size: how many ranks there are.
+    """
+    kept = {name: value for name, value in flat(asdict(config)) if name not in _NO_MATTER}
+    size = world_size
+    for name in _SIZES:
+        size *= kept.pop(name)
+    return {**kept, "questions a step": size}
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested sections, by dotted keys."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

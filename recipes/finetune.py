@@ -56,6 +56,7 @@ from torchfuse.evaluation import (
     examine,
     training_costs,
 )
+from torchfuse.modules.modality_experts import scale_auxiliary_losses
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.runs import build_model, check_images
 from torchfuse.training import next_token_loss, shard
@@ -187,6 +188,7 @@ class _Training:
         self.device, _ = device_and_dtype(config.device, config.dtype)
         self.world_size, self.rank = get_world_size_and_rank()
         self.step, self.record = 0, TrainingRecord()
+        scale_auxiliary_losses(model, 1 / config.train.gradient_accumulation_steps)
         self.trained = stages.trained_ever(model)
         stages.apply(model, 0)
         self.num_steps, _ = self._steps()

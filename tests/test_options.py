@@ -1,11 +1,14 @@
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Protocol, TypeVar
 
 import pytest
 import torch
 
-from torchfuse.options import call_with_options, passes_options_to
+from torchfuse.models import build_modality_strategy, strategies
+from torchfuse.options import call_with_options, check_fields, passes_options_to
 
 T = TypeVar("T")
 
@@ -90,7 +93,8 @@ def fits(annotation, value):
         (Mapping[str, int], [{}, {"a": 1}], [{"a": "x"}, {"a": True}, 3], "a mapping (each an integer)"),
         (Mapping[str, Any], [{"a": object}], [[1], "x"], "a mapping"),
         (list[float], [[], [1, 0.5]], [["x"], [True], "x", 3, {}], "a list (each a number)"),
-        (Sequence[float], [[1]], ["12", ["1"]], "a list (each a number)"),
+        (Sequence[float], [[1]], ["12", "", ["1"]], "a list (each a number)"),
+        (Sequence[Any], [[1, "x"]], ["12", None], "a list"),
         (tuple[int, str], [[], [1, "x"]], ["x", 1], "a list"),
         (
             bool | Mapping[str, bool],
@@ -134,6 +138,64 @@ def test_annotations_are_read_where_they_are_strings():
 
     with pytest.raises(ValueError, match=r"^it: option must be an integer or null, got 'x'\.$"):
         call_with_options(target, what="it", options={"option": "x"})
+
+
+INTEGER, FLAG, NUMBER = "an integer", "true or false", "a number"
+START = "'warm' or 'zero'"
+NO_INTEGERS = ["4", True, 1.5, [4]]
+NO_FLAGS = ["false", 0, None]
+# Every option of every strategy: what it must be, and what it must not be.
+OPTIONS = {
+    "placement": ("'placeholder' or 'prefix'", ["behind", 3, True, ["prefix"]]),
+    "encoder_token": ("an integer, a mapping (each an integer) or null", ["41", True, {"eye": "41"}]),
+    "layers": ("a list (each an integer) or null", ["01", "", 3, [True], ["0"], {"a": 1}]),
+    "num_heads": (f"{INTEGER} or null", NO_INTEGERS),
+    "num_kv_heads": (f"{INTEGER} or null", NO_INTEGERS),
+    "hidden_dim": (f"{INTEGER} or null", NO_INTEGERS),
+    "qk_norm": (FLAG, NO_FLAGS),
+    "norm_eps": (NUMBER, ["1e-5", True, None]),
+    "attn_dropout": (NUMBER, ["0.1", False, None]),
+    "fusion_first": (FLAG, NO_FLAGS),
+    "start": (START, ["cold", True, None]),
+    "num_experts": ("an integer or a mapping (each an integer)", ["4", True, None, {"eye": "4"}]),
+    "num_text_experts": (INTEGER, NO_INTEGERS),
+    "capacity": (f"{NUMBER} or null", ["0.5", True, [0.5]]),
+    "noise": (FLAG, NO_FLAGS),
+    "auxiliary_router": (FLAG, NO_FLAGS),
+    "auxiliary_dim": (f"{INTEGER} or null", NO_INTEGERS),
+    "auxiliary_loss_weight": (NUMBER, ["1", True, None]),
+    "pad_id": (f"{INTEGER} or null", NO_INTEGERS),
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [(arch, field.name) for arch, cls in strategies._REGISTRY.items() for field in fields(cls)],
+)
+def test_no_option_of_any_architecture_takes_a_value_of_another_type(arch, name):
+    wanted, wrong = OPTIONS[name]
+    for value in wrong:
+        complaint = re.escape(f"architecture {arch!r}: {name} must be {wanted}, got {value!r}.")
+        with pytest.raises(ValueError, match=f"^{complaint}$"):
+            build_modality_strategy(arch, **{name: value})
+
+
+@dataclass
+class Size:
+    width: int
+    shape: Sequence[int] = (1, 2)
+    name: Any = None
+
+
+def test_fields_are_checked_whoever_made_the_instance():
+    check_fields(Size(3), "size")
+    check_fields(Size(3, [5], name=7), "size")
+    with pytest.raises(
+        ValueError,
+        match=r"^size: width must be an integer, got True; shape must be a list \(each an integer\), "
+        r"got '01'\.$",
+    ):
+        check_fields(Size(True, "01"), "size")
 
 
 def test_all_faults_are_one_error():

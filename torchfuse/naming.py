@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from torch import nn
 
-__all__ = ["TransparentWrapper", "canonical_name", "named_parameters", "unwrap"]
+__all__ = ["TransparentWrapper", "canonical_name", "model_behind", "named_parameters", "unwrap"]
 
 # What PyTorch's own wrappers add to a name, one path component each.
 _FOREIGN_COMPONENTS: Final = frozenset(
@@ -59,6 +59,19 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def model_behind(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers and faces: what somebody who hands it over speaks of.
+
+    It is for questions about a model, what it is and what it holds. Whatever acts on the module that
+    is called, such as sharding, wants ``unwrap``.
+    """
+    while True:
+        module = unwrap(module)
+        if not (isinstance(module, TransparentWrapper) and module.is_face):
+            return module
+        module = module.wrapped
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a model under their canonical names, in ``named_parameters`` order.
 
@@ -87,6 +100,9 @@ class TransparentWrapper(nn.Module):
 
     A subclass calls ``wrap`` once, after it has set all of its own attributes.
     """
+
+    is_face: ClassVar[bool] = False
+    """Whether this is only another way to call the wrapped module, and holds nothing else."""
 
     _wrapped_child: str
 

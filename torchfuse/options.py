@@ -6,6 +6,7 @@ comes from a user or a YAML is compared with the signature before anything is ca
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -13,9 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, Never, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    Never,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-__all__ = ["call_with_options", "passes_options_to"]
+__all__ = ["call_with_options", "check_fields", "passes_options_to"]
 
 _Result = TypeVar("_Result")
 _Params = ParamSpec("_Params")
@@ -71,8 +84,8 @@ def call_with_options(
             values.append(
                 f"{name} is fixed here{_at(takes[name].default)} and cannot be given, got {value!r}"
             )
-        elif not _fits(value, takes[name].annotation):
-            values.append(f"{name} must be {_words(takes[name].annotation)}, got {value!r}")
+        else:
+            values += _faults(name, value, takes[name].annotation)
     free = [
         p for p in rest if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.annotation is not Never
     ]
@@ -84,6 +97,35 @@ def call_with_options(
     if names or values:
         raise ValueError(f"{what}: {'; '.join(names + values)}.")
     return target(*args, **options)
+
+
+def check_fields(config: Any, what: str) -> None:
+    """Hold the values of a dataclass against its annotations, as ``call_with_options`` would.
+
+    Args:
+        config: one that was just made, by whoever may have made it.
+        what: what it is, for the message.
+
+    Raises:
+        ValueError: naming every field whose value does not fit, the value, and what would.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Size:
+        ...     width: int = 3
+        ...     name: str | None = None
+        >>> check_fields(Size("3", name=True), "size")
+        Traceback (most recent call last):
+        ValueError: size: width must be an integer, got '3'; name must be a string or null, got True.
+    """
+    faults = [
+        fault
+        for name, expected in _field_types(type(config)).items()
+        for fault in _faults(name, getattr(config, name), expected)
+    ]
+    if faults:
+        raise ValueError(f"{what}: {'; '.join(faults)}.")
 
 
 def passes_options_to(
@@ -130,14 +172,35 @@ def passes_options_to(
 
 def _signature(target: Any, what: str) -> Signature:
     try:
-        return inspect.signature(target, eval_str=True)
+        signature = inspect.signature(target, eval_str=True)
     except Exception:  # evaluating a foreign annotation can raise anything; unread, it fits everything
         try:
-            return inspect.signature(target)
+            signature = inspect.signature(target)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{what} must be a function or class with a known signature, got {target!r}."
             ) from error
+    if not (isinstance(target, type) and dataclasses.is_dataclass(target)):
+        return signature
+    types = _field_types(target)
+    return signature.replace(
+        parameters=[
+            p.replace(annotation=types.get(p.name, p.annotation)) for p in signature.parameters.values()
+        ]
+    )
+
+
+def _field_types(cls: Any) -> dict[str, Any]:
+    """What the fields of a dataclass hold. An inherited one is annotated in its own module's words."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except Exception:  # as in _signature
+        hints = {}
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name in hints}
+
+
+def _faults(name: str, value: Any, expected: Any) -> list[str]:
+    return [] if _fits(value, expected) else [f"{name} must be {_words(expected)}, got {value!r}"]
 
 
 def _fits(value: Any, expected: Any) -> bool:
@@ -154,7 +217,8 @@ def _fits(value: Any, expected: Any) -> bool:
         return False
     if isinstance(kind, type) and issubclass(kind, os.PathLike):
         return isinstance(value, str)
-    accepted: Any = {float: (int, float), tuple: list}.get(kind, kind)
+    # A string is a sequence, too, but never a list of anything.
+    accepted: Any = {float: (int, float), tuple: list, Sequence: list}.get(kind, kind)
     try:
         fits = isinstance(value, accepted)
     except TypeError:  # no class, but Any, a protocol, a type variable

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from hf import LLAMA, VISION, clip_tower, llama, ours
+from models.architectures import move, two_encoders
 from ranks import run_on_ranks
-from support import same_state, state
+from support import inputs, same_state, state, tiny_decoder
 from torch import nn
 
 from torchfuse import (
@@ -139,6 +140,18 @@ def test_an_adapter_of_a_joint_decoder_begins_every_other(arch, pretrained, tmp_
     assert [n for n in before if not torch.equal(before[n], after[n])] == names
     assert torch.equal(model.encode(images()), source.encode(images()))
     assert torch.equal(model(tokens()), source(tokens()))
+
+
+def test_adapters_of_named_encoders_go_by_their_names(tmp_path):
+    source = move(fuse(tiny_decoder(), two_encoders(), arch="joint_decoder", placement="prefix"))
+    model = fuse(tiny_decoder(), two_encoders(), arch="mot")
+    save_fusion(source, tmp_path)
+    names = seed_adapters(model, tmp_path)
+    assert names == [n for n in get_fusion_params(model) if n.startswith("adapters.")]
+    assert {name.split(".")[1] for name in names} == {"eye", "ear"}
+    given = {"eye": inputs(), "ear": inputs(num=3)}
+    ours, theirs = model.encode(given), source.encode(given)
+    assert all(torch.equal(ours[name], theirs[name]) for name in given)
 
 
 def test_a_seeded_deepstack_is_the_joint_decoder_it_came_from(pretrained, tmp_path):

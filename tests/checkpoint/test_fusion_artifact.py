@@ -16,10 +16,13 @@ from torchfuse import (
     load_fusion,
     load_fusion_state_dict,
     save_fusion,
+    seed_adapters,
 )
 from torchfuse.checkpoint import files
 from torchfuse.checkpoint.description import describe_fusion
 from torchfuse.checkpoint.fusion_artifact import write_artifact
+from torchfuse.checkpoint.trained import load_trained
+from torchfuse.modules.adapters import build_adapter
 from torchfuse.training import shard
 
 
@@ -373,3 +376,61 @@ def test_a_head_that_no_tensor_shows_is_compared(tmp_path):
     load_fusion(tied(True), tmp_path)
     with pytest.raises(ValueError, match="option: fusion_head True, the model's is False"):
         load_fusion(tied(False), tmp_path)
+
+
+ADAPTERS = {
+    "linear": ("linear", {}),
+    "gelu": ("mlp_2layer", {}),
+    "relu": ("mlp_2layer", {"activation": "relu"}),
+    "pairs": ("avgpool", {"window": 2}),
+    "threes": ("avgpool", {"window": 3}),
+    "one_head": ("attentional_pool", {"window": 3, "num_heads": 1}),
+    "eleven_heads": ("attentional_pool", {"window": 3, "num_heads": 11}),
+}
+
+
+def adapted(kind, arch="joint_decoder"):
+    name, options = ADAPTERS[kind]
+    adapter = build_adapter(name, 11, 18, **options)
+    return fuse(tiny_decoder(), TinyEncoder(), arch=arch, adapter=adapter, placement="prefix")
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "complaint"),
+    [
+        ("linear", "pairs", "name 'linear' of the adapter of 'encoder', the model's is 'avgpool'"),
+        ("pairs", "threes", "window 2 of the adapter of 'encoder', the model's is 3"),
+        ("gelu", "relu", "activation 'gelu' of the adapter of 'encoder', the model's is 'relu'"),
+        ("one_head", "eleven_heads", "num_heads 1 of the adapter of 'encoder', the model's is 11"),
+    ],
+)
+def test_an_adapter_of_the_same_shapes_and_another_kind_is_refused(tmp_path, saved, loaded, complaint):
+    save_fusion(adapted(saved), tmp_path)
+    other = adapted(loaded)
+    before = state(other)
+    for load in (load_fusion, load_trained):
+        with pytest.raises(ValueError, match=complaint):
+            load(other, tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        seed_adapters(adapted(loaded, "mot"), tmp_path)
+    assert same_state(before, other)
+    assert load_fusion(other, tmp_path, strict=False).options[0] == complaint
+    load_fusion(adapted(saved), tmp_path)
+
+
+def test_an_artifact_that_says_nothing_of_its_adapter_fits_any_of_its_shapes(tmp_path):
+    model = adapted("gelu")
+    description = {k: v for k, v in describe_fusion(model).items() if k != "adapters"}
+    write_artifact(tmp_path, fusion_state_dict(model), description)
+    assert not any(load_fusion(adapted("relu"), tmp_path))
+    save_fusion(fuse(tiny_decoder(), TinyEncoder(), adapter=nn.Linear(11, 18), every=2), tmp_path)
+    model = fuse(tiny_decoder(), TinyEncoder(), adapter=nn.Linear(11, 18), every=2)
+    assert not any(load_fusion(model, tmp_path))
+
+
+def test_what_another_architecture_has_in_common_is_loaded_and_the_rest_reported(tmp_path):
+    save_fusion(adapted("linear"), tmp_path)
+    skipped = load_fusion(adapted("linear", "mot"), tmp_path, strict=False)
+    assert skipped.options == ["architecture 'joint_decoder', the model's is 'mot'"]
+    assert skipped.missing
+    assert not skipped.unexpected

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from support import FEATURES, IMAGE, LAYERS, VOCAB, TinyEncoder, inputs, state, text, tiny_decoder
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -131,7 +132,7 @@ def test_defect_2_what_is_learned_cannot_be_copied_and_gates_are_open(arch):
 
 
 @pytest.mark.parametrize("every", [LAYERS + 1, 0])
-@pytest.mark.parametrize("arch", ["cross_attention", "mot", "moma"])
+@pytest.mark.parametrize("arch", ["cross_attention", "mot", "moma", "deepstack"])
 def test_defect_7_a_cadence_that_fuses_nothing_is_refused(arch, every):
     decoder = tiny_decoder()
     before = list(state(decoder))
@@ -139,6 +140,34 @@ def test_defect_7_a_cadence_that_fuses_nothing_is_refused(arch, every):
         fuse(decoder, TinyEncoder(), arch=arch, **{**ARCHS[arch], "every": every})
     assert list(decoder.state_dict()) == before
     assert get_fusion_params(make(arch, every=LAYERS - 1))
+
+
+@every_arch
+def test_defect_7_a_cadence_that_nothing_would_follow_is_refused(arch):
+    decoder = tiny_decoder()
+    before = list(state(decoder))
+    options = {"layers": [0]}
+    complaint = r"layers=\[0\] and every=100 both say which layers are fused: give one of them"
+    if arch == "joint_decoder":
+        options, complaint = (
+            {"placement": "prefix"},
+            "every=100 cannot be given: JointDecoderStrategy fus",
+        )
+    with pytest.raises(ValueError, match=complaint):
+        fuse(decoder, TinyEncoder(), arch=arch, every=100, **options)
+    assert list(decoder.state_dict()) == before
+    assert fuse(decoder, TinyEncoder(), arch=arch, every=None, **options)
+
+
+def test_defect_7_no_config_says_twice_which_layers_are_fused():
+    sections = [
+        yaml.safe_load(file.read_text()).get("model", {})
+        for file in (Path(__file__).parents[2] / "recipes" / "configs").rglob("*.yaml")
+    ]
+    cadences = [section for section in sections if section.get("every") is not None]
+    assert cadences
+    assert not [section for section in cadences if "layers" in section]
+    assert {section.get("arch", "cross_attention") for section in cadences} == {"cross_attention"}
 
 
 @pytest.mark.parametrize(

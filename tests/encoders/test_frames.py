@@ -221,7 +221,9 @@ def test_one_graph(arch):
 
 def test_rows_with_too_few_frames_are_named():
     images = clip()
-    assert hide_padding(images, None, min_frames=2) is images
+    assert hide_padding(images, None, min_frames=F) is images
+    with pytest.raises(ValueError, match=r"at least 5 frames, got images \[3, 4, .*are 4 a row"):
+        hide_padding(images, None, min_frames=5)
     hide_padding(images[:2], REAL[:2], min_frames=2)
     with pytest.raises(
         ValueError, match="at least 3 of its 4 frames real .* but row 0 has 2, row 2 has 0"
@@ -229,6 +231,8 @@ def test_rows_with_too_few_frames_are_named():
         hide_padding(images, REAL, min_frames=3)
     with pytest.raises(ValueError, match=r"row 2 has 0\."):
         FrameEncoder(Patches(), min_frames=1)(images, REAL)
+    with pytest.raises(ValueError, match=r"at least 2 frames, .* are 1 a row"):
+        FrameEncoder(Patches(), min_frames=2)(images[:, 0])
     many = torch.zeros(11, F, dtype=torch.bool)
     with pytest.raises(ValueError, match="row 7 has 0, and 3 more rows have too few"):
         hide_padding(torch.zeros(11, F, 1), many, min_frames=1)
@@ -282,8 +286,12 @@ class Mean(nn.Module):
 def test_the_smallest_input_is_asked_of_the_wrapped():
     assert FrameEncoder(Mean()).example_input()["images"].shape == (1, 3, SIDE, SIDE)
     assert FrameEncoder(RandomEncoder(5, 7)).example_input()["images"].shape == (1, 3, 1, 1)
-    model = fuse(tiny_decoder(), FrameEncoder(TinyImages()), every=1, on_missing="participate")
-    assert torch.equal(model(text()), tiny_decoder()(text()))
+    several = FrameEncoder(Mean(), min_frames=2).example_input()["images"]
+    assert several.shape == (1, 2, 3, SIDE, SIDE)
+    for min_frames in (0, 2):
+        encoder = FrameEncoder(TinyImages(), min_frames=min_frames)
+        model = fuse(tiny_decoder(), encoder, every=1, on_missing="participate")
+        assert torch.equal(model(text()), tiny_decoder()(text()))
 
 
 class TinyImages(TinyEncoder):

@@ -11,6 +11,7 @@ import torch
 from ranks import run_on_ranks
 from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, text, tiny_decoder
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torchtune.modules import TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
@@ -391,3 +392,31 @@ def compare_all(rank):
 @pytest.mark.distributed
 def test_defect_4_two_ranks_of_which_one_has_no_image_equal_one_process():
     run_on_ranks(compare_all)
+
+
+def shard_the_pretrained_layers(rank):
+    from torchtune.training import get_shard_conditions, shard_model
+
+    for name in ("mot", "mot_placeholder", "moma"):
+        options = {"on_missing": "participate", "decoder_trainable": True}
+        whole, inner = make(name, **options), make(name, **options)
+        # All that is called a layer, so both a fused one and what it wraps.
+        shard_model(whole, [get_shard_conditions], cpu_offload=False)
+        fully_shard(inner.layers[0].wrapped)
+        for model in (whole, inner):
+            for call in ({"encoder_input": inputs()}, {}):
+                tokens = prompt(name) if call else text()
+                with pytest.raises(
+                    ValueError, match="inside this .* is sharded .*torchfuse.training.shard"
+                ):
+                    model(tokens, **call)
+        sharded = make(name, **options)
+        shard(sharded)
+        expected = scored(make(name, **options), prompt(name), encoder_input=inputs())
+        out = scored(sharded, prompt(name), encoder_input=inputs())
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.distributed
+def test_a_pretrained_layer_that_is_sharded_by_itself_is_refused():
+    run_on_ranks(shard_the_pretrained_layers, world_size=1)

@@ -242,6 +242,20 @@ def test_a_frozen_adapter_stays_in_evaluation_mode():
     assert model.train().adapter.training
 
 
+def test_dropout_is_in_training_only():
+    model, call = make(attn_dropout=0.5), {"encoder_input": inputs()}
+    expected = make()(text(), **call)
+    assert torch.equal(model.eval()(text(), **call), expected)
+    assert not torch.allclose(model.train()(text(), **call), expected)
+
+
+def test_options_reach_every_layer():
+    options = {"norm_eps": 1e-3, "qk_norm": False, "attn_dropout": 0.25, "fusion_first": False}
+    model = make(**options)
+    described = model.strategy.describe(model.decoder)
+    assert {name: described[name] for name in options} == options
+
+
 def test_caches_that_are_set_up_but_disabled_change_nothing():
     model = make().eval()
     expected = model(text(), encoder_input=inputs())
@@ -268,7 +282,8 @@ def test_a_cache_wider_than_the_features_for_whosever_layers(theirs, width):
     expected = model(tokens, encoder_input=inputs(), encoder_mask=mask)
     slots = FEATURES + 5
     model.setup_caches(2, torch.float32, encoder_max_seq_len=slots, decoder_max_seq_len=s)
-    wide = nn.functional.pad(mask, (0, 5)) if width == "slots" else mask
+    # Of slots that hold nothing our layers see none, whatever the mask says; torchtune's believe it.
+    wide = nn.functional.pad(mask, (0, 5), value=not theirs) if width == "slots" else mask
     causal = torch.ones(s, s, dtype=torch.bool).tril().expand(2, s, s)
     pos = torch.arange(s).expand(2, s)
     at = slice(0, 10)

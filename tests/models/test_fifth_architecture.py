@@ -22,7 +22,17 @@ from torchfuse import (
     save_pretrained,
 )
 from torchfuse.encoders.clip import ClipVisionEncoder
-from torchfuse.models import FusedModel, VLMWrapper, build_modality_strategy, build_vlm_wrapper
+from torchfuse.models import (
+    FusedModel,
+    JointDecoderStrategy,
+    ModalityContext,
+    ModalityStrategy,
+    VLMWrapper,
+    build_modality_strategy,
+    build_vlm_wrapper,
+    register_modality_strategy,
+    strategies,
+)
 from torchfuse.models.llama import llama_decoder
 from torchfuse.params import FreezeSpec, apply_freeze_specs
 from torchfuse.training import next_token_loss, shard
@@ -74,9 +84,72 @@ def test_its_options_are_its_own():
 
 
 def register_again():
-    from torchfuse.models import register_modality_strategy
-
     register_modality_strategy(ARCH)(GreetingStrategy)
+
+
+def test_it_has_no_layers_to_count():
+    with pytest.raises(ValueError, match="every=2 cannot be given: GreetingStrategy fuses no layer"):
+        make(every=2)
+
+
+def prepared(self, model, tokens, features, **call):
+    return ModalityContext(tokens)
+
+
+class Unprepared(ModalityStrategy):
+    scale: float = 1.0
+
+
+class Unfielded(ModalityStrategy):
+    prepare = prepared
+
+    def __init__(self, scale=1.0): ...
+
+
+class Unreadable(ModalityStrategy):
+    prepare = prepared
+    scale: "NoSuchName" = 1.0  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    ("cls", "complaint"),
+    [
+        (
+            Unprepared,
+            "Unprepared'> cannot be the architecture 'sixth': it must have the methods prepare",
+        ),
+        (Unfielded, "it must be a dataclass, whose fields are its options, and have no __init__"),
+        (Unreadable, r"the annotations of its options cannot be read \(name 'NoSuchName' is not def"),
+        (dict, "<class 'dict'> cannot .*: it must be a class below ModalityStrategy"),
+        (GreetingStrategy(), r"^GreetingStrategy\(.*it must be a class below ModalityStrategy"),
+        (JointDecoderStrategy, "it is 'joint_decoder' already, and a class has one name"),
+    ],
+    ids=["abstract", "own init", "unreadable", "dict", "instance", "second name"],
+)
+def test_a_class_that_is_no_architecture_is_not_registered(cls, complaint):
+    known, options = dict(strategies._REGISTRY), vars(cls).copy()
+    with pytest.raises(ValueError, match=complaint):
+        register_modality_strategy("sixth")(cls)
+    assert known == strategies._REGISTRY
+    assert dict(vars(cls)) == dict(options)
+    assert build_modality_strategy("joint_decoder", placement="prefix").arch == "joint_decoder"
+
+
+@pytest.mark.parametrize("name", ["", 3, None, GreetingStrategy], ids=str)
+def test_a_name_is_a_string_that_is_not_empty(name):
+    with pytest.raises(
+        ValueError, match=r'that is not empty: @register_modality_strategy\("mine"\)\. Got'
+    ):
+        register_modality_strategy(name)
+
+
+def test_a_name_belongs_to_one_class():
+    class Other(ModalityStrategy):
+        prepare = prepared
+
+    with pytest.raises(ValueError, match="There is an architecture 'mot' already: MoTStrategy"):
+        register_modality_strategy("mot")(Other)
+    assert not hasattr(Other, "arch")
 
 
 def test_pixels_and_ids():

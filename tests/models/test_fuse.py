@@ -4,7 +4,16 @@ from support import FEATURE_DIM, IMAGE, WIDTH, TinyEncoder, inputs, text, text_w
 from torch import nn
 from torchtune.modules import TiedLinear
 
-from torchfuse import DeepFusionModel, EarlyFusionModel, FusionEmbedding, FusionLayer, fuse
+from torchfuse import (
+    DeepFusionModel,
+    EarlyFusionModel,
+    FusionEmbedding,
+    FusionLayer,
+    fuse,
+    generate,
+    get_fusion_params,
+)
+from torchfuse.models import JointDecoderStrategy
 from torchfuse.modules.adapters import LinearAdapter
 
 
@@ -139,6 +148,29 @@ def structure(decoder):
     [
         ({"every": 4}, "every=4 fuses no layer of this decoder, which has 3.*between 1 and 3"),
         ({"every": 0}, "every=0 fuses no layer"),
+        ({"every": True}, "every=True fuses no layer"),
+        ({"every": "2"}, "every='2' fuses no layer"),
+        ({"layers": [1]}, r"layers=\[1\] and every=1 both say which layers are fused"),
+        (
+            {"arch": "joint_decoder", "encoder_token": IMAGE},
+            "every=1 cannot be given: JointDecoderStrategy fuses no layer",
+        ),
+        ({"arch": ["mot"]}, r"Unknown architecture \['mot'\] \(a name, or for fuse a strategy with its"),
+        ({"arch": JointDecoderStrategy}, "JointDecoderStrategy'> .*; there are cross_attention, "),
+        ({"norm_eps": 0}, "norm_eps=0 must be a finite number greater than 0"),
+        ({"adapter": 5}, "Unknown adapter 5; there are "),
+        (
+            {"adapter": LinearAdapter(FEATURE_DIM, 5)},
+            r"adapter \(LinearAdapter\) does not fit: its out_dim is 5, the width of the decoder 18\.$",
+        ),
+        (
+            {"adapter": LinearAdapter(7, 5)},
+            "its in_dim is 7, the width of the encoder's features 11; its out_dim is 5, the width of the d",
+        ),
+        (
+            {"adapter": LinearAdapter(FEATURE_DIM, WIDTH), "encoder_dim": 7},
+            "its in_dim is 11, the width of the encoder's features 7",
+        ),
         (
             {"arch": "crossattention"},
             "Unknown architecture 'crossattention'; there are cross_attention, .*joint",
@@ -181,6 +213,84 @@ def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
     assert decoder.output is output
     assert output.tied_module is head
     assert torch.equal(decoder(text()), tiny_decoder(tied=True)(text()))
+
+
+@pytest.mark.parametrize(
+    "encoder", [None, "clip", {"eye": None}, [TinyEncoder()]], ids=["none", "name", "named", "list"]
+)
+def test_what_is_no_encoder_is_refused(encoder):
+    decoder = tiny_decoder()
+    before = structure(decoder)
+    with pytest.raises(
+        ValueError, match=r"encoder must be a module that returns features .* got (None|'c|\[)"
+    ):
+        fuse(decoder, encoder, every=1)
+    assert structure(decoder) == before
+    with pytest.raises(ValueError, match="fuse needs a decoder .* got a NoneType"):
+        fuse(None, TinyEncoder())
+
+
+def test_an_adapter_of_named_encoders_that_does_not_fit_is_named():
+    adapters = {"eye": "linear", "ear": LinearAdapter(FEATURE_DIM, WIDTH)}
+    with pytest.raises(
+        ValueError, match="adapter of 'ear' .* its in_dim is 11, the width .* features 3"
+    ):
+        fuse(
+            tiny_decoder(),
+            {"eye": TinyEncoder(), "ear": Narrow()},
+            every=1,
+            adapter=adapters,
+        )
+
+
+class Narrow(nn.Linear):
+    feature_dim = 3
+
+    def __init__(self):
+        super().__init__(5, 3)
+
+
+NO_FEATURES = {
+    "cross_attention": {"every": 1},
+    "joint_decoder": {"placement": "prefix"},
+    "mot": {},
+    "moma": {"num_experts": 2},
+    "deepstack": {},
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 7)], ids=str)
+@pytest.mark.parametrize("placement", ["prefix", "placeholder"])
+@pytest.mark.parametrize("arch", NO_FEATURES)
+def test_no_features_are_a_batch_of_text(arch, placement, shape):
+    options = dict(NO_FEATURES[arch])
+    if arch != "cross_attention":
+        options["placement"] = placement
+    if options.get("placement") == "placeholder":
+        options["encoder_token"] = IMAGE
+    torch.manual_seed(3)
+    model = fuse(tiny_decoder(), TinyEncoder(), arch=arch, encoder_trainable=True, **options)
+    with torch.no_grad():
+        for parameter in get_fusion_params(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.eval()
+    none = {"encoder_input": {"x": torch.zeros(*shape, 5)}}
+    out = model(text(), **none)
+    assert torch.equal(out, model(text()))
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.encoder.parameters())
+    if shape == (2, 0):
+        masked = {**none, "encoder_mask": torch.zeros(2, 0, dtype=torch.bool)}
+        assert torch.equal(model(text(), **masked), out)
+        said = [
+            generate(model, text(), max_new_tokens=3, temperature=0, **given) for given in (none, {})
+        ]
+        assert torch.equal(*said)
+    if "encoder_token" in options:
+        with pytest.raises(
+            ValueError, match=f"every token {IMAGE} stands for one feature, .* and 0 feat"
+        ):
+            model(text_with_image(), **none)
 
 
 def test_an_untied_head_is_put_back_too():

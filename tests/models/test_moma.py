@@ -4,11 +4,28 @@ import copy
 
 import pytest
 import torch
+from models.architectures import (
+    LAYOUTS,
+    PLACEHOLDER,
+    TWO,
+    call_with_images,
+    equals_its_rows,
+    kept_by_a_directory,
+    kept_by_an_artifact,
+    llama_and_clip,
+    move,
+    only_the_base_is_quantized,
+    prompt,
+    refused,
+    rows_of_images,
+    two_encoders,
+)
 from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, state, text, tiny_decoder
+from torchtune.generation import generate as generate_without_caches
+from torchtune.training import set_activation_checkpointing
 
 from torchfuse import (
     MixtureFusionModel,
-    from_pretrained,
     fuse,
     generate,
     get_fusion_params,
@@ -17,37 +34,16 @@ from torchfuse import (
     param_groups,
     quantize,
     save_fusion,
-    save_pretrained,
 )
 from torchfuse.data.masks import causal_mask, positions
-from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.models import MoMaStrategy
-from torchfuse.models.llama import llama_decoder
-from torchfuse.modules.modality_experts import MoMaLayer, expert_load
+from torchfuse.modules.modality_experts import MoMaLayer, expert_load, scale_auxiliary_losses
+from torchfuse.naming import canonical_name
 from torchfuse.training import next_token_loss
-
-PLACEHOLDER = {"placement": "placeholder", "encoder_token": IMAGE}
-LAYOUTS = {"prefix": {}, "placeholder": PLACEHOLDER}
-TWO = {"eye": IMAGE, "ear": IMAGE + 1}
-
-
-@torch.no_grad()
-def move(model, scale=0.3):
-    generator = torch.Generator().manual_seed(23)
-    for parameter in get_fusion_params(model).values():
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
 
 
 def fresh(layout="prefix", *, encoder=None, arch="moma", **options):
     return fuse(tiny_decoder(), encoder or TinyEncoder(), arch=arch, **{**LAYOUTS[layout], **options})
-
-
-def prompt(layout, batch=2, length=13, start=2):
-    tokens = text(batch, length)
-    if layout == "placeholder":
-        tokens[:, start : start + FEATURES] = IMAGE
-    return tokens
 
 
 # --- what is scored ------------------------------------------------------------------------------
@@ -66,31 +62,16 @@ def test_two_copies_that_take_everything_by_halves_are_the_pretrained_feed_forwa
     torch.testing.assert_close(model(prompt(layout), **call), expected, rtol=1e-6, atol=1e-6)
 
 
-def rows_of_images():
-    """Two images in a row, one in the middle, none, and a second encoder's among them."""
-    tokens = text(4, 14)
-    tokens[0, 1:7], tokens[0, 9:11] = IMAGE, IMAGE + 1
-    tokens[1, 5:8], tokens[3, 2:5] = IMAGE, IMAGE
-    tokens[3, 5:7] = IMAGE + 1
-    eye = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0] * 6, [1, 1, 1, 0, 0, 0]]).bool()
-    ear = torch.tensor([[1, 1], [0, 0], [0, 0], [1, 1]]).bool()
-    return tokens, {"eye": inputs(4, 6), "ear": inputs(4, 2)}, {"eye": eye, "ear": ear}
-
-
 def test_several_images_of_several_encoders_equal_their_rows_one_by_one():
-    encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
     counts = {"eye": 3, "ear": 2}
-    model = move(fresh("placeholder", encoder=encoders, encoder_token=TWO, num_experts=counts)).eval()
+    options = {"encoder": two_encoders(), "encoder_token": TWO, "num_experts": counts}
+    model = move(fresh("placeholder", **options)).eval()
     tokens, given, masks = rows_of_images()
     together = model(tokens, encoder_input=given, encoder_mask=masks)
     load = expert_load(model)["decoder.layers.2"]
     assert {name: len(shares) for name, shares in load.items()} == counts
     assert any(0 < share < 1 for shares in load.values() for share in shares)
-    for row in range(4):
-        one = slice(row, row + 1)
-        mine = {n: {"x": given[n]["x"][one][:, masks[n][row]]} for n in given if masks[n][row].any()}
-        alone = model(tokens[one], encoder_input=mine)
-        torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
+    equals_its_rows(together, model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,6 +131,68 @@ def test_without_auxiliary_routers_it_refuses_to_generate_and_is_as_it_was():
     assert generate(takes_all, text(), encoder_input=inputs(), max_new_tokens=3).shape == (2, 16)
 
 
+def test_without_auxiliary_routers_it_refuses_evaluation():
+    model, call = fresh(auxiliary_router=False, num_text_experts=2).eval(), {"encoder_input": inputs()}
+    complaint = r"cannot be evaluated: each chooses.*auxiliary_router=True.*call model\.train\(\)"
+    for run in (
+        lambda: model(text(), **call),
+        lambda: model(text()),
+        lambda: generate_without_caches(model, text(), max_generated_tokens=2),
+        lambda: torch.compile(model, backend="eager")(text(), **call),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            run()
+    assert not any(share.any() for load in expert_load(model).values() for share in load.values())
+    model.train()(text(), **call).mean().backward()
+    takes_all = fresh(auxiliary_router=False, capacity=1.0).eval()  # each token is for itself
+    alone = torch.cat([takes_all(row[None]) for row in text()])
+    torch.testing.assert_close(takes_all(text()), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_without_auxiliary_routers_another_part_trains_beside_frozen_experts():
+    options = {"fusion_trainable": False, "encoder_trainable": True}
+    model = fresh(auxiliary_router=False, **options).train()
+    assert not model.layers[0].fusion_layer.training  # frozen, in a model that trains
+    model(text(), encoder_input=inputs()).mean().backward()
+    assert model.encoder.layers[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_caches_in_training_mode_are_refused_and_nothing_has_changed(layout):
+    model, tokens = move(fresh(layout, num_text_experts=2)).eval(), prompt(layout)
+    expected = model(tokens, encoder_input=inputs()).detach()
+    slots = 13 + model.strategy.extra_tokens(FEATURES)
+    model.setup_caches(2, torch.float32, decoder_max_seq_len=slots)
+    mask = torch.ones(slots, slots, dtype=torch.bool).tril()[:13].expand(2, -1, -1)
+    call = {"mask": mask, "input_pos": torch.arange(13), "encoder_input": inputs()}
+    complaint = r"in training mode each expert chooses.*Call model\.eval\(\)"
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=complaint):
+            model.train()(tokens, **call)
+        with pytest.raises(ValueError, match=complaint):
+            torch.compile(model, backend="eager")(tokens, **call)
+        assert model.cache_state is None
+        assert not any(layer.attn.kv_cache.size for layer in model.layers)
+        torch.testing.assert_close(model.eval()(tokens, **call), expected, rtol=1e-5, atol=1e-5)
+        model.reset_caches()
+        frozen = model.requires_grad_(False).train()  # its layers stay in evaluation mode
+        torch.testing.assert_close(frozen(tokens, **call), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_steps_of_a_text_that_holds_the_id_of_padding():
+    model, tokens = move(fresh(num_text_experts=2, pad_id=5)).eval(), text()
+    tokens[:, 4] = 5
+    expected = model(tokens, encoder_input=inputs()).detach()
+    slots = FEATURES + 13
+    model.setup_caches(2, torch.float32, decoder_max_seq_len=slots)
+    mask = torch.ones(slots, slots, dtype=torch.bool).tril()[:13].expand(2, -1, -1)
+    for start, end in ((0, 10), (10, 13)):
+        given = {"encoder_input": inputs()} if start == 0 else {}
+        at = torch.arange(start, end)
+        out = model(tokens[:, start:end], mask=mask[:, start:end], input_pos=at, **given)
+        torch.testing.assert_close(out, expected[:, start:end], rtol=1e-5, atol=1e-5)
+
+
 def test_the_load_of_each_expert_is_known_after_a_step():
     model = fresh("placeholder", encoder_trainable=True, num_text_experts=2, pad_id=0)
     assert all(not share.any() for load in expert_load(model).values() for share in load.values())
@@ -165,6 +208,76 @@ def test_the_load_of_each_expert_is_known_after_a_step():
     for shares in load.values():
         assert shares["encoder"].tolist() == pytest.approx([6 / 21] * 4)  # a quarter, rounded up
         assert shares["text"].tolist() == pytest.approx([9 / 18])  # half of 3 rows of 13 without 7
+
+
+def test_with_labels_on_answers_alone_the_last_layers_image_experts_learn_nothing():
+    model, tokens = fresh("placeholder", num_experts=2, noise=False), prompt("placeholder")
+    labels = tokens.masked_fill(tokens == IMAGE, -100)
+
+    def unmoved(labels):
+        model.zero_grad()
+        next_token_loss(model(tokens, encoder_input=inputs()), labels)[0].backward()
+        return {name for name, p in get_fusion_params(model).items() if not p.grad.any()}
+
+    answers = labels.clone()
+    answers[:, :11] = -100
+    last = [name for name in get_fusion_params(model) if "layers.2." in name]
+    assert unmoved(answers) == {name for name in last if "auxiliary" not in name}
+    assert not unmoved(labels)
+
+
+def compile_layers(model):
+    for layer in model.strategy.fused_layers(model.decoder).values():
+        layer.compile(backend="aot_eager", fullgraph=True)
+
+
+def checkpoint_layers(model):
+    set_activation_checkpointing(model, {MoMaLayer})
+
+
+WAYS = {"eager": lambda model: None, "compiled": compile_layers, "checkpointed": checkpoint_layers}
+
+
+# Dynamo looks for gradients of the hidden states that a layer is called with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_auxiliary_loss_of_a_step_does_not_depend_on_its_batches(way):
+    torch._dynamo.reset()
+    model = move(fresh("placeholder", layers=[1], num_experts=2, num_text_experts=2))
+    WAYS[way](model)
+    names = [name for name in get_fusion_params(model) if "auxiliary" in name]
+    assert len(names) == 2 * 4  # of two modalities, two maps with biases
+
+    def gradients(seeds, scale):
+        model.zero_grad()
+        scale_auxiliary_losses(model, scale)
+        for seed in seeds:
+            torch.manual_seed(seed)  # experts are chosen with noise
+            model(prompt("placeholder"), encoder_input=inputs(seed=seed)).mean().backward()
+        return {
+            canonical_name(n): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+        }
+
+    alone = [gradients([seed], 1) for seed in (5, 6, 7)]
+    step = gradients([5, 6, 7], 1 / 3)
+    assert step.keys() == get_fusion_params(model).keys()
+    for name, gradient in step.items():
+        added = sum(gradients[name] for gradients in alone)
+        expected = added / 3 if name in names else added
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6, msg=name)
+        assert name not in names or added.any(), name
+
+
+def test_a_scale_is_a_number_from_zero_on_and_for_any_model():
+    model = fresh()
+    for scale in (-0.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"must be 0 or more, and finite; got {scale}"):
+            scale_auxiliary_losses(model, scale)
+    experts = [layer.fusion_layer for layer in model.strategy.fused_layers(model.decoder).values()]
+    assert [group.auxiliary_loss_scale for group in experts] == [1, 1]
+    scale_auxiliary_losses(model, 0.25)
+    assert [group.auxiliary_loss_scale for group in experts] == [0.25, 0.25]
+    scale_auxiliary_losses(tiny_decoder(), 0.25)
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -204,11 +317,7 @@ def test_which_layers_are_fused():
     ids=str,
 )
 def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
-    decoder = tiny_decoder()
-    before = [(name, id(module)) for name, module in decoder.named_modules()]
-    with pytest.raises(ValueError, match=complaint):
-        fuse(decoder, TinyEncoder(), arch="moma", **options)
-    assert [(name, id(module)) for name, module in decoder.named_modules()] == before
+    refused("moma", options, complaint)
 
 
 def test_a_decoder_that_lacks_what_the_model_needs_is_refused():
@@ -225,23 +334,14 @@ def test_a_decoder_that_lacks_what_the_model_needs_is_refused():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_artifact_holds_what_was_learned(layout, tmp_path):
     model, other = move(fresh(layout)).eval(), fresh(layout, start="zero", pad_id=0, noise=False).eval()
-    save_fusion(model, tmp_path)
-    load_fusion(other, tmp_path)
-    given = {"encoder_input": inputs()}
-    assert torch.equal(other(prompt(layout), **given), model(prompt(layout), **given))
-    with pytest.raises(ValueError, match="placement '(prefix|placeholder)', the model's is"):
-        load_fusion(fresh(next(name for name in LAYOUTS if name != layout)), tmp_path)
+    kept_by_an_artifact(model, other, layout, fresh, tmp_path)
     save_fusion(fresh(layout, capacity=0.5), tmp_path / "half")
     with pytest.raises(ValueError, match="capacity 0.5, the model's is 0.3"):
         load_fusion(fresh(layout, capacity=0.3), tmp_path / "half")
 
 
 def exportable(**options):
-    torch.manual_seed(3)
-    numbers = {"num_heads": 3, "num_kv_heads": 1, "embed_dim": 18, "intermediate_dim": 29}
-    decoder = llama_decoder(vocab_size=VOCAB, num_layers=3, max_seq_len=53, **numbers)
-    tower = ClipVisionEncoder(image_size=12, patch_size=4, embed_dim=10, num_layers=2, num_heads=5)
-    return fuse(decoder, tower, arch="moma", **options)
+    return fuse(*llama_and_clip(), arch="moma", **options)
 
 
 @pytest.mark.parametrize(
@@ -251,19 +351,12 @@ def exportable(**options):
 )
 def test_a_directory_holds_the_whole_model(options, tmp_path):
     model = move(exportable(**options)).eval()
-    save_pretrained(model, tmp_path)
-    other = from_pretrained(tmp_path).eval()
-    assert list(other.state_dict()) == list(model.state_dict())
-    assert other.strategy.describe(other.decoder) == model.strategy.describe(model.decoder)
-    tokens = text()
-    if "encoder_token" in options:
-        tokens[:, 1:10] = IMAGE
-    call = {"encoder_input": {"images": torch.randn(2, 3, 12, 12)}}
-    assert torch.equal(other(tokens, **call), model(tokens, **call))
+    call = call_with_images(options)
+    kept_by_a_directory(model, tmp_path, call)
     # How training goes may differ from what is loaded, how many experts choose may not.
     third = exportable(**{**options, "pad_id": 9, "noise": True, "start": "zero"}).eval()
     load_pretrained(third, tmp_path)
-    assert torch.equal(third(tokens, **call), model(tokens, **call))
+    assert torch.equal(third(**call), model(**call))
     fourth = exportable(**{**options, "capacity": 0.7})
     before = state(fourth)
     with pytest.raises(ValueError, match="capacity (None|0.4), the model has 0.7"):
@@ -273,13 +366,7 @@ def test_a_directory_holds_the_whole_model(options, tmp_path):
 
 def test_only_the_base_is_quantized():
     model = move(fresh(num_experts=2, num_text_experts=2)).eval()
-    exact = model(text(), encoder_input=inputs())
-    report = quantize(model, "int8_weight_only", parts=("decoder",))
-    assert "decoder.layers.0.mlp.w2.weight" in report.quantized
-    assert not any("fusion_layer" in name for name in report.quantized)
-    assert all(type(p) is torch.nn.Parameter for p in get_fusion_params(model).values())
-    out = model(text(), encoder_input=inputs())
-    assert 0 < (out - exact).norm() < 0.05 * exact.norm()
+    out = only_the_base_is_quantized(model)
     assert torch.equal(
         generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)[:, -1],
         out[:, -1].argmax(-1),

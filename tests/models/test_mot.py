@@ -2,6 +2,20 @@ import copy
 
 import pytest
 import torch
+from models.architectures import (
+    LAYOUTS,
+    TWO,
+    call_with_images,
+    equals_its_rows,
+    kept_by_a_directory,
+    kept_by_an_artifact,
+    llama_and_clip,
+    move,
+    prompt,
+    refused,
+    rows_of_images,
+    two_encoders,
+)
 from support import (
     FEATURES,
     IMAGE,
@@ -15,35 +29,18 @@ from support import (
 )
 from torch import nn
 from torchtune.models.gemma2 import gemma2
+from torchtune.modules.common_utils import disable_kv_cache
 
 from torchfuse import (
     MixtureFusionModel,
-    from_pretrained,
     fuse,
     get_fusion_params,
-    load_fusion,
     quantize,
-    save_fusion,
-    save_pretrained,
 )
-from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.models import MoTStrategy
-from torchfuse.models.llama import llama_decoder
 from torchfuse.models.placement import positions_by_modality
 from torchfuse.modules.mixture_of_transformers import MoTLayer, MoTNorm
 from torchfuse.training import next_token_loss
-
-LAYOUTS = {"prefix": {}, "placeholder": {"placement": "placeholder", "encoder_token": IMAGE}}
-TWO = {"eye": IMAGE, "ear": IMAGE + 1}
-
-
-@torch.no_grad()
-def move(model, scale=0.3):
-    """New weights that are nobody's copies, and features that outweigh the embeddings."""
-    generator = torch.Generator().manual_seed(23)
-    for parameter in get_fusion_params(model).values():
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
 
 
 def fresh(layout, *, decoder=None, encoder=None, **options):
@@ -53,13 +50,6 @@ def fresh(layout, *, decoder=None, encoder=None, **options):
 
 def make(layout, **options):
     return move(fresh(layout, **options))
-
-
-def prompt(layout, batch=2, length=13, start=2):
-    tokens = text(batch, length)
-    if layout == "placeholder":
-        tokens[:, start : start + FEATURES] = IMAGE
-    return tokens
 
 
 class Given(nn.Module):
@@ -96,8 +86,7 @@ def test_text_is_scored_as_before_to_the_bit(layout, start, changes):
 @pytest.mark.parametrize("options", [{}, {"every": 2}, {"layers": [0]}], ids=str)
 def test_warm_prefix_is_the_decoder_over_features_and_text(options):
     """Copies of the text's weights do what those do; only positions are each modality's own."""
-    encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
-    model = fresh("prefix", encoder=encoders, **options)
+    model = fresh("prefix", encoder=two_encoders(), **options)
     given = {"eye": inputs(), "ear": inputs(num=3)}
     features = model.encode(given)
     embeds = torch.cat([features["eye"], features["ear"], embedded(text())], dim=1)
@@ -106,24 +95,8 @@ def test_warm_prefix_is_the_decoder_over_features_and_text(options):
     torch.testing.assert_close(out, score(embeds, input_pos=at)[:, -13:], rtol=1e-5, atol=1e-5)
 
 
-def rows_of_images():
-    """Two images in a row, one in the middle, none, and a second encoder's among them."""
-    tokens = text(4, 14)
-    tokens[0, 1:7], tokens[0, 9:11] = IMAGE, IMAGE + 1
-    tokens[1, 5:8], tokens[3, 2:5] = IMAGE, IMAGE
-    tokens[3, 5:7] = IMAGE + 1
-    eye = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0] * 6, [1, 1, 1, 0, 0, 0]]).bool()
-    ear = torch.tensor([[1, 1], [0, 0], [0, 0], [1, 1]]).bool()
-    return tokens, {"eye": inputs(4, 6), "ear": inputs(4, 2)}, {"eye": eye, "ear": ear}
-
-
-def two_encoders(**options):
-    encoders = {"eye": TinyEncoder(), "ear": TinyEncoder(seed=6)}
-    return fresh("placeholder", encoder=encoders, encoder_token=TWO, **options)
-
-
 def test_warm_placeholders_are_the_decoder_over_features_and_text():
-    model = two_encoders()
+    model = fresh("placeholder", encoder=two_encoders(), encoder_token=TWO)
     tokens, given, masks = rows_of_images()
     embeds, features = embedded(tokens), model.encode(given)
     at = torch.zeros_like(tokens)
@@ -140,14 +113,10 @@ def test_warm_placeholders_are_the_decoder_over_features_and_text():
 
 
 def test_a_batch_equals_its_rows_one_by_one():
-    model = move(two_encoders())
+    model = make("placeholder", encoder=two_encoders(), encoder_token=TWO)
     tokens, given, masks = rows_of_images()
     together = model(tokens, encoder_input=given, encoder_mask=masks)
-    for row in range(4):
-        one = slice(row, row + 1)
-        mine = {n: {"x": given[n]["x"][one][:, masks[n][row]]} for n in given if masks[n][row].any()}
-        alone = model(tokens[one], encoder_input=mine)
-        torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
+    equals_its_rows(together, model)
     front, valid = make("prefix"), torch.zeros(3, FEATURES, dtype=torch.bool)
     valid[0], valid[1, :4] = True, True
     together = front(text(3), encoder_input=inputs(3), encoder_mask=valid)
@@ -192,6 +161,30 @@ def test_a_mask_and_positions_of_the_text_are_the_texts(layout):
     torch.testing.assert_close(out, torch.cat(pieces, dim=1), rtol=1e-4, atol=1e-5)
 
 
+def test_with_labels_on_answers_alone_the_last_layer_learns_keys_and_values_only():
+    tokens = prompt("placeholder")
+    labels = tokens.masked_fill(tokens == IMAGE, -100)
+    answers = labels.clone()
+    answers[:, :11] = -100
+
+    def unmoved(model, labels):
+        model.zero_grad()
+        next_token_loss(model(tokens, encoder_input=inputs()), labels)[0].backward()
+        return {name for name, p in get_fusion_params(model).items() if not p.grad.any()}
+
+    whole, norm = fresh("placeholder"), "decoder.norm.fusion_layer.encoder.scale"
+    parts = ("attn.q_proj", "attn.output_proj", "mlp.w1", "mlp.w2", "mlp.w3")
+    last = "decoder.layers.2.fusion_layer.encoder"
+    unread = {f"{last}.{part}.weight" for part in parts} | {f"{last}.mlp_norm.scale", norm}
+    assert unmoved(whole, answers) == unread
+    assert not unmoved(whole, labels)
+    one = answers.clone()
+    one[:, 9] = labels[:, 9]  # behind the last feature
+    assert not unmoved(whole, one)
+    # Without the last layer, only the norm is left.
+    assert unmoved(fresh("placeholder", layers=[0, 1]), answers) == {norm}
+
+
 # Dynamo looks for gradients of the hidden states that a layer is called with.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_graph_for_each_layer_equals_eager_in_values_and_gradients():
@@ -233,6 +226,16 @@ def test_cached_steps_equal_the_full_forward(layout, options):
     model.reset_caches()
     out = model(tokens[:, :2], mask=mask[:, :2], input_pos=torch.arange(2))
     torch.testing.assert_close(out, tiny_decoder()(tokens[:, :2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_caches_that_are_set_up_but_disabled_change_nothing(layout):
+    model, call = make(layout).eval(), {"encoder_input": inputs()}
+    expected = model(prompt(layout), **call)
+    model.setup_caches(2, torch.float32)
+    with disable_kv_cache(model):
+        got = model(prompt(layout), **call)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -279,11 +282,7 @@ def test_which_layers_are_fused_and_where_keys_and_values_are_enough():
     ids=str,
 )
 def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
-    decoder = tiny_decoder()
-    before = [(name, id(module)) for name, module in decoder.named_modules()]
-    with pytest.raises(ValueError, match=complaint):
-        fuse(decoder, TinyEncoder(), arch="mot", **options)
-    assert [(name, id(module)) for name, module in decoder.named_modules()] == before
+    refused("mot", options, complaint)
 
 
 def test_layers_of_another_make_are_named():
@@ -344,32 +343,15 @@ def test_experts_beside_adapted_layers_are_plain(quantized):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_artifact_holds_what_was_learned(layout, tmp_path):
     model, other = make(layout), fresh(layout, start="zero")
-    save_fusion(model, tmp_path)
-    load_fusion(other, tmp_path)
-    given = {"encoder_input": inputs()}
-    assert torch.equal(other(prompt(layout), **given), model(prompt(layout), **given))
-    with pytest.raises(ValueError, match="placement '(prefix|placeholder)', the model's is"):
-        load_fusion(fresh(next(name for name in LAYOUTS if name != layout)), tmp_path)
+    kept_by_an_artifact(model, other, layout, fresh, tmp_path)
 
 
 @pytest.mark.parametrize(
     "options", [{"layers": [0, 2]}, {"every": 2, "start": "zero"}, LAYOUTS["placeholder"]], ids=str
 )
 def test_a_directory_holds_the_whole_model(options, tmp_path):
-    torch.manual_seed(3)
-    numbers = {"num_heads": 3, "num_kv_heads": 1, "embed_dim": 18, "intermediate_dim": 29}
-    decoder = llama_decoder(vocab_size=VOCAB, num_layers=3, max_seq_len=53, **numbers)
-    tower = ClipVisionEncoder(image_size=12, patch_size=4, embed_dim=10, num_layers=2, num_heads=5)
-    model = move(fuse(decoder, tower, arch="mot", **options))
-    save_pretrained(model, tmp_path)
-    other = from_pretrained(tmp_path)
-    assert list(other.state_dict()) == list(model.state_dict())
-    assert other.strategy.describe(other.decoder) == model.strategy.describe(model.decoder)
-    tokens = text()
-    if "encoder_token" in options:
-        tokens[:, 1:10] = IMAGE
-    call = {"encoder_input": {"images": torch.randn(2, 3, 12, 12)}}
-    assert torch.equal(other(tokens, **call), model(tokens, **call))
+    model = move(fuse(*llama_and_clip(), arch="mot", **options))
+    kept_by_a_directory(model, tmp_path, call_with_images(options))
 
 
 def test_bf16_stays_bf16_and_copies_copy():

@@ -12,15 +12,24 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from torchfuse import (
+    describe,
+    export,
+    from_pretrained,
     fuse,
     generate,
     get_fusion_params,
     load_fusion,
+    load_pretrained,
     param_groups,
+    quantize,
     save_fusion,
+    save_pretrained,
 )
-from torchfuse.encoders.frames import frame_features_mask, hide_padding
+from torchfuse.checkpoint.distributed import load_checkpoint, save_checkpoint
+from torchfuse.checkpoint.trained import load_trained, save_trained
+from torchfuse.encoders.frames import FrameEncoder, frame_features_mask, hide_padding
 from torchfuse.encoders.registry import pixels_keyword
+from torchfuse.encoders.stub import RandomEncoder
 from torchfuse.models import (
     AdapterConfig,
     FusedModel,
@@ -32,8 +41,9 @@ from torchfuse.models import (
     build_vlm_wrapper,
     inner_transformer,
 )
+from torchfuse.models.builders import llama_clip
 from torchfuse.modules.adapters import build_adapter
-from torchfuse.naming import unwrap
+from torchfuse.naming import model_behind, unwrap
 from torchfuse.params import FreezeSpec, FreezeStage, apply_freeze_specs
 from torchfuse.training import next_token_loss, shard
 
@@ -45,6 +55,8 @@ ARCHS = {
     "moma": {"arch": "moma", "num_experts": 2},
     "deepstack": {"arch": "deepstack"},
 }
+# So that it has layers to fuse; the others have theirs unless told.
+EVERY = {"cross_attention": {"every": 1}}
 SIDE, TOKENS = 8, 4  # four patches of an image
 B, F = 3, 3
 REAL = torch.tensor([[True, True, False], [True, False, True], [False] * 3])
@@ -88,14 +100,14 @@ def adapter():
 
 
 def make(name, **options):
-    options = {"every": 1, "encoder_trainable": True, **options}
+    options = {**EVERY.get(name, {}), "encoder_trainable": True, **options}
     parts = Patches(), adapter(), tiny_decoder()
     torch.manual_seed(31)
     return opened(VLMWrapper(*parts, strategy_of(name), **options))
 
 
 def fused(name, **options):
-    options = {"every": 1, "encoder_trainable": True, **ARCHS[name], **options}
+    options = {**EVERY.get(name, {}), "encoder_trainable": True, **ARCHS[name], **options}
     encoder, projection, decoder = Patches(), adapter(), tiny_decoder()
     torch.manual_seed(31)
     return opened(fuse(decoder, encoder, adapter=projection, **options))
@@ -184,7 +196,9 @@ def test_calls_that_do_not_fit_are_named():
         model(pixels(F), text(B), frame_mask=REAL)
     with pytest.raises(ValueError, match=r"frame_mask must be bool .* shape \[b, f\]"):
         make("prefix")(pixels(F), text(B), frame_mask=REAL[:2])
-    with pytest.raises(ValueError, match="called with pixel_values and input_ids, or as a decoder is"):
+    with pytest.raises(
+        ValueError, match="called with pixel_values and input_ids, .* or as a decoder is"
+    ):
         model(pixels())
     with pytest.raises(ValueError, match="there are labels and frame_mask; got mask, input_pos, which"):
         model(pixels(), text(B), mask=None, input_pos=None)
@@ -236,13 +250,20 @@ def test_num_image_tokens(name):
     assert make(name).num_image_tokens == expected
     assert make(name, num_frames=5).num_image_tokens == 5 * expected
     pooled = build_adapter("avgpool", 11, 18, num_tokens=TOKENS, window=2)
-    model = VLMWrapper(Patches(), pooled, tiny_decoder(), strategy_of(name), num_frames=3, every=1)
+    parts = Patches(), pooled, tiny_decoder(), strategy_of(name)
+    model = VLMWrapper(*parts, num_frames=3, **EVERY.get(name, {}))
     assert model.num_image_tokens == 3 * (expected // 4)
     if name not in ("cross_attention", "placeholder"):
         seen = []
         model.layers[0].register_forward_hook(lambda _, given, out: seen.append(given[0].shape[1]))
         model(pixels(3), text(B))
         assert seen == [13 + model.num_image_tokens]
+
+
+def test_image_tokens_of_several_encoders_add_up():
+    encoders = {"eye": RandomEncoder(5, 11), "ear": RandomEncoder(3, 7)}
+    model = fuse(tiny_decoder(), encoders, arch="mot")
+    assert model.strategy.num_image_tokens(model, 2) == 2 * (5 + 3)
 
 
 def test_num_image_tokens_that_nobody_knows():
@@ -338,6 +359,102 @@ def test_artifacts_are_shared_with_the_fused_model(name, tmp_path):
     assert same_state(state(other), fresh)
 
 
+# --- what takes a fused model takes the wrapper ----------------------------------------------------
+
+FACES = {
+    "plain": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "checkpointed": checkpoint_wrapper,
+    "both": lambda model: torch.compile(checkpoint_wrapper(model), backend="eager"),
+}
+FORMATS = {
+    "torchfuse": {"every": 2},
+    "llava": {"arch": "joint_decoder", "encoder_token": VOCAB - 1},
+}
+
+
+def known_parts(seed=0, **options):
+    """A model of parts that every format can describe."""
+    torch.manual_seed(seed)
+    return llama_clip(
+        vocab_size=VOCAB,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        embed_dim=24,
+        max_seq_len=61,
+        intermediate_dim=41,
+        tie_word_embeddings=False,
+        image_size=12,
+        patch_size=4,
+        vision_embed_dim=20,
+        vision_num_layers=3,
+        vision_num_heads=5,
+        vision_hidden_dim=43,
+        **options,
+    )
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_directories_are_shared_with_the_fused_model(format_, face, tmp_path):
+    model = known_parts(**FORMATS[format_])
+    export(FACES[face](VLMWrapper.around(model)), tmp_path / "wrapper", format=format_)
+    export(model, tmp_path / "fused", format=format_)
+    assert "model.safetensors" in files_in(tmp_path / "wrapper")
+    assert files_in(tmp_path / "wrapper") == files_in(tmp_path / "fused")
+    again = from_pretrained(tmp_path / "wrapper")
+    assert isinstance(again, FusedModel)
+    assert same_state(state(model), again)
+    other = known_parts(seed=3, **FORMATS[format_])
+    assert not same_state(state(model), other)
+    load_pretrained(FACES[face](VLMWrapper.around(other)), tmp_path / "fused")
+    assert same_state(state(model), other)
+    images = torch.randn(2, 3, 12, 12)
+    tokens = ids("prefix", batch=2)
+    if format_ == "llava":
+        tokens[:, 2:11] = VOCAB - 1
+    logits, _ = VLMWrapper.around(again).eval()(images, tokens)
+    assert torch.equal(logits, model.eval()(tokens, encoder_input={"images": images}))
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_what_takes_a_fused_model_takes_the_wrapper(face, tmp_path):
+    def both(seed=0):
+        trainable = {"decoder_trainable": True, "encoder_trainable": True}
+        models = [known_parts(seed, every=2, **trainable) for _ in range(2)]
+        return FACES[face](VLMWrapper.around(models[0])), *models
+
+    model, inside, plain = both()
+    assert model_behind(model) is inside
+    assert str(describe(model)) == str(describe(plain))
+    save_trained(model, tmp_path / "trained_wrapper")
+    save_trained(plain, tmp_path / "trained")
+    assert files_in(tmp_path / "trained_wrapper") == files_in(tmp_path / "trained")
+    other, inside_other, fresh = both(seed=3)
+    load_trained(other, tmp_path / "trained")
+    load_trained(fresh, tmp_path / "trained_wrapper")
+    assert same_state(state(fresh), inside_other)
+    run = save_checkpoint(tmp_path / "run", model, optimizer_of(model), step=3)
+    _, inside_other, fresh = both(seed=5)
+    load_checkpoint(run.path, fresh, optimizer_of(fresh))
+    assert same_state(state(inside), fresh)
+    other = FACES[face](VLMWrapper.around(inside_other))
+    load_checkpoint(run.path, other, optimizer_of(other))
+    assert same_state(state(inside), inside_other)
+    for each in (model, plain):
+        each.requires_grad_(False)
+    assert quantize(model, "int8_weight_only") == quantize(plain, "int8_weight_only")
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(param_groups(model, lr=1e-2))
+
+
 def test_freeze_specs_and_modes():
     model = make("deepstack")
     apply_freeze_specs(model, [FreezeSpec("*", True), FreezeSpec("adapter", False)])
@@ -425,15 +542,22 @@ def step(rank, name):
     distributed.barrier()
 
 
-def sharded(rank):
+def sharded(rank, folder):
     for name in ("cross_attention", "prefix", "mot", "deepstack"):
         torch.manual_seed(17)
         step(rank, name)
+    model = VLMWrapper.around(known_parts(every=2, on_missing="participate"))
+    shard(model)
+    model(torch.randn(2, 3, 12, 12), text())
+    save_pretrained(model, folder)
+    if rank == 0:
+        assert same_state(state(known_parts(every=2)), from_pretrained(folder))
+    distributed.barrier()
 
 
 @pytest.mark.distributed
-def test_two_ranks_equal_one_process():
-    run_on_ranks(sharded)
+def test_two_ranks_equal_one_process(tmp_path):
+    run_on_ranks(sharded, str(tmp_path / "saved"))
 
 
 # --- configurations ------------------------------------------------------------------------------
@@ -461,7 +585,7 @@ def build(vlm, **sections):
 
 @pytest.mark.parametrize("name", ARCHS)
 def test_every_architecture_is_built_from_configurations(name):
-    flat = {**ARCHS[name], "every": 1, "max_text_len": 13}
+    flat = {**ARCHS[name], **EVERY.get(name, {}), "max_text_len": 13}
     model = build(flat)
     assert model.strategy == strategy_of(name)
     options = {key: value for key, value in ARCHS[name].items() if key != "arch"}
@@ -469,7 +593,7 @@ def test_every_architecture_is_built_from_configurations(name):
         ModelConfig(**MODEL),
         VisionEncoderConfig(**VISION),
         AdapterConfig("linear"),
-        VLMConfig(ARCHS[name]["arch"], options, max_text_len=13, every=1),
+        VLMConfig(ARCHS[name]["arch"], options, max_text_len=13, **EVERY.get(name, {})),
     )
     assert typed.strategy == model.strategy
     assert list(typed.state_dict()) == list(model.state_dict())
@@ -477,6 +601,24 @@ def test_every_architecture_is_built_from_configurations(name):
     assert logits.shape == (2, 17, VOCAB)
     assert labels is tokens
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(get_fusion_params(model))
+
+
+def test_options_may_stand_in_both_places():
+    model = build({"arch": "mot", "options": {"start": "zero"}, "layers": [0]})
+    assert (model.strategy.start, model.strategy.layers) == ("zero", [0])
+
+
+def test_what_else_a_model_takes_comes_from_the_configuration():
+    more = {"fusion_vocab_size": 2, "on_missing": "participate", "every": 2}
+    model = build({"arch": "mot", **more}, vision={**VISION, "num_frames": 3})
+    assert model.tok_embeddings.fusion_embedding.weight.shape == (2, 18)
+    assert model.on_missing == "participate"
+    assert [hasattr(layer, "fusion_layer") for layer in model.layers] == [False, True]
+    assert (model.num_frames, model.num_image_tokens) == (3, 12)
+    plain = build({"arch": "mot"})
+    assert plain.on_missing == "skip"
+    assert not any("fusion_embedding" in name for name in get_fusion_params(plain))
+    assert all(hasattr(layer, "fusion_layer") for layer in plain.layers)
 
 
 def test_what_trains_is_as_the_configuration_says():
@@ -495,6 +637,8 @@ def test_what_trains_is_as_the_configuration_says():
     assert [stage.start_step for stage in staged.schedule] == [0]
     with pytest.raises(ValueError, match="stage at step 0: 'encodr' matches no parameter"):
         build(VLMConfig("mot", freeze=[FreezeSpec("encodr", True)]))
+    with pytest.raises(ValueError, match="Nothing trains from step 5 on"):
+        build(VLMConfig("mot", freeze_schedule=[FreezeStage(5, (FreezeSpec("*", True),))]))
 
 
 @pytest.mark.parametrize(
@@ -543,7 +687,7 @@ def test_what_trains_is_as_the_configuration_says():
         (
             {"arch": "mot"},
             {"vision": {**VISION, "num_frames": 0, "options": {"num_tokens": 3}}},
-            "num_frames must be at least 1, got 0; num_tokens must not stand in options, too",
+            "num_frames must be at least 1, got 0; num_tokens must not stand in options, being said else",
         ),
         (
             {"arch": "mot"},
@@ -553,7 +697,53 @@ def test_what_trains_is_as_the_configuration_says():
         (
             {"arch": "mot"},
             {"adapter": {"type": "conv"}},
-            "Unknown adapter 'conv'; there are attentional_pool, ",
+            "adapter: type must be one of attentional_pool, avgpool, linear, mlp_2layer, got 'conv'",
+        ),
+        (
+            {"arch": "mot"},
+            {"adapter": {"type": "linear", "options": {"in_dim": 3, "name": "x", "num_tokens": 4}}},
+            "adapter: in_dim, name, num_tokens must not stand in options, being said elsewhere",
+        ),
+        (
+            {"arch": "mot"},
+            {"adapter": {"type": "mlp_2layer", "options": {"hidden_dim": 0}}},
+            "mlp_2layer: hidden_dim=0 must be at least 1",
+        ),
+        (
+            {"arch": "mot"},
+            {"vision": {**VISION, "options": {"name": "clip"}}},
+            "vision_encoder: name must not stand in options, being said elsewhere",
+        ),
+        (
+            {"arch": "mot", "options": None, "start": "zero"},
+            {},
+            "vlm: options must be a mapping, got None",
+        ),
+        (
+            {"arch": "mot", "options": {"start": "warm"}, "start": "zero"},
+            {},
+            "vlm: start must not stand in options, being said elsewhere; got .*'start': 'zero'",
+        ),
+        ({"arch": "mot", "options": {"arch": "moma"}}, {}, "vlm: arch must not stand in options"),
+        ({"arch": "mot", "options": {3: "warm"}}, {}, "'mot': unknown option '3'; it takes placement"),
+        ({"arch": "mot", "every": 0}, {}, "vlm: every must be at least 1, got 0"),
+        ({"arch": "deepstack", "every": 0}, {}, "vlm: every must be at least 1, got 0"),
+        ({"arch": "mot", "fusion_vocab_size": -1}, {}, "fusion_vocab_size must be at least 0, got -1"),
+        (
+            {"arch": "cross_attention", "norm_eps": -1.0},
+            {},
+            r"norm_eps=-1\.0 must be a finite number gre",
+        ),
+        (
+            {"arch": "mot"},
+            {"model": {**MODEL, "norm_eps": -1.0, "rope_base": 0.0, "rope_scale_factor": float("nan")}},
+            r"model: norm_eps=-1\.0 must be finite and more than 0; rope_base=0\.0 must .*_factor=nan must",
+        ),
+        ({"arch": "mot"}, {"model": {**MODEL, "head_dim": 5}}, "head_dim=5 must be even, as the rotary"),
+        (
+            {"arch": "mot"},
+            {"model": {**MODEL, "num_heads": 2}},
+            "head_dim=9 must be even, as the rotary",
         ),
         (
             {"arch": "mot"},
@@ -566,6 +756,49 @@ def test_what_trains_is_as_the_configuration_says():
 def test_key_value_and_choices_are_named(vlm, sections, complaint):
     with pytest.raises(ValueError, match=complaint):
         build(vlm, **sections)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "complaint"),
+    [
+        (VLMConfig, {"arch": "mot", "options": None}, "vlm: options must be a mapping, got None"),
+        (VLMConfig, {"arch": "mot", "freeze": None}, "vlm: freeze must be a list, got None"),
+        (VLMConfig, {"arch": "mot", "freeze": "encoder"}, "vlm: freeze must be a list, got 'encoder'"),
+        (
+            VLMConfig,
+            {"arch": "mot", "on_missing": "wait"},
+            "must be 'skip' or 'participate', got 'wait'",
+        ),
+        (
+            VLMConfig,
+            {"arch": ["mot"], "max_text_len": "4", "every": True},
+            r"vlm: arch must be a string, got \['mot'\]; max_text_len must be an integer or null, got '4'; "
+            "every must be an integer or null, got True",
+        ),
+        (
+            VisionEncoderConfig,
+            {"type": "random", "num_tokens": "4", "num_frames": 2.0},
+            r"vision_encoder: num_tokens must be an integer or null, got '4'; num_frames .*, got 2\.0",
+        ),
+        (
+            ModelConfig,
+            {**MODEL, "vocab_size": "37", "tie_word_embeddings": "false", "norm_eps": True},
+            "model: vocab_size must be an integer, got '37'; norm_eps must be a number, got True; "
+            "tie_word_embeddings must be true or false, got 'false'",
+        ),
+        (
+            AdapterConfig,
+            {"type": "nope"},
+            "adapter: type must be one of attentional_pool, .*, got 'nope'",
+        ),
+        (AdapterConfig, {"type": None}, "adapter: type must be a string, got None"),
+        (AdapterConfig, {"options": [3]}, r"adapter: options must be a mapping, got \[3\]"),
+    ],
+    ids=lambda given: None if isinstance(given, dict | type) else str(given)[:30],
+)
+def test_configurations_made_in_python_are_checked_as_those_of_a_file(kind, given, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        kind(**given)
 
 
 def test_an_encoder_that_says_other_numbers_is_named():
@@ -582,7 +815,7 @@ def test_an_encoder_that_says_other_numbers_is_named():
     ("arch", "most"), [("cross_attention", 31), ("joint_decoder", 31 - 12), ("mot", 31 - 12)]
 )
 def test_lengths_are_compared_at_configuration_and_at_build(arch, most, monkeypatch):
-    vlm = {"arch": arch, "every": 1} | ({} if arch == "cross_attention" else {"placement": "prefix"})
+    vlm = {"arch": arch} | EVERY.get(arch, {"placement": "prefix"})
     clips = {**VISION, "num_frames": 3}
     assert build(vlm | {"max_text_len": most}, vision=clips)
     complaint = "max_seq_len 31 is shorter than " + (
@@ -619,3 +852,23 @@ def test_inputs_here_are_what_they_seem():
     assert Patches()(pixels(F)).shape == (B, F * TOKENS, 11)
     one_by_one = [Patches()(pixels(F)[:, frame]) for frame in range(F)]
     assert torch.equal(Patches()(pixels(F)), torch.cat(one_by_one, dim=1))
+
+
+def test_frames_that_an_encoder_asks_for_are_counted():
+    encoder = FrameEncoder(Patches(), min_frames=2)
+    model = VLMWrapper(encoder, adapter(), tiny_decoder(), strategy_of("mot")).eval()
+    with pytest.raises(ValueError, match="at least 2 of its 3 frames real .* but row 2 has 0"):
+        model(pixels(F), text(B), frame_mask=REAL)
+    plain = VLMWrapper(Patches(), adapter(), tiny_decoder(), strategy_of("mot")).eval()
+    both = [m(pixels(F)[:2], text(2), frame_mask=REAL[:2])[0] for m in (model, plain)]
+    assert torch.equal(*both)
+    for one_frame in (pixels(1), pixels()):
+        with pytest.raises(ValueError, match="at least 2 frames, .* are 1 a row"):
+            model(one_frame, text(B))
+
+
+def test_what_goes_with_pixels_is_refused_in_a_decoders_call():
+    model = make("mot")
+    for given in ({"frame_mask": REAL}, {"labels": text(B)}):
+        with pytest.raises(ValueError, match="labels and frame_mask may stand, or as a decoder is"):
+            model(text(B), **given)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from torchfuse import get_fusion_params
 from torchfuse.modules import adapter_base
+from torchfuse.modules.adapter_base import adapter_names
 from torchfuse.modules.adapters import (
     Adapter,
     AttentionalPoolAdapter,
@@ -61,8 +62,12 @@ def test_bad_options_are_named():
         build_adapter("linear", IN, OUT, bias=True)
     with pytest.raises(ValueError, match="Unknown activation 'tanh'; there are gelu, silu, relu"):
         build_adapter("mlp_2layer", IN, OUT, activation="tanh")
-    with pytest.raises(ValueError, match="positive widths, got 0 -> 11"):
-        build_adapter("linear", 0, OUT)
+    with pytest.raises(ValueError, match=r"Unknown adapter \['linear'\]; there are "):
+        build_adapter(["linear"], IN, OUT)
+    for name in adapter_names():
+        for widths in ((0, OUT), (IN, 0), (-1, OUT), (IN, -1)):
+            with pytest.raises(ValueError, match=f"positive widths, got {widths[0]} -> {widths[1]}"):
+                build_adapter(name, *widths)
 
 
 def test_a_new_adapter_takes_one_class_and_one_decorator(monkeypatch):
@@ -275,6 +280,10 @@ def test_options_build_the_same_adapter_again(name, options):
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
+        ("mlp_2layer", {"hidden_dim": 0}, "mlp_2layer: hidden_dim=0 must be at least 1"),
+        ("mlp_2layer", {"hidden_dim": -1}, "mlp_2layer: hidden_dim=-1 must be at least 1"),
+        ("attentional_pool", {"window": -1}, "attentional_pool: window=-1 must be at least 1"),
+        ("attentional_pool", {"num_heads": -3}, "num_heads=-3 must divide the width 6"),
         ("avgpool", {"window": 0}, "avgpool: window=0 must be at least 1"),
         ("avgpool", {"grid": 0, "num_prefix_tokens": -1}, "grid=0 must .*; num_prefix_tokens=-1 must"),
         ("attentional_pool", {"window": 2, "grid": 5}, "window=2 must divide the side 5"),

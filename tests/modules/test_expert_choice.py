@@ -222,6 +222,24 @@ def test_the_auxiliary_loss_joins_backward_and_stays_to_itself(weight):
     assert torch.equal(same.grad, inputs.grad)
 
 
+@pytest.mark.parametrize("num", [1, 3])
+def test_scaled_by_the_number_of_batches_the_auxiliary_loss_is_their_mean(num):
+    batches = [torch.randn(2, 7, DIM, dtype=torch.float64) for _ in range(num)]
+    experts, alone = group(auxiliary_loss_weight=0.7), []
+    for x in batches:
+        experts.zero_grad()
+        experts("image", x).sum().backward()
+        alone.append({name: p.grad.clone() for name, p in experts.named_parameters()})
+    experts.zero_grad()
+    experts.auxiliary_loss_scale = 1 / num
+    for x in batches:
+        experts("image", x).sum().backward()
+    for name, p in experts.named_parameters():
+        added = sum(gradients[name] for gradients in alone)
+        assert added.any(), name
+        torch.testing.assert_close(p.grad, added / num if "auxiliary" in name else added, msg=name)
+
+
 def test_a_loss_added_backward_leaves_the_value():
     y, w = torch.randn(3, dtype=torch.bfloat16), torch.tensor(3.0, requires_grad=True)
     out = add_loss(y, w.square(), weight=0.25)

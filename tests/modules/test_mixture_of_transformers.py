@@ -185,6 +185,28 @@ def test_warm_experts_do_what_the_pretrained_layer_does(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_scales_are_each_modalitys_own(layout):
+    plain, x, call = plain_layer(), hidden(), {"routing": routing_of(layout)}
+    plain.sa_scale, plain.mlp_scale = (linear(WIDTH, WIDTH).double() for _ in range(2))
+    layer = MoTLayer.from_pretrained(plain, list(SLOTS))
+    torch.testing.assert_close(layer(x, **call), plain(x), rtol=0, atol=1e-12)
+    for scale in ("sa_scale", "mlp_scale"):
+        before = layer(x, **call)
+        nn.init.zeros_(getattr(layer.fusion_layer["image"], scale).weight)
+        moved = (layer(x, **call) - before).abs().amax(dim=-1) > 1e-6
+        assert torch.equal(moved, members(layout) == 1)
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["whole", "keys and values"])
+def test_dropout_is_the_pretrained_layers_and_in_training_only(only):
+    layer, x, routing = mot(keys_and_values_only=only), hidden(), Routing(SLOTS)
+    expected = layer(x, routing=routing)
+    layer.attn.attn_dropout = 0.5
+    assert torch.equal(layer.eval()(x, routing=routing), expected)
+    assert not torch.allclose(layer.train()(x, routing=routing), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_zero_experts_let_their_stream_pass_and_are_seen(layout):
     layer, x = mot(random=False, start="zero"), hidden()
     out, whose = layer(x, routing=routing_of(layout)), members(layout)
@@ -272,6 +294,12 @@ def test_experts_start_anew_from_what_was_loaded(start):
     assert not layer.to("meta").experts_are_fresh()
 
 
+def test_experts_of_a_frozen_layer_train():
+    layer = MoTLayer.from_pretrained(plain_layer().requires_grad_(False), ["eye"])
+    assert all(p.requires_grad for p in layer.fusion_layer.parameters())
+    assert not any(p.requires_grad for p in layer.wrapped.parameters())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_final_norm_is_each_modalitys_own(layout):
     norm, x = MoTNorm(shake(nn.RMSNorm(WIDTH).double()), list(SLOTS)), hidden()
@@ -290,13 +318,13 @@ def test_the_final_norm_is_each_modalitys_own(layout):
     assert all(p.grad is not None and not p.grad.any() for p in norm.fusion_layer.parameters())
 
 
-def expert(num_heads=HEADS, only=False):
+def expert(num_heads=HEADS, num_kv_heads=KV_HEADS, only=False):
     attn = ExpertAttention(
         num_heads=num_heads,
-        num_kv_heads=KV_HEADS,
+        num_kv_heads=num_kv_heads,
         head_dim=HEAD_DIM,
-        k_proj=linear(KV_HEADS * HEAD_DIM, WIDTH),
-        v_proj=linear(KV_HEADS * HEAD_DIM, WIDTH),
+        k_proj=linear(num_kv_heads * HEAD_DIM, WIDTH),
+        v_proj=linear(num_kv_heads * HEAD_DIM, WIDTH),
         q_proj=None if only else linear(num_heads * HEAD_DIM, WIDTH),
         output_proj=None if only else linear(WIDTH, num_heads * HEAD_DIM),
     )
@@ -307,9 +335,9 @@ def expert(num_heads=HEADS, only=False):
 def test_what_does_not_fit_is_named():
     layer = plain_layer()
     with pytest.raises(
-        ValueError, match=r"width of a head, 3, 1, 6; 'eye' has 5, 1, 6; 'ear' has 2, 1, 6\."
+        ValueError, match=r"width of a head, 3, 1, 6; 'eye' has 5, 1, 6; 'ear' has 3, 3, 6\."
     ):
-        MoTLayer(layer, {"eye": expert(5), "nose": expert(), "ear": expert(2)})
+        MoTLayer(layer, {"eye": expert(5), "nose": expert(), "ear": expert(num_kv_heads=3)})
     with pytest.raises(ValueError, match="keys and values only, or none is; here only 'ear'"):
         MoTLayer(layer, {"eye": expert(), "ear": expert(only=True)})
     with pytest.raises(ValueError, match='start must be "warm" or "zero", got \'cold\''):

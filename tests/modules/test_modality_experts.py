@@ -57,7 +57,12 @@ def layer64(dim=6):
         gate_proj=nn.Linear(dim, 7), down_proj=nn.Linear(7, dim), up_proj=nn.Linear(dim, 7)
     )
     layer = TransformerSelfAttentionLayer(
-        attn, mlp, sa_norm=nn.RMSNorm(dim), mlp_norm=nn.RMSNorm(dim), mlp_scale=nn.Linear(dim, dim)
+        attn,
+        mlp,
+        sa_norm=nn.RMSNorm(dim),
+        mlp_norm=nn.RMSNorm(dim),
+        sa_scale=nn.Linear(dim, dim),
+        mlp_scale=nn.Linear(dim, dim),
     )
     return layer.double()
 
@@ -277,6 +282,24 @@ def test_without_auxiliary_routers_evaluation_chooses_and_caches_are_refused():
     takes_all = moma(auxiliary_router=False, capacity=1.0)
     takes_all.setup_caches(ROWS, torch.float32, encoder_max_seq_len=None, decoder_max_seq_len=9)
     assert takes_all.caches_are_setup()
+
+
+def test_one_modality_that_looks_ahead_is_enough_to_refuse_caches():
+    one = moma(auxiliary_router=False, num_experts={"image": 1, "audio": 2}, num_text_experts=1)
+    with pytest.raises(ValueError, match="cannot generate"):
+        one.check_caches()
+    moma(auxiliary_router=False, num_experts=1, num_text_experts=1).check_caches()
+
+
+def test_options_of_auxiliary_routers_reach_them():
+    gradients = []
+    for weight in (0.25, 0.5):
+        layer = moma(auxiliary_dim=7, auxiliary_loss_weight=weight)
+        layer(hidden(), routing=prefix()).sum().backward()
+        gradients.append(layer.fusion_layer.router("image").auxiliary.w1.weight.grad)
+    assert gradients[0].shape == (7, WIDTH)
+    assert gradients[0].any()
+    torch.testing.assert_close(2 * gradients[0], gradients[1])
 
 
 def test_noise_moves_training_and_repeats_with_the_seed():

@@ -8,6 +8,7 @@ from support import TinyEncoder, inputs, text, tiny_decoder
 from torch import nn
 
 from torchfuse import fuse, param_groups, quantize, set_trainable
+from torchfuse.encoders.stub import RandomEncoder
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSpec, apply_freeze_specs, freeze_params, partition
 
@@ -215,6 +216,13 @@ def test_dropout_of_a_frozen_layer_does_nothing_while_others_train():
     freeze_params(model, "encoder.layers.0", frozen=False)
     one, other = twice()
     assert not torch.equal(one, other)
+
+
+def test_an_encoder_without_parameters_stays_in_evaluation():
+    model = fuse(tiny_decoder(), RandomEncoder(5, 11), every=3, decoder_trainable=True).train()
+    assert not list(model.encoder.parameters())
+    assert model.decoder.training
+    assert not model.encoder.training
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -151,6 +151,12 @@ def test_applying_again_changes_nothing_and_undoes_what_others_did():
     assert trains(model) == before
 
 
+def test_a_stage_that_changes_nothing_says_so():
+    schedule = FreezeSchedule([FreezeStage(0, (OFF,)), FreezeStage(2, (OFF,))])
+    model = make(encoder_trainable=True)
+    assert [schedule.apply(model, step) for step in range(4)] == [True, False, False, False]
+
+
 def test_one_schedule_serves_two_models():
     schedule, models = FreezeSchedule(TWO_STAGES), [make(), make()]
     for step in (0, BEGIN):

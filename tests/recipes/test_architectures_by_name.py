@@ -40,7 +40,7 @@ def start(digits, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_fifth_architecture_is_finetuned_and_answers(start, monkeypatch):
     register(monkeypatch)
-    output = start("cross_attention", f"model.arch={ARCH}", "model.scale=2.0")
+    output = start("cross_attention", f"model.arch={ARCH}", "model.every=null", "model.scale=2.0")
     model, transform = load_run(output, device="cpu", dtype="fp32")
     assert model.strategy == GreetingStrategy(2.0)
     losses = json.loads((output / "losses.json").read_text())

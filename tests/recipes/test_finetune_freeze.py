@@ -23,7 +23,7 @@ STAGES = [
         "start_step": 1,
         "specs": [
             {"module": "encoder", "frozen": True},
-            {"module": "adapter", "frozen": False},
+            {"module": "fusion", "frozen": False},
         ],
     },
 ]
@@ -65,6 +65,8 @@ def test_stages_are_followed_recorded_and_all_that_they_trained_is_saved(start):
     assert {n for n in moved if n.startswith("decoder.layers.")} <= {
         n for n in moved if "fusion_layer" in n
     }
+    # The second stage came in time, and its parameters are in the optimizer.
+    assert any(n.endswith("_scale.scale") for n in moved)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def test_what_training_took_and_that_asking_changes_nothing(start, digits, tmp_p
     assert sum(text) - max(text) <= metrics["tokens"]["text"] <= sum(text) - min(text)
     shown = sum(len(q.images) for q in asked)
     assert 5 * (shown - 2) <= metrics["tokens"]["image"] <= 5 * shown
-    rate = sum(metrics["tokens"].values()) / metrics["training_seconds"]
-    assert metrics["tokens_per_second"] == pytest.approx(rate, rel=0.1)
+    seconds = sum(metrics["tokens"].values()) / metrics["tokens_per_second"]
+    assert seconds == pytest.approx(metrics["training_seconds"], abs=0.06)  # one digit is kept of it
     takes_all = {"encoder": [1.0] * 3}
     assert metrics["expert_load"] == {f"decoder.layers.{n}": takes_all for n in range(4)}
     assert f"trained {metrics['new_parameters']:,} new parameters for " in said

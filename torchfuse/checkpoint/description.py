@@ -14,11 +14,12 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.fingerprint import fingerprint, pretrained_tensors
+from torchfuse.modules.adapter_base import Adapter
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import unwrap
+from torchfuse.naming import model_behind, unwrap
 from torchfuse.params import FreezeSpec, FreezeStage, canonical_freeze_meta, partition
 
-__all__ = ["describe_fusion", "description_faults"]
+__all__ = ["adapter_faults", "describe_fusion", "description_faults"]
 
 _FORMAT: Final = 1
 
@@ -38,11 +39,11 @@ def describe_fusion(
         stages: the freeze specs and stages by which the model was trained.
 
     Returns:
-        ``format``, ``architecture``, ``options`` and ``fusion_head``, which a load compares with the
-        model's; ``base``, by name the shape, dtype and hash of sampled values of each pretrained tensor,
-        which it compares too; and for the record ``trainable``, for each part whether it trains or is
-        kept beside the artifact, or the names of those of its parameters that do, and ``freeze``, the
-        stages in their order, for ``read_freeze_meta``.
+        ``format``, ``architecture``, ``options``, ``adapters`` and ``fusion_head``, which a load
+        compares with the model's; ``base``, by name the shape, dtype and hash of sampled values of each
+        pretrained tensor, which it compares too; and for the record ``trainable``, for each part
+        whether it trains or is kept beside the artifact, or the names of those of its parameters that
+        do, and ``freeze``, the stages in their order, for ``read_freeze_meta``.
     """
     base = fingerprint(pretrained_tensors(model, without))
     return {
@@ -81,7 +82,44 @@ def description_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]
     head = theirs.get("fusion_head", ours["fusion_head"])
     if head != ours["fusion_head"]:
         faults.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
+    return faults + adapter_faults(theirs, model)
+
+
+def adapter_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """How a model's adapters are others than a description says, in words.
+
+    Adapters that no registry knows have their shapes alone, which are not compared here.
+
+    Args:
+        theirs: as for ``description_faults``.
+        model: a fused model.
+    """
+    described = theirs.get("adapters")
+    there: dict[str, Any] = described if isinstance(described, dict) else {}
+    faults = []
+    for name, here in json.loads(json.dumps(_adapters(model))).items():
+        known = there.get(name) if here is not None else None
+        if known is None:
+            continue
+        faults += [
+            f"{key} {known[key]!r} of the adapter of {name!r}, the model's is {here.get(key)!r}"
+            for key in known
+            if known[key] != here.get(key) and None not in (known[key], here.get(key, ""))
+        ]
     return faults
+
+
+def _adapters(model: nn.Module) -> dict[str, dict[str, Any] | None]:
+    """Name and options of each encoder's adapter; None where no registry knows it."""
+    owner: Any = model_behind(model)
+    found: dict[str, dict[str, Any] | None] = {}
+    for name in getattr(owner, "encoder_names", ()):
+        adapter = owner.get_adapter(name)
+        inner = None if adapter is None else unwrap(adapter)
+        found[name] = None
+        if isinstance(inner, Adapter) and inner.name is not None:
+            found[name] = {"name": inner.name, **inner.options()}
+    return found
 
 
 def _kind(model: nn.Module) -> dict[str, Any]:
@@ -96,6 +134,7 @@ def _kind(model: nn.Module) -> dict[str, Any]:
         "format": _FORMAT,
         "architecture": None if strategy is None else strategy.arch,
         "options": options,
+        "adapters": _adapters(model),
         "fusion_head": isinstance(head, FusionLinear | TiedFusionLinear),
     }
 

@@ -19,7 +19,7 @@ from torchfuse.checkpoint.key_table import KeyTable, Layout
 from torchfuse.checkpoint.loading import tensors_of
 from torchfuse.checkpoint.model_formats import spec_to_export
 from torchfuse.checkpoint.ranks import is_rank_zero
-from torchfuse.naming import canonical_name, unwrap
+from torchfuse.naming import canonical_name, model_behind
 
 __all__ = ["export", "save_pretrained"]
 
@@ -54,7 +54,7 @@ def export(
     rank zero writes.
 
     Args:
-        model: a fused model, or a part of one.
+        model: a fused model (a ``VLMWrapper`` counts as the one that it is a face of), or a part of one.
         path: the directory.
         format: ``"llava"`` or ``"mllama"``, which transformers loads; ``"torchtune"``, one file that
             torchtune's checkpointers load; ``"torchfuse"``, which holds any model. For a part alone,
@@ -67,6 +67,7 @@ def export(
         ValueError: for an unknown format, or a model that it cannot hold: which part, and which formats
             can; for a file that is missing. Nothing is written then.
     """
+    model = model_behind(model)
     path, copies = Path(path), [Path(file) for file in files]
     spec = spec_to_export(format, model)
     outputs, faults = _outputs(model, spec.table(), spec.rows())
@@ -125,7 +126,7 @@ class _Output:
 
 def _outputs(model: nn.Module, table: KeyTable, rows: dict[str, int]) -> tuple[list[_Output], list[str]]:
     """What is written, and what of the model has no place there."""
-    tensors = {canonical_name(n): t for n, t in tensors_of(unwrap(model)).items()}
+    tensors = {canonical_name(n): t for n, t in tensors_of(model).items()}
     behind = {
         origin: name for name, origin in table.appended.items() if name in tensors and origin in tensors
     }

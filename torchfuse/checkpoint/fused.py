@@ -22,7 +22,7 @@ from torchfuse.models.strategies import build_modality_strategy
 from torchfuse.modules.adapters import Adapter, build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import unwrap
+from torchfuse.naming import model_behind, unwrap
 
 __all__ = ["Fused"]
 
@@ -79,7 +79,7 @@ class Fused(ModelSpec):
 
     @classmethod
     def of(cls, module: nn.Module) -> Fused:
-        model = unwrap(module)
+        model = model_behind(module)
         if not isinstance(model, FusedModel):
             raise ValueError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
         decoder: Any = unwrap(model.decoder)

@@ -60,12 +60,14 @@ class FusionMismatch(NamedTuple):
         unexpected: tensors given that the model has not.
         mismatched: tensors of another shape.
         base: pretrained tensors that differ from those that the artifact was made over, and how.
+        options: how the model was fused otherwise, in words.
     """
 
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
     base: dict[str, str]
+    options: list[str]
 
 
 def _fusion_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ def load_fusion_state_dict(
         ValueError: with every tensor that is missing, unexpected or of another shape, if ``strict``;
             if none fits at all or the model has no memory, in any case. The model is as it was then.
     """
-    return _load(model, state_dict, strict, [], {})
+    return _load(model, state_dict, strict, {}, [])
 
 
 @torch.no_grad()
@@ -114,8 +116,8 @@ def _load(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
     strict: bool,
-    faults: list[str],
     base: dict[str, str],
+    options: list[str],
 ) -> FusionMismatch:
     ours = _fusion_tensors(model)
     if any(tensor.is_meta for tensor in ours.values()):
@@ -127,19 +129,18 @@ def _load(
         unexpected=[name for name in state_dict if name not in ours],
         mismatched=[n for n, t in ours.items() if n in state_dict and t.shape != state_dict[n].shape],
         base=base,
+        options=options,
     )
     fitting = [n for n in ours if n in state_dict and n not in skipped.mismatched]
-    if (strict and (faults or any(skipped))) or not fitting:
-        raise ValueError(_explain(faults, skipped, ours, state_dict))
+    if (strict and any(skipped)) or not fitting:
+        raise ValueError(_explain(skipped, ours, state_dict))
     for name in fitting:
         copy_into(ours[name], state_dict[name])
     return skipped
 
 
-def _explain(
-    faults: list[str], skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
-) -> str:
-    lines = [f"option: {fault}" for fault in faults]
+def _explain(skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    lines = [f"option: {fault}" for fault in skipped.options]
     lines += [f"missing: {name}" for name in skipped.missing]
     lines += [f"unexpected: {name}" for name in skipped.unexpected]
     lines += [
@@ -214,7 +215,8 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
     Args:
         model: a fused model, with its pretrained parts loaded, in fp32, bf16 or quantized.
         path: directory of the artifact.
-        strict: as in ``load_fusion_state_dict``; if not, another base is reported, not refused.
+        strict: as in ``load_fusion_state_dict``; if not, another base, architecture or option is
+            reported, not refused.
 
     Returns:
         What was passed over: all empty if ``strict``.
@@ -239,10 +241,9 @@ def load_artifact(
             have now do not matter.
     """
     tensors, description, base = read_artifact(path)
-    faults = description_faults(description, model) if strict else []
     # Artifacts of earlier versions do not say what base they are for.
     other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
-    return _load(model, tensors, strict, faults, other)
+    return _load(model, tensors, strict, other, description_faults(description, model))
 
 
 def read_artifact(

@@ -11,6 +11,7 @@ from typing import Final
 
 from torch import nn
 
+from torchfuse.checkpoint.description import adapter_faults
 from torchfuse.checkpoint.fingerprint import (
     compare,
     explain,
@@ -47,7 +48,7 @@ def seed_adapters(model: nn.Module, path: str | Path, strict: bool = True) -> li
         ValueError: if there is no such artifact or it is damaged; with every adapter's tensor that does
             not fit; if nothing does. The model is as it was then.
     """
-    tensors, _, base = read_artifact(path)
+    tensors, description, base = read_artifact(path)
     theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(_ADAPTERS)}
     ours = {n: t for n, t in fusion_state_dict(model).items() if n.startswith(_ADAPTERS)}
     faults = [
@@ -66,6 +67,8 @@ def seed_adapters(model: nn.Module, path: str | Path, strict: bool = True) -> li
         for name in ours
         if name in theirs and name not in fitting
     ]
+    if strict:
+        faults += adapter_faults(description, model)
     if strict and base is not None:
         differs = compare(base, fingerprint(pretrained_tensors(model)))
         faults += explain(differs) if differs else []

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from torchfuse.checkpoint.key_table import KeyTable
-from torchfuse.naming import unwrap
+from torchfuse.naming import model_behind, unwrap
 
 __all__ = ["ModelSpec", "Spec", "setting", "shown_by_shapes"]
 
@@ -140,12 +140,12 @@ class ModelSpec(Spec):
 
     @classmethod
     def parts_of(cls, module: nn.Module, arch: str) -> nn.Module:
-        """The model inside its wrappers, if it is of an architecture and has one encoder without a name.
+        """The model inside wrappers and faces, if of an architecture, with one encoder without a name.
 
         Raises:
             ValueError: if it is not.
         """
-        model: Any = unwrap(module)
+        model: Any = model_behind(module)
         strategy = getattr(model, "strategy", None)
         names = getattr(model, "encoder_names", [])
         faults = []

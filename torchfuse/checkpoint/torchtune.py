@@ -19,7 +19,7 @@ from torchfuse.checkpoint.mllama_vision import TILE_EMBEDDINGS, MllamaVision
 from torchfuse.checkpoint.spec import ModelSpec, Spec
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import unwrap
+from torchfuse.naming import model_behind, unwrap
 
 __all__ = ["Torchtune", "grid_layout", "has_torchtune_names"]
 
@@ -60,7 +60,7 @@ class Torchtune(ModelSpec):
 
     @classmethod
     def of(cls, module: nn.Module) -> Torchtune:
-        model = unwrap(module)
+        model = model_behind(module)
         if not isinstance(model, FusedModel):
             raise ValueError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
         arch, named = model.strategy.arch, not hasattr(model, "encoder")

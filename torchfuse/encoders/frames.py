@@ -26,7 +26,8 @@ def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int =
 
     Args:
         images: ``[b, f, ...]``, as the encoder takes ``f`` images a row.
-        frame_mask: bool ``[b, f]``, True: the frame is real. None: all are, and nothing is done.
+        frame_mask: bool ``[b, f]``, True: the frame is real. None: all are, and the images stay as they
+            are.
         min_frames: how many real frames every row must have. On the CPU too few are an error; on an
             accelerator, and in a graph, they are an assertion on the device, which nobody waits for.
 
@@ -42,6 +43,11 @@ def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int =
         [1.0, 0.0]
     """
     if frame_mask is None:
+        if images.shape[1] < min_frames:
+            raise ValueError(
+                f"Every row must have at least {min_frames} frames, got images {list(images.shape)}, "
+                f"which are {images.shape[1]} a row."
+            )
         return images
     if frame_mask.dtype != torch.bool or frame_mask.shape != images.shape[:2] or images.dim() < 3:
         raise ValueError(
@@ -109,22 +115,26 @@ class FrameEncoder(TransparentWrapper):
         self.wrap(encoder, child="image_encoder")
 
     def example_input(self) -> dict[str, Tensor]:
-        """The wrapped encoder's own example, or a black image of its ``image_size``.
+        """The wrapped encoder's own example, or a black image of its ``image_size``, in enough frames.
 
         Raises:
             ValueError: if it says neither.
         """
         example: Any = getattr(self.wrapped, "example_input", None)
         tensors = list(example().values()) if callable(example) else []
-        if len(tensors) == 1:
-            return {"images": tensors[0]}
         size = getattr(self.wrapped, "image_size", None)
-        if not isinstance(size, int):
+        if len(tensors) == 1:
+            image = tensors[0]
+        elif isinstance(size, int):
+            image = torch.zeros(1, 3, size, size)
+        else:
             raise ValueError(
                 f"What {type(self.wrapped).__name__} runs on is not known: pass example_input= with "
                 "images [1, c, h, w], or give it an image_size."
             )
-        return {"images": torch.zeros(1, 3, size, size)}
+        if self.min_frames > 1:
+            image = image.unsqueeze(1).expand(-1, self.min_frames, *image.shape[1:])
+        return {"images": image}
 
     def forward(self, images: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Encode the frames of each row.

@@ -22,7 +22,7 @@ from torchfuse.models.encoding import (
 )
 from torchfuse.models.strategies import ModalityContext, ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
-from torchfuse.naming import unwrap
+from torchfuse.naming import model_behind
 from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
 
 __all__ = ["FusedModel", "refuse_fused"]
@@ -218,10 +218,11 @@ class FusedModel(DecoderSurface, EncoderOwner):
 
 def refuse_fused(decoder: nn.Module) -> None:
     """Raise a ``ValueError`` if the decoder is a fused model, whose encoders would get lost."""
-    if isinstance(unwrap(decoder), FusedModel):
+    model = model_behind(decoder)
+    if isinstance(model, FusedModel):
         raise ValueError(
-            f"The decoder is a {type(unwrap(decoder)).__name__}, fused already. Fuse the plain decoder "
-            "with all encoders at once: encoder={name: module}."
+            f"The decoder is a {type(model).__name__}, fused already. Fuse the plain decoder with all "
+            "encoders at once: encoder={name: module}."
         )
 
 

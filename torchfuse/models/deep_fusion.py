@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from torchfuse.naming import unwrap
 
 __all__ = ["CrossAttentionStrategy", "DeepFusionModel"]
 
+_EVERY: Final = 4
+
 
 @register_modality_strategy("cross_attention")
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class CrossAttentionStrategy(ModalityStrategy):
     The sequence itself holds text only. Numbers left at None are the decoder layer's own.
 
     Args:
-        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told.
+        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
+            which is every fourth unless it is.
         num_heads: heads of queries.
         num_kv_heads: heads of keys and values.
         hidden_dim: width inside the feed-forward.
@@ -64,12 +67,16 @@ class CrossAttentionStrategy(ModalityStrategy):
         ]
         if not 0 <= self.attn_dropout < 1:
             faults.append(f"attn_dropout={self.attn_dropout} must lie in [0, 1)")
+        if not 0 < self.norm_eps < float("inf"):
+            faults.append(f"norm_eps={self.norm_eps} must be a finite number greater than 0")
         if faults:
             raise ValueError(f"cross_attention: {'; '.join(faults)}.")
 
-    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
         layers: Any = decoder.layers
-        indices = layers_to_fuse(len(layers), self.layers, every)
+        indices = layers_to_fuse(len(layers), self.layers, every, default=_EVERY)
         return fuse_layers(
             layers, indices, lambda i: self._fuse_layer(layers[i], decoder.tok_embeddings)
         )

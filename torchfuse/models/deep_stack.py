@@ -37,7 +37,6 @@ class DeepStackStrategy(LayerStrategy):
         ValueError: if an option is out of its range, or the last layer is named with ``"prefix"``.
     """
 
-    default_every: ClassVar[int] = 0  # none: the first layers
     keeps_features: ClassVar[bool] = True
     layer_type: ClassVar[type[nn.Module]] = DeepStackLayer
 
@@ -48,11 +47,13 @@ class DeepStackStrategy(LayerStrategy):
         if self.hidden_dim is not None and self.hidden_dim < 1:
             raise ValueError(f"hidden_dim must be at least 1, got {self.hidden_dim}.")
 
-    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
         layers: Any = decoder.layers
         embedding: Any = decoder.tok_embeddings
         chosen = self
-        if self.layers is None and every == self.default_every:
+        if self.layers is None and every is None:
             chosen = replace(self, layers=range(max(1, min(_EARLY, len(layers) - 1))))
         return fuse_layers(
             layers,

@@ -5,7 +5,7 @@ Attention is the pretrained layer's for all tokens, see ``torchfuse.modules.moda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fused_layers import fuse_layers
 from torchfuse.models.mixture_fusion import LayerStrategy
-from torchfuse.models.strategies import register_modality_strategy
+from torchfuse.models.strategies import (
+    EncoderFeatures,
+    ModalityContext,
+    register_modality_strategy,
+)
 from torchfuse.modules.expert_options import ExpertOptions
 from torchfuse.modules.modality_experts import MoMaLayer
 
@@ -43,9 +47,9 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
         capacity: the share of its modality's tokens that an expert takes.
         start: what new experts begin as.
         noise: whether noise is added to the routers' scores in training.
-        auxiliary_router: whether the model will be able to generate.
+        auxiliary_router: whether the model will be able to generate, and to run in evaluation mode.
         auxiliary_dim: width inside auxiliary routers.
-        auxiliary_loss_weight: of their loss.
+        auxiliary_loss_weight: of their loss, in every backward pass (see ``scale_auxiliary_losses``).
         pad_id: id of padding, which no expert shall take in training. None: every token competes.
 
     Raises:
@@ -61,11 +65,19 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
         ExpertOptions.__post_init__(self)
 
     def padding(self, model: FusedModel, tokens: Tensor) -> Tensor | None:
-        if self.pad_id is None or model.caches_are_enabled():  # with caches each token is for itself
-            return None
-        return tokens == self.pad_id
+        # With caches too, so that a token of this id is the same in both.
+        return None if self.pad_id is None else tokens == self.pad_id
 
-    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+    def prepare(
+        self, model: FusedModel, tokens: Tensor, features: Mapping[str, EncoderFeatures], **call: Any
+    ) -> ModalityContext:
+        for layer in self.fused_layers(model.decoder).values():
+            layer.check_mode(training=model.training, cached=model.caches_are_enabled())
+        return super().prepare(model, tokens, features, **call)
+
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
         layers: Any = decoder.layers
         indices = self.layers_that_are_read(decoder, every)
         return fuse_layers(layers, indices, lambda index: MoMaLayer(layers[index], encoders, self))

@@ -15,6 +15,7 @@ from torchfuse.modules.adapters import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.modules.new_rows import RowInit
+from torchfuse.naming import unwrap
 
 __all__ = ["fuse"]
 
@@ -52,9 +53,12 @@ def fuse(
             another registered name; or a strategy, which has its options already.
         adapter: the name of a registered one (see ``build_adapter``), a module of yours, or None where
             the encoder already returns the decoder's width; by name for named encoders that differ.
-        every: for architectures that fuse layers: layer ``i`` is fused when ``(i + 1) % every == 0``.
-            None: as is usual for the architecture, 4 for ``"cross_attention"``, 1 for ``"mot"`` and
-            ``"moma"``.
+        every: layer ``i`` is fused when ``(i + 1) % every == 0``; given, it excludes ``layers=``, which
+            names layers. None: 4 for ``"cross_attention"``, 1 for ``"mot"`` and ``"moma"``; for
+            ``"deepstack"`` the first three layers, or all but the last where that is fewer.
+            ``"joint_decoder"`` fuses no layer and takes none. With ``placement="prefix"`` nobody reads
+            features behind the last layer: there ``"mot"`` has keys and values only, and ``"moma"`` and
+            ``"deepstack"`` leave it out, and refuse an ``every`` that counts no other.
         encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
             ``config.hidden_size``.
         fusion_vocab_size: number of new tokens to embed beside the pretrained table.
@@ -91,12 +95,12 @@ def fuse(
         >>> model(tokens, encoder_input=features).shape
         torch.Size([1, 3, 11])
     """
+    embedding = _token_embedding(decoder)
     refuse_fused(decoder)
     strategy = _strategy(arch, arch_options)
-    encoders = {"": encoder} if isinstance(encoder, nn.Module) else dict(encoder)
+    encoders = _encoders(encoder)
     names = encoder_names(encoder)
     strategy.check_encoders(names)
-    embedding = _token_embedding(decoder)
     specs = _by_name(adapter, encoders, "adapter")
     widths = _by_name(encoder_dim, encoders, "encoder_dim")
     adapters = {
@@ -104,7 +108,6 @@ def fuse(
     }
     if len({spec is None for spec in adapters.values()}) > 1:
         raise ValueError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
-    every = strategy.default_every if every is None else every
     put_layers_in_place = strategy.plan(decoder, names, every=every)
     fused_embedding = None
     if fusion_vocab_size:
@@ -142,6 +145,16 @@ def fuse(
         if fused_embedding is not None:
             _replace_embedding(decoder, fused_embedding, embedding)
         raise
+
+
+def _encoders(given: Any) -> dict[str, nn.Module]:
+    encoders = given if isinstance(given, Mapping) else {"": given}
+    if wrong := [value for value in encoders.values() if not isinstance(value, nn.Module)]:
+        raise ValueError(
+            "encoder must be a module that returns features [b, n, d_e], or a mapping of names to such; "
+            f"got {', '.join(map(repr, wrong))}."
+        )
+    return dict(encoders)
 
 
 def _strategy(arch: str | ModalityStrategy, options: Mapping[str, Any]) -> ModalityStrategy:
@@ -194,9 +207,10 @@ def _adapter(
     if spec is None:
         return None
     weight = embedding.weight
-    if isinstance(spec, nn.Module):
-        return spec
     width = encoder_dim if encoder_dim is not None else _feature_dim(encoder)
+    if isinstance(spec, nn.Module):
+        _check_widths(spec, name, width, embedding.embedding_dim)
+        return spec
     if width is None:
         raise ValueError(
             f"The width of the features of {name or 'the encoder'!r} is not known: "
@@ -207,6 +221,20 @@ def _adapter(
         num_tokens = getattr(encoder, "num_tokens", None)
         adapter = build_adapter(spec, width, embedding.embedding_dim, num_tokens=num_tokens)
         return adapter.to(_floating(weight))
+
+
+def _check_widths(adapter: nn.Module, name: str, encoder_dim: int | None, embed_dim: int) -> None:
+    wanted = {"in_dim": ("the encoder's features", encoder_dim), "out_dim": ("the decoder", embed_dim)}
+    own = {side: getattr(unwrap(adapter), side, None) for side in wanted}
+    faults = [
+        f"its {side} is {own[side]}, the width of {whose} {width}"
+        for side, (whose, width) in wanted.items()
+        if isinstance(own[side], int) and width is not None and own[side] != width
+    ]
+    if faults:
+        of = f" of {name!r}" if name else ""
+        who = f"The adapter{of} ({type(adapter).__name__})"
+        raise ValueError(f"{who} does not fit: {'; '.join(faults)}.")
 
 
 def _feature_dim(encoder: nn.Module) -> int | None:

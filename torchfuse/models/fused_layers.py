@@ -10,21 +10,29 @@ from torch import nn
 __all__ = ["fuse_layers", "layers_to_fuse"]
 
 
-def layers_to_fuse(num_layers: int, layers: Sequence[int] | None, every: int) -> list[int]:
+def layers_to_fuse(
+    num_layers: int, layers: Sequence[int] | None, every: int | None, *, default: int = 1
+) -> list[int]:
     """Which layers of a decoder are fused, from the first to the last.
 
     Args:
         num_layers: layers of the decoder.
         layers: those that the caller names, counted from 0; None: as ``every`` says.
-        every: layer ``i`` is fused when ``(i + 1) % every == 0``.
+        every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: as ``layers`` says.
+        default: ``every``, where neither is given.
 
     Raises:
-        ValueError: if a named layer does not exist or is named twice, or none would be fused.
+        ValueError: if a named layer does not exist or is named twice, none would be fused, or both are
+            given.
 
     Examples:
-        >>> layers_to_fuse(7, None, 3), layers_to_fuse(7, [4, 0], 3)
+        >>> layers_to_fuse(7, None, 3), layers_to_fuse(7, [4, 0], None)
         ([2, 5], [0, 4])
     """
+    if layers is not None and every is not None:
+        raise ValueError(
+            f"layers={list(layers)} and every={every} both say which layers are fused: give one of them."
+        )
     if layers is not None:
         indices = sorted(set(layers))
         known = bool(indices) and indices[0] >= 0 and indices[-1] < num_layers
@@ -34,9 +42,10 @@ def layers_to_fuse(num_layers: int, layers: Sequence[int] | None, every: int) ->
                 f"{list(layers)}."
             )
         return indices
-    if not 1 <= every <= num_layers:
+    every = default if every is None else every
+    if type(every) is not int or not 1 <= every <= num_layers:
         raise ValueError(
-            f"every={every} fuses no layer of this decoder, which has {num_layers}: layer i is "
+            f"every={every!r} fuses no layer of this decoder, which has {num_layers}: layer i is "
             f"fused when (i + 1) % every == 0. Choose every between 1 and {num_layers}."
         )
     return list(range(every - 1, num_layers, every))

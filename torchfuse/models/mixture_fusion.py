@@ -36,7 +36,6 @@ class LayerStrategy(SequenceStrategy):
         layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told.
     """
 
-    default_every: ClassVar[int] = 1
     routes_tokens: ClassVar[bool] = True
 
     layer_type: ClassVar[type[nn.Module]]
@@ -54,7 +53,7 @@ class LayerStrategy(SequenceStrategy):
         layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
         return {i: layer for i, layer in enumerate(layers) if isinstance(layer, self.layer_type)}
 
-    def layers_that_are_read(self, decoder: Any, every: int) -> list[int]:
+    def layers_that_are_read(self, decoder: Any, every: int | None) -> list[int]:
         """Which layers to fuse where weights make nothing of features but their hidden states.
 
         With ``placement="prefix"`` nobody reads those behind the last layer: weights there would never
@@ -142,7 +141,9 @@ class MoTStrategy(LayerStrategy):
         if self.start not in ("warm", "zero"):
             raise ValueError(f'start must be "warm" or "zero", got {self.start!r}.')
 
-    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
         from torchfuse.models.layers import mot_layer  # imports torchtune
 
         layers: Any = decoder.layers

@@ -9,14 +9,15 @@ checkpoints and freezing never see it. A new architecture is one class with
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
-from torchfuse.modules.routing import Routing
+from torchfuse.modules.routing import Routing, take_part
 from torchfuse.options import call_with_options
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ __all__ = [
 class EncoderFeatures:
     """What one encoder has to say about a batch, in the decoder's width and dtype.
 
+    No features at all, ``[b, 0, d]``, become a stand-in: the batch is one without input for the encoder.
+
     Attributes:
         embeds: ``[b, n, d]``.
         mask: which features count: bool ``[b, s, n]`` (True: text position ``s`` may attend to
@@ -47,6 +50,13 @@ class EncoderFeatures:
     embeds: Tensor
     mask: Tensor | None = None
     present: bool = True
+
+    def __post_init__(self) -> None:
+        if self.embeds.shape[:2].numel():
+            return
+        stand_in = take_part(self.embeds.new_zeros(1, 1, self.embeds.shape[-1]), self.embeds)
+        for name, value in (("embeds", stand_in), ("mask", None), ("present", False)):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,9 @@ class ModalityStrategy(ABC):
     caches_features: ClassVar[bool] = False
     """Whether layers of the decoder keep keys and values of the features."""
 
-    default_every: ClassVar[int] = 4
-    """The ``every`` of ``fuse`` where none is given."""
-
-    def plan(self, decoder: nn.Module, encoders: Sequence[str], *, every: int) -> Callable[[], None]:
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
         """Build what the decoder needs, and return a function that puts it in place.
 
         Everything that can fail happens here, so that the decoder is either fused or untouched.
@@ -99,8 +108,16 @@ class ModalityStrategy(ABC):
         Args:
             decoder: a pretrained decoder.
             encoders: names of the encoders; ``["encoder"]`` for one without a name.
-            every: layer ``i`` is fused when ``(i + 1) % every == 0``.
+            every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: the architecture's own.
+
+        Raises:
+            ValueError: if the decoder cannot be fused, or not so; here, where no layer is, for any
+                ``every``.
         """
+        if every is not None:
+            raise ValueError(
+                f"every={every} cannot be given: {type(self).__name__} fuses no layer of the decoder."
+            )
         return lambda: None
 
     def extra_tokens(self, num_features: int) -> int:
@@ -203,12 +220,20 @@ def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _Strategy
         arch: the name.
 
     Raises:
-        ValueError: if there is an architecture of that name.
+        ValueError: if that is no name, or there is an architecture of that name; if the class is no
+            ``ModalityStrategy``, lacks a method, has options that cannot be read, or has another name.
     """
+    if not isinstance(arch, str) or not arch:
+        raise ValueError(
+            "An architecture needs a name, a string that is not empty: "
+            f'@register_modality_strategy("mine"). Got {arch!r}.'
+        )
 
     def register(cls: _StrategyType) -> _StrategyType:
         if arch in _REGISTRY:
             raise ValueError(f"There is an architecture {arch!r} already: {_REGISTRY[arch].__name__}.")
+        if faults := list(_class_faults(cls)):
+            raise ValueError(f"{cls!r} cannot be the architecture {arch!r}: {'; '.join(faults)}.")
         if "__dataclass_fields__" not in vars(cls):
             dataclass(frozen=True)(cls)  # in place
         cls.arch = arch
@@ -216,6 +241,22 @@ def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _Strategy
         return cls
 
     return register
+
+
+def _class_faults(cls: Any) -> Iterator[str]:
+    if not isinstance(cls, type) or not issubclass(cls, ModalityStrategy):
+        yield "it must be a class below ModalityStrategy"
+        return
+    if inspect.isabstract(cls):
+        yield f"it must have the methods {', '.join(sorted(cls.__abstractmethods__))}"
+    if names := [name for name, known in _REGISTRY.items() if known is cls]:
+        yield f"it is {names[0]!r} already, and a class has one name"
+    if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):
+        yield "it must be a dataclass, whose fields are its options, and have no __init__ of its own"
+    try:
+        get_type_hints(cls)
+    except Exception as error:
+        yield f"the annotations of its options cannot be read ({error})"
 
 
 def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
@@ -229,8 +270,10 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
     Raises:
         ValueError: for an unknown architecture or option, naming those there are.
     """
-    if arch not in _REGISTRY:
-        raise ValueError(f"Unknown architecture {arch!r}; there are {', '.join(sorted(_REGISTRY))}.")
+    if not isinstance(arch, str) or arch not in _REGISTRY:
+        hint = "" if isinstance(arch, str) else " (a name, or for fuse a strategy with its options)"
+        known = ", ".join(sorted(_REGISTRY))
+        raise ValueError(f"Unknown architecture {arch!r}{hint}; there are {known}.")
     return call_with_options(_REGISTRY[arch], what=f"architecture {arch!r}", options=options)
 
 

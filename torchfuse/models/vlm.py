@@ -2,14 +2,15 @@
 
 ``VLMWrapper`` is a face of the model that ``fuse`` builds and has no parameter of its own. Every name
 is the fused model's in every view, so artifacts, freeze specs, sharding and checkpoints of one are those
-of the other. Called as a decoder is, it is the fused model, which is what generation does.
+of the other, and whatever takes a fused model takes its face. Called as a decoder is, it is the fused
+model, which is what generation does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MethodType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
@@ -23,10 +24,10 @@ from torchfuse.models.vlm_config import (
     ModelConfig,
     VisionEncoderConfig,
     VLMConfig,
-    check_vlm_lengths,
     read_config,
 )
-from torchfuse.naming import TransparentWrapper, unwrap
+from torchfuse.models.vlm_lengths import check_vlm_lengths
+from torchfuse.naming import TransparentWrapper, model_behind, unwrap
 
 __all__ = ["VLMWrapper", "build_vlm_wrapper", "inner_transformer"]
 
@@ -67,6 +68,8 @@ class VLMWrapper(TransparentWrapper):
         >>> logits.shape, labels is ids, model.num_image_tokens
         (torch.Size([1, 3, 11]), True, 5)
     """
+
+    is_face: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -165,10 +168,11 @@ class VLMWrapper(TransparentWrapper):
         """
         if input_ids is None:
             tokens = decoder_call.pop("tokens", pixel_values)
-            if tokens is None or tokens.is_floating_point() or labels is not None:
+            other = labels is not None or frame_mask is not None
+            if tokens is None or tokens.is_floating_point() or other:
                 raise ValueError(
-                    "A VLMWrapper is called with pixel_values and input_ids, or as a decoder is with "
-                    "ids alone; got neither."
+                    "A VLMWrapper is called with pixel_values and input_ids, beside which labels and "
+                    "frame_mask may stand, or as a decoder is with ids alone; got neither."
                 )
             return self._inner(tokens, **decoder_call)
         if decoder_call:
@@ -190,8 +194,10 @@ class VLMWrapper(TransparentWrapper):
             raise ValueError(
                 f"frame_mask goes with clips, pixel_values [b, f, c, h, w]; got pixel_values {got}."
             )
+        least: int = getattr(unwrap(self.vision_encoder), "min_frames", 0)
+        shown = hide_padding(pixels, frame_mask, min_frames=least)
         # Which features are a frame's shows behind the adapter.
-        embeds = self._inner.encode({self._pixels: hide_padding(pixels, frame_mask)})
+        embeds = self._inner.encode({self._pixels: shown})
         each, left = divmod(embeds.shape[1], num_frames)
         if left or not each:
             raise ValueError(
@@ -222,9 +228,7 @@ def inner_transformer(model: nn.Module) -> nn.Module:
         model: compiled, activation-checkpointed, sharded, or plain. What is neither of the two is
             returned without wrappers.
     """
-    inner = unwrap(model)
-    if isinstance(inner, VLMWrapper):
-        inner = unwrap(inner.wrapped)
+    inner = model_behind(model)
     return unwrap(inner.decoder) if isinstance(inner, FusedModel) else inner
 
 

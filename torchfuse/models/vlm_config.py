@@ -8,19 +8,18 @@ YAML file holds it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from torchfuse.encoders.registry import build_encoder, encoder_names, encoder_takes
 from torchfuse.models.encoding import OnMissing
-from torchfuse.models.lengths import check_lengths
 from torchfuse.models.strategies import ModalityStrategy, build_modality_strategy
-from torchfuse.modules.adapters import Adapter, build_adapter
-from torchfuse.options import call_with_options
+from torchfuse.modules.adapter_base import Adapter, adapter_names, build_adapter
+from torchfuse.options import call_with_options, check_fields
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage, read_freeze_meta
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "ModelConfig",
     "VLMConfig",
     "VisionEncoderConfig",
-    "check_vlm_lengths",
     "read_config",
 ]
 
@@ -40,7 +38,7 @@ class ModelConfig:
     """The decoder, a Llama; see ``torchfuse.models.llama.llama_decoder`` for the numbers.
 
     Raises:
-        ValueError: naming every number that is out of range.
+        ValueError: naming every number that is out of range, and every value that is none.
     """
 
     vocab_size: int
@@ -57,11 +55,12 @@ class ModelConfig:
     rope_scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        check_fields(self, "model")
+        sizes = dataclasses.asdict(self)
         faults = [
-            f"{name}={size} must be at least 1"
+            f"{name}={size} must be {'at least 1' if type(size) is int else 'finite and more than 0'}"
             for name, size in sizes.items()
-            if type(size) is int and size < 1
+            if not (size is None or isinstance(size, bool) or 0 < size < float("inf"))
         ]
         divides = [("num_kv_heads", "num_heads")]
         if self.head_dim is None:
@@ -71,6 +70,8 @@ class ModelConfig:
             for one, other in divides
             if not faults and sizes[other] % sizes[one]
         ]
+        if not faults and (width := self.head_dim or self.embed_dim // self.num_heads) % 2:
+            faults = [f"head_dim={width} must be even, as the rotary embedding turns pairs"]
         if faults:
             raise ValueError(f"model: {'; '.join(faults)}.")
 
@@ -94,7 +95,7 @@ class VisionEncoderConfig:
         options: what else the encoder takes.
 
     Raises:
-        ValueError: for an unknown type, naming those there are, or a number out of range.
+        ValueError: for an unknown type, naming those there are, or a value that does not fit.
     """
 
     type: str
@@ -105,6 +106,7 @@ class VisionEncoderConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "vision_encoder")
         faults = []
         if self.type not in encoder_names():
             faults.append(f"type must be one of {', '.join(encoder_names())}, got {self.type!r}")
@@ -112,8 +114,7 @@ class VisionEncoderConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1, got {value}")
-        if twice := [name for name in self._given() if name in self.options]:
-            faults.append(f"{', '.join(twice)} must not stand in options, too")
+        faults += _misplaced(self.options, [*self._given(), *_own(build_encoder)])
         if faults:
             raise ValueError(f"vision_encoder: {'; '.join(faults)}.")
 
@@ -146,10 +147,21 @@ class AdapterConfig:
     Args:
         type: see ``torchfuse.modules.adapters.build_adapter``.
         options: what else the adapter takes.
+
+    Raises:
+        ValueError: for an unknown type, naming those there are, or options that encoder and decoder say.
     """
 
     type: str = "mlp_2layer"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "adapter")
+        faults = _misplaced(self.options, _own(build_adapter))
+        if self.type not in adapter_names():
+            faults.append(f"type must be one of {', '.join(adapter_names())}, got {self.type!r}")
+        if faults:
+            raise ValueError(f"adapter: {'; '.join(faults)}.")
 
     def build(self, in_dim: int, out_dim: int, num_tokens: int | None) -> Adapter:
         """The adapter between such widths, for images of ``num_tokens`` features."""
@@ -194,10 +206,18 @@ class VLMConfig:
     freeze_schedule: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
-        if self.max_text_len is not None and self.max_text_len < 1:
-            raise ValueError(f"vlm: max_text_len must be at least 1, got {self.max_text_len}.")
+        check_fields(self, "vlm")
+        least = {"max_text_len": 1, "every": 1, "fusion_vocab_size": 0}
+        faults = [
+            f"{name} must be at least {number}, got {value}"
+            for name, number in least.items()
+            if (value := getattr(self, name)) is not None and value < number
+        ]
+        faults += _misplaced(self.options, _own(build_modality_strategy))
+        if faults:
+            raise ValueError(f"vlm: {'; '.join(faults)}.")
         try:
-            build_modality_strategy(self.arch, **self.options)
+            _ = self.strategy
         except ValueError as error:
             raise ValueError(f"vlm: {error} Got {dict(self.options)}.") from error
         _ = self.schedule  # names what does not fit
@@ -205,7 +225,7 @@ class VLMConfig:
     @property
     def strategy(self) -> ModalityStrategy:
         """The architecture with its options."""
-        return build_modality_strategy(self.arch, **self.options)
+        return build_modality_strategy(self.arch, **{str(name): v for name, v in self.options.items()})
 
     @property
     def schedule(self) -> FreezeSchedule:
@@ -216,6 +236,16 @@ class VLMConfig:
             for stage in self.freeze_schedule
         ]
         return FreezeSchedule([*specs, *stages])
+
+
+def _own(build: Callable[..., Any]) -> list[str]:
+    """What a builder must be told by whoever calls it, beside the options of what it builds."""
+    return [p.name for p in inspect.signature(build).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+
+def _misplaced(options: Mapping[str, Any], elsewhere: Sequence[str]) -> list[str]:
+    names = [name for name in options if name in elsewhere]
+    return [f"{', '.join(names)} must not stand in options, being said elsewhere"] if names else []
 
 
 def _spec(given: Any) -> FreezeSpec:
@@ -242,8 +272,11 @@ def read_config(kind: type[_Config], given: _Config | Mapping[str, Any], what: s
     own = [f.name for f in dataclasses.fields(VLMConfig)]
     beside = {name: value for name, value in given.items() if name not in own}
     config = {name: value for name, value in given.items() if name in own}
-    if beside:
-        config["options"] = {**given.get("options", {}), **beside}
+    options = config.get("options", {})
+    if beside and isinstance(options, Mapping):  # anything else is refused below
+        if faults := _misplaced(options, list(beside)):
+            raise ValueError(f"{what}: {faults[0]}; got {given}.")
+        config["options"] = {**options, **beside}
     try:
         return _from_mapping(kind, config, what)
     except ValueError as error:
@@ -254,42 +287,3 @@ def _from_mapping(kind: type[_Config], given: Any, what: str) -> _Config:
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} must be a {kind.__name__} or a mapping of its fields, got {given!r}.")
     return call_with_options(kind, what=what, options=given)
-
-
-def check_vlm_lengths(
-    model: ModelConfig,
-    vision: VisionEncoderConfig,
-    adapter: AdapterConfig,
-    vlm: VLMConfig,
-    encoder: nn.Module | None = None,
-) -> int | None:
-    """Compare the longest sequence with what the decoder can hold, see ``check_lengths``.
-
-    Args:
-        model: the decoder.
-        vision: the encoder.
-        adapter: the adapter.
-        vlm: the architecture.
-        encoder: the encoder that was built. None: what its configuration says of it is taken, and where
-            that is nothing, features are not counted.
-
-    Returns:
-        The length of the longest sequence; None if the encoder's number of features is not known.
-
-    Raises:
-        ValueError: if the decoder is too short, with every number.
-    """
-    source: Any = vision if encoder is None else encoder
-    strategy = vlm.strategy
-    built = None
-    if source.num_tokens is not None and source.feature_dim is not None:
-        with torch.device("meta"):
-            built = adapter.build(source.feature_dim, model.embed_dim, source.num_tokens)
-    return check_lengths(
-        max_seq_len=model.max_seq_len,
-        text_len=vlm.max_text_len or 0,
-        num_tokens=None if built is None else source.num_tokens,
-        num_frames=vision.num_frames,
-        adapter=built,
-        in_sequence=bool(strategy.special_tokens() or strategy.extra_tokens(1)),
-    )

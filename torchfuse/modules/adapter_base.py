@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchfuse.naming import canonical_name
 from torchfuse.options import call_with_options
 
-__all__ = ["Adapter", "build_adapter", "register_adapter"]
+__all__ = ["Adapter", "adapter_names", "build_adapter", "register_adapter"]
 
 _REGISTRY: Final[dict[str, type[Adapter]]] = {}
 
@@ -88,6 +88,11 @@ def register_adapter(name: str) -> Callable[[_AdapterType], _AdapterType]:
     return register
 
 
+def adapter_names() -> list[str]:
+    """The names that ``build_adapter`` knows."""
+    return sorted(_REGISTRY)
+
+
 def build_adapter(
     name: str, in_dim: int, out_dim: int, *, num_tokens: int | None = None, **options: Any
 ) -> Adapter:
@@ -112,8 +117,8 @@ def build_adapter(
         >>> build_adapter("avgpool", 5, 7, num_tokens=9, window=2).output_num_tokens(4 * 9)
         16
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"Unknown adapter {name!r}; there are {', '.join(sorted(_REGISTRY))}.")
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise ValueError(f"Unknown adapter {name!r}; there are {', '.join(adapter_names())}.")
     adapter = _REGISTRY[name]
     if num_tokens is not None:
         options = {**options, **adapter.options_for(num_tokens, options)}

@@ -70,7 +70,7 @@ class MLP2LayerAdapter(Adapter):
         bias: whether both maps have a bias.
 
     Raises:
-        ValueError: for an unknown activation.
+        ValueError: for an unknown activation, or a width below 1.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class MLP2LayerAdapter(Adapter):
         if activation not in _ACTIVATIONS:
             raise ValueError(f"Unknown activation {activation!r}; there are {', '.join(_ACTIVATIONS)}.")
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
+        if hidden_dim < 1:
+            raise ValueError(f"{self.name}: hidden_dim={hidden_dim} must be at least 1.")
         self.linear_1 = nn.Linear(in_dim, hidden_dim, bias=bias)
         self.activation = _ACTIVATIONS[activation]()
         self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias)

@@ -230,6 +230,10 @@ class ModalityExperts(nn.Module):
         experts: feed-forwards, ``d -> d``, by modality.
         routers: what they choose by, under the same names.
         auxiliary_loss_weight: what the loss of the auxiliary routers is multiplied by.
+
+    Attributes:
+        auxiliary_loss_scale: what it is multiplied by, too: a training loop's share, see
+            ``torchfuse.modules.modality_experts.scale_auxiliary_losses``.
     """
 
     def __init__(
@@ -242,6 +246,7 @@ class ModalityExperts(nn.Module):
         self.experts = nn.ModuleDict({name: nn.ModuleList(group) for name, group in experts.items()})
         self.routers = nn.ModuleDict(routers)
         self.auxiliary_loss_weight = auxiliary_loss_weight
+        self.auxiliary_loss_scale = 1.0
 
     @property
     def looks_ahead(self) -> bool:
@@ -269,7 +274,9 @@ class ModalityExperts(nn.Module):
             ``[b, s, d]``.
         """
         y, loss = self._run(name, x, valid)
-        return y if loss is None else add_loss(y, loss, self.auxiliary_loss_weight)
+        if loss is None:
+            return y
+        return add_loss(y, loss, self.auxiliary_loss_weight * self.auxiliary_loss_scale)
 
     def take_part(self, name: str, stand_in: Tensor, y: Tensor) -> Tensor:
         """``y`` to the bit, as a function of a modality's weights too, whose gradient is zero."""

@@ -26,7 +26,8 @@ class ExpertOptions:
         auxiliary_router: whether small routers learn to foretell the choice, so that the model can
             generate, and be evaluated without a look at other tokens.
         auxiliary_dim: width inside them. None: the decoder's.
-        auxiliary_loss_weight: what their loss, the mean over a batch, is multiplied by.
+        auxiliary_loss_weight: what their loss, the mean over a batch, is multiplied by. It joins every
+            backward pass: where several make a step, see ``scale_auxiliary_losses``.
 
     Raises:
         ValueError: naming every number that is out of its range.

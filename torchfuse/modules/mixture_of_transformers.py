@@ -143,8 +143,10 @@ class MoTLayer(_Experts):
             Hidden states, ``[b, t, d]``.
 
         Raises:
-            ValueError: if modalities alternate, but the experts are keys and values only.
+            ValueError: if modalities alternate, but the experts are keys and values only; if the
+                pretrained layer is sharded as a module of its own.
         """
+        self.refuse_sharded()
         if routing is None:
             return self.wrapped(x, mask=mask, input_pos=input_pos, **kwargs)
         if not routing.slots:

@@ -14,26 +14,26 @@ evaluation, until training moves them.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from torchfuse.modules.expert_choice import ExpertChoiceRouter, ModalityExperts
+from torchfuse.modules.expert_building import TEXT, build_experts
+from torchfuse.modules.expert_choice import ModalityExperts
 from torchfuse.modules.expert_options import ExpertOptions
 from torchfuse.modules.fusion_wrapper import FusionWrapper
 from torchfuse.modules.routing import Routing
 from torchfuse.modules.transformer_expert import are_equal, first_values
 from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params import quantized_dtype
 
-__all__ = ["ExpertOptions", "MoMaLayer", "expert_load"]
+__all__ = ["ExpertOptions", "MoMaLayer", "expert_load", "scale_auxiliary_losses"]
 
-_TEXT: Final = "text"
-_PARTS: Final = ("sa_norm", "attn", "sa_scale", "mlp_norm", "mlp", "mlp_scale")
+_LOOKS_AHEAD: Final = (
+    "each chooses its tokens among all of a batch, those to come and those of other rows too. Build "
+    "them with auxiliary_router=True, and train them, so that every token is decided by itself"
+)
 
 
 class MoMaLayer(FusionWrapper):
@@ -44,7 +44,8 @@ class MoMaLayer(FusionWrapper):
     expert. Names are the pretrained layer's (see ``torchfuse.naming.TransparentWrapper``); new
     parameters stand under ``fusion_layer.experts.<modality>.<i>.`` and
     ``fusion_layer.routers.<modality>.`` and are what ``fusion_params`` names. Whatever else the
-    pretrained layer has, its cache too, is reached here as it is there.
+    pretrained layer has, its cache too, is reached here as it is there. Without auxiliary routers other
+    tokens decide over a token in evaluation, too; a fused model refuses to run then, see ``check_mode``.
 
     Args:
         layer: a decoder layer with torchtune's parts: ``sa_norm``, ``attn``, ``sa_scale``,
@@ -65,11 +66,8 @@ class MoMaLayer(FusionWrapper):
     ) -> None:
         super().__init__()
         options = ExpertOptions() if options is None else options
-        faults = [*_faults_of_names(modalities, options), *_faults_of_layer(layer, options)]
-        if faults:
-            raise ValueError(f"{type(unwrap(layer)).__name__} cannot get experts: {'; '.join(faults)}.")
         self.options = options
-        self.fusion_layer = _build_experts(unwrap(layer), modalities, options)
+        self.fusion_layer = build_experts(unwrap(layer), modalities, options)
         self.wrap(layer, child="layer")
 
     @torch.no_grad()
@@ -86,7 +84,7 @@ class MoMaLayer(FusionWrapper):
     def _first_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         layer: Any = unwrap(self.wrapped)
         for name, group in self.fusion_layer.experts.items():
-            zero = name == _TEXT or self.options.start == "zero"
+            zero = name == TEXT or self.options.start == "zero"
             for expert in group:  # type: ignore[attr-defined]  # a ModuleList
                 yield from first_values(layer.mlp, expert, ("w2.",) if zero else ())
 
@@ -112,8 +110,10 @@ class MoMaLayer(FusionWrapper):
             Hidden states, ``[b, t, d]``.
 
         Raises:
-            ValueError: if there are no experts of a modality.
+            ValueError: if there are no experts of a modality; if the pretrained layer is sharded as a
+                module of its own.
         """
+        self.refuse_sharded()
         if routing is not None:
             own = self.modalities
             unknown = sorted({*routing.slots, *routing.stand_ins} - {*own})
@@ -145,16 +145,32 @@ class MoMaLayer(FusionWrapper):
     def check_caches(self) -> None:
         """Raise a ``ValueError`` if the experts choose among all tokens of a batch in evaluation too."""
         if self.fusion_layer.looks_ahead:
+            raise ValueError(f"These experts cannot generate: {_LOOKS_AHEAD}.")
+
+    def check_mode(self, *, training: bool, cached: bool) -> None:
+        """Raise a ``ValueError`` if other tokens would decide over one where that makes answers wrong.
+
+        Args:
+            training: whether the model is in training mode. The layer cannot say: while it is frozen, it
+                is in evaluation mode in training, too.
+            cached: whether caches are read and written.
+        """
+        if not training and self.fusion_layer.looks_ahead:
             raise ValueError(
-                "These experts cannot generate: each chooses its tokens among all of a batch, those to "
-                "come and those of other rows too. Build them with auxiliary_router=True, and train "
-                "them, so that every token is decided by itself."
+                f"These experts cannot be evaluated: {_LOOKS_AHEAD}. For the training loss call "
+                "model.train()."
+            )
+        if cached and self.fusion_layer.training:
+            raise ValueError(
+                "Caches are set up, but in training mode each expert chooses its tokens among those of "
+                "one call, so the answer would be another than without caches. Call model.eval(); "
+                "torchtune.modules.delete_kv_caches(model) removes the caches."
             )
 
     @property
     def modalities(self) -> list[str]:
         """The names of the modalities beside text."""
-        return [name for name in self.fusion_layer.experts if name != _TEXT]
+        return [name for name in self.fusion_layer.experts if name != TEXT]
 
     def _run(self, x: Tensor, mask: Any, input_pos: Tensor | None, routing: Routing | None) -> Tensor:
         layer: Any = self.wrapped
@@ -166,8 +182,8 @@ class MoMaLayer(FusionWrapper):
         routing = Routing(slots={}) if routing is None else routing
         experts, text = self.fusion_layer, routing.text(x)
         y = mlp(text)
-        if _TEXT in experts.experts:
-            y = y + experts(_TEXT, text, routing.is_text(text))
+        if TEXT in experts.experts:
+            y = y + experts(TEXT, text, routing.is_text(text))
         parts = {
             name: experts(name, routing.take(name, x), routing.holds_token(name))
             for name in routing.slots
@@ -209,85 +225,22 @@ def expert_load(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return load
 
 
-def _faults_of_names(modalities: Sequence[str], options: ExpertOptions) -> list[str]:
-    faults = []
-    if not modalities and options.num_text_experts == 1:
-        faults.append("there is no modality beside text, and no new expert of text")
-    bad = [
-        name
-        for name in modalities
-        if not name or "." in name or name == _TEXT or hasattr(nn.ModuleDict, name)
-    ]
-    if bad or len(set(modalities)) < len(modalities):
-        faults.append(
-            f"names of modalities become parts of parameter names: each once, not empty, not {_TEXT!r}, "
-            f"without a dot and no method of nn.ModuleDict; got {list(modalities)}"
-        )
-    if isinstance(options.num_experts, Mapping) and set(options.num_experts) != set(modalities):
-        faults.append(
-            f"num_experts must have the names of the modalities, {', '.join(modalities)}; got "
-            f"{', '.join(options.num_experts) or 'none'}"
-        )
-    return faults
+def scale_auxiliary_losses(model: nn.Module, scale: float) -> None:
+    """Multiply the losses of auxiliary routers by a number, from now on.
 
+    Each is a mean over a batch and joins every backward pass. A loop that adds up gradients over ``k``
+    batches for one step gives ``1 / k``, so that their weight in a step does not depend on ``k``, nor
+    does what is clipped. Ranks whose gradients are averaged need nothing more.
 
-def _faults_of_layer(layer: nn.Module, options: ExpertOptions) -> list[str]:
-    inner = unwrap(layer)
-    missing = [name for name in _PARTS if not isinstance(getattr(inner, name, None), nn.Module)]
-    if missing:
-        return [f"it lacks {', '.join(missing)}, which torchtune's decoder layers have"]
-    mlp: Any = inner.mlp
-    parameters = list(mlp.parameters())
-    if any(quantized_dtype(p) for p in parameters):
-        return [
-            "its feed-forward is quantized and cannot be copied to be trained; quantize after fusing"
-        ]
-    output: Any = getattr(mlp, "w2", None)
-    if not parameters or not isinstance(getattr(output, "weight", None), Tensor):
-        return ["its mlp must be a feed-forward whose last projection is w2, as torchtune's are"]
-    unknown = sorted({name for name, _ in output.named_parameters()} - {"weight", "bias"})
-    if unknown and (options.start == "zero" or options.num_text_experts > 1):
-        return [f"w2 of its mlp must be linear to begin at zero, and has {', '.join(unknown)}"]
-    return []
+    Args:
+        model: any model; one without auxiliary routers has nothing to scale.
+        scale: 0 or more.
 
-
-def _build_experts(
-    layer: nn.Module, modalities: Sequence[str], options: ExpertOptions
-) -> ModalityExperts:
-    mlp: Any = layer.mlp
-    like, counts = mlp.w2.weight, {}  # new experts, and by how many a modality's tokens are shared
-    if options.num_text_experts > 1:
-        counts[_TEXT] = (options.num_text_experts - 1, options.num_text_experts)
-    for name in modalities:
-        given = options.num_experts
-        number = given[name] if isinstance(given, Mapping) else given
-        counts[name] = (number, number)
-    dim = like.shape[0]
-    experts, routers = {}, {}
-    for name, (number, share) in counts.items():
-        zero = name == _TEXT or options.start == "zero"
-        experts[name] = [_new_expert(mlp, zero=zero) for _ in range(number)]
-        with like.device:
-            router = ExpertChoiceRouter(
-                dim,
-                number,
-                capacity=_fraction(options.capacity) if options.capacity else Fraction(1, share),
-                noise=options.noise,
-                auxiliary_dim=(options.auxiliary_dim or dim) if options.auxiliary_router else None,
-            )
-        routers[name] = router.to(like.dtype)
-    return ModalityExperts(experts, routers, options.auxiliary_loss_weight)
-
-
-def _fraction(capacity: float) -> Fraction:
-    # What was meant, not the binary number next to it, so that 0.07 of 100 tokens are 7 and not 8.
-    return Fraction(capacity).limit_denominator(1_000_000)
-
-
-def _new_expert(mlp: nn.Module, *, zero: bool) -> nn.Module:
-    expert: Any = copy.deepcopy(mlp).requires_grad_(True)
-    if zero:
-        with torch.no_grad():
-            for parameter in expert.w2.parameters():
-                parameter.zero_()
-    return expert
+    Raises:
+        ValueError: if the number is out of range.
+    """
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"The scale of auxiliary losses must be 0 or more, and finite; got {scale}.")
+    for module in model.modules():
+        if isinstance(module, ModalityExperts):
+            module.auxiliary_loss_scale = float(scale)

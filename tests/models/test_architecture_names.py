@@ -1,4 +1,5 @@
-"""Architectures with weights of their own in the layers keep every pretrained name in every view."""
+"""Every pretrained name in every view, whichever architecture puts features into the sequence and weights
+into the layers; of cross-attention layers, tests/contract shows the same."""
 
 import pytest
 import torch

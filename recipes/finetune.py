@@ -210,7 +210,9 @@ class _Training:
         if not self.config.resume or latest_checkpoint(folder) is None:
             return False
         loaded = load_checkpoint(folder, self.model, self.optimizer)
-        ours, theirs = course(self.config, self.world_size), loaded.extra["course"]
+        ours, theirs = course(self.config, self.world_size), loaded.extra.get("course")
+        if theirs is None:
+            raise ValueError(f"{loaded.path} is no checkpoint of this recipe.")
         differ = [
             f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
             for name in {**theirs, **ours}

@@ -77,7 +77,7 @@ def test_both_at_once_and_text_to_the_bit(tmp_path):
     clip_tower(tmp_path / "clip")
     for options in (
         {"every": 1, "fusion_vocab_size": 2},
-        {"arch": "joint_decoder", "encoder_token": 40},
+        {"arch": "joint_decoder", "encoder_token": 40, "every": None},
     ):
         model = ours(**options).eval()
         load_pretrained(model, decoder=tmp_path / "llama", encoder=tmp_path / "clip")

@@ -13,7 +13,7 @@ from torchfuse import (
     generate,
     get_fusion_params,
 )
-from torchfuse.models import JointDecoderStrategy
+from torchfuse.models import DeepStackStrategy, JointDecoderStrategy, MoMaStrategy, MoTStrategy
 from torchfuse.modules.adapters import LinearAdapter
 
 
@@ -465,3 +465,21 @@ def test_a_decoder_with_lora_everywhere(quantize):
     model = fuse(decoder, TinyEncoder(), every=2)
     assert model.layers[1].fusion_layer.mlp.w1.weight.shape == (256, 128)
     assert model(text(), encoder_input=inputs()).shape == (2, 13, 37)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "complaint"),
+    [
+        (MoMaStrategy(pad_id="0"), "MoMaStrategy: pad_id must be an integer or null, got '0'"),
+        (MoTStrategy(layers="01"), "MoTStrategy: layers must be a list .* or null, got '01'"),
+        (DeepStackStrategy(layers=[True]), r"DeepStackStrategy: layers must be a list .*, got \[True\]"),
+    ],
+    ids=["moma", "mot", "deepstack"],
+)
+def test_options_of_a_strategy_that_was_built_by_hand_are_checked(strategy, complaint):
+    decoder = tiny_decoder()
+    before = list(decoder.state_dict())
+    with pytest.raises(ValueError, match=complaint):
+        fuse(decoder, TinyEncoder(), arch=strategy)
+    assert list(decoder.state_dict()) == before
+    fuse(decoder, TinyEncoder(), arch=MoTStrategy(layers=range(2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.modules.new_rows import RowInit
 from torchfuse.naming import unwrap
+from torchfuse.options import check_fields
 
 __all__ = ["fuse"]
 
@@ -165,6 +167,9 @@ def _strategy(arch: str | ModalityStrategy, options: Mapping[str, Any]) -> Modal
             f"{', '.join(options)} cannot be given beside a {type(arch).__name__}, which has its "
             "options already; a name of an architecture takes them."
         )
+    given: Any = arch
+    if is_dataclass(given):
+        check_fields(given, type(arch).__name__)
     return arch
 
 

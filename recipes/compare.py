@@ -28,8 +28,8 @@ from torchfuse.recipes import finetune, finetune_config
 from torchfuse.recipes.draw_digits import COLORS, FAINT, read_json, save_figure, set_style
 from tqdm import tqdm
 
-from torchfuse.checkpoint.files import write_whole
-from torchfuse.config import read_config, recipe, typed
+from torchfuse.io.atomic import write_whole
+from torchfuse.training.config import read_config, recipe, typed
 
 # What may differ between runs that are compared.
 OWN: Final = ("output_dir", "model", "transform", "freeze", "train.lr", "train.weight_decay")

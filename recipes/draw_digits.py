@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from torchfuse.checkpoint.files import write_whole
+from torchfuse.io.atomic import write_whole
 
 INK: Final = "#22252b"
 FAINT: Final = "#8a909c"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from torchfuse.config import recipe
 from torchfuse.data.questions import check_questions, read_questions
-from torchfuse.evaluation import accuracy, answer_questions
-from torchfuse.runs import load_run
+from torchfuse.tasks.evaluation import accuracy, answer_questions
+from torchfuse.tasks.runs import load_run
+from torchfuse.training.config import recipe
 
 
 @dataclass

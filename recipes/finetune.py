@@ -32,10 +32,8 @@ from torchtune.utils import batch_to_device, get_world_size_and_rank
 from tqdm import tqdm
 
 from torchfuse import describe, param_groups
-from torchfuse.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
-from torchfuse.checkpoint.files import write_whole
-from torchfuse.checkpoint.trained import save_trained
-from torchfuse.config import build, recipe
+from torchfuse.checkpoint.artifact.trained import save_trained
+from torchfuse.checkpoint.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from torchfuse.data.questions import (
     Question,
     QuestionDataset,
@@ -44,8 +42,10 @@ from torchfuse.data.questions import (
     read_questions,
 )
 from torchfuse.data.steps import count_tokens, optimizer_steps
-from torchfuse.devices import device_and_dtype
-from torchfuse.evaluation import (
+from torchfuse.io.atomic import write_whole
+from torchfuse.modules.experts.modality_experts import scale_auxiliary_losses
+from torchfuse.params import FreezeSchedule, read_freeze_meta
+from torchfuse.tasks.evaluation import (
     Answered,
     accuracy,
     accuracy_by_kind,
@@ -56,11 +56,12 @@ from torchfuse.evaluation import (
     examine,
     training_costs,
 )
-from torchfuse.modules.modality_experts import scale_auxiliary_losses
-from torchfuse.params import FreezeSchedule, read_freeze_meta
-from torchfuse.runs import build_model, check_images
-from torchfuse.training import next_token_loss, shard
-from torchfuse.training_record import TrainingRecord
+from torchfuse.tasks.runs import build_model, check_images
+from torchfuse.training.config import build, recipe
+from torchfuse.training.device import device_and_dtype
+from torchfuse.training.loss import next_token_loss
+from torchfuse.training.record import TrainingRecord
+from torchfuse.training.sharding import shard
 
 _CHECKPOINTS = "checkpoints"  # below output_dir
 

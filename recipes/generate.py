@@ -34,20 +34,20 @@ import torch
 from torch import nn
 
 from torchfuse import quantize
-from torchfuse.checkpoint.files import write_whole
-from torchfuse.config import recipe
 from torchfuse.data.questions import Question, read_questions
-from torchfuse.devices import device_and_dtype
 from torchfuse.generation import sampling as how
-from torchfuse.generation.asking import Asking, room_for_text, slots_for
-from torchfuse.generation.batches import answer_in_batches
-from torchfuse.generation.chat import HELP, chat
-from torchfuse.generation.conversation import Conversation
-from torchfuse.generation.prompts import Prompt, encode_turns, prompts_from
-from torchfuse.generation.prompts import Template as Surroundings
-from torchfuse.generation.report import Report
+from torchfuse.io.atomic import write_whole
 from torchfuse.quantization import Scheme
-from torchfuse.runs import Loadable, read_model, read_run, read_yaml
+from torchfuse.tasks.chat import HELP, chat
+from torchfuse.tasks.conversation import Conversation
+from torchfuse.tasks.predict import answer_in_batches
+from torchfuse.tasks.prompt_settings import Asking, room_for_text, slots_for
+from torchfuse.tasks.prompts import Prompt, encode_turns, prompts_from
+from torchfuse.tasks.prompts import Template as Surroundings
+from torchfuse.tasks.report import Report
+from torchfuse.tasks.runs import Loadable, read_model, read_run, read_yaml
+from torchfuse.training.config import recipe
+from torchfuse.training.device import device_and_dtype
 
 
 @dataclass

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from torchfuse.models import ModalityContext, ModalityStrategy, register_modality_strategy, strategies
-from torchfuse.models.placement import by_row
-from torchfuse.modules.routing import take_part
+from torchfuse.models import ModalityContext, ModalityStrategy, register_modality_strategy, strategy
+from torchfuse.models.strategies.placement import by_row
+from torchfuse.modules.experts.routing import take_part
 
 ARCH = "greeting"
 
@@ -44,12 +44,12 @@ class GreetingStrategy(ModalityStrategy):
         return ModalityContext(tokens, embeds, mask=mask, input_pos=input_pos)
 
 
-strategies._REGISTRY.pop(ARCH)
+strategy._REGISTRY.pop(ARCH)
 
 
 def register(patch=None):
     """Have the architecture known, until a test ends if its ``monkeypatch`` is given."""
     if patch is None:
-        strategies._REGISTRY[ARCH] = GreetingStrategy
+        strategy._REGISTRY[ARCH] = GreetingStrategy
     else:
-        patch.setitem(strategies._REGISTRY, ARCH, GreetingStrategy)
+        patch.setitem(strategy._REGISTRY, ARCH, GreetingStrategy)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Optional, Protocol, TypeVar
 import pytest
 import torch
 
-from torchfuse.models import build_modality_strategy, strategies
+from torchfuse.models import build_modality_strategy, strategy
 from torchfuse.options import call_with_options, check_fields, passes_options_to
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("arch", "name"),
-    [(arch, field.name) for arch, cls in strategies._REGISTRY.items() for field in fields(cls)],
+    [(arch, field.name) for arch, cls in strategy._REGISTRY.items() for field in fields(cls)],
 )
 def test_no_option_of_any_architecture_takes_a_value_of_another_type(arch, name):
     wanted, wrong = OPTIONS[name]

@@ -11,7 +11,7 @@ from torchtune.modules import model_fusion
 
 from torchfuse import fuse
 from torchfuse.encoders.mllama import MllamaVisionEncoder
-from torchfuse.models.llama import llama_decoder
+from torchfuse.models.decoders.llama import llama_decoder
 
 VOCAB = 37
 NEW = 8

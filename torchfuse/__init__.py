@@ -1,20 +1,20 @@
 """Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
 
-from torchfuse.checkpoint.building import from_pretrained
-from torchfuse.checkpoint.export import export, save_pretrained
-from torchfuse.checkpoint.fusion_artifact import (
+from torchfuse.checkpoint.artifact.fusion import (
     fusion_state_dict,
     load_fusion,
     load_fusion_state_dict,
     save_fusion,
 )
-from torchfuse.checkpoint.pretrained import load_pretrained
-from torchfuse.checkpoint.seeding import seed_adapters
+from torchfuse.checkpoint.artifact.seeding import seed_adapters
+from torchfuse.checkpoint.build import from_pretrained
+from torchfuse.checkpoint.export import export, save_pretrained
+from torchfuse.checkpoint.load import load_pretrained
 from torchfuse.generation import generate
-from torchfuse.models.deep_fusion import DeepFusionModel
-from torchfuse.models.early_fusion import EarlyFusionModel
 from torchfuse.models.fuse import fuse
-from torchfuse.models.mixture_fusion import MixtureFusionModel
+from torchfuse.models.strategies.cross_attention import DeepFusionModel
+from torchfuse.models.strategies.joint_decoder import EarlyFusionModel
+from torchfuse.models.strategies.layerwise import MixtureFusionModel
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_layer import FusionLayer
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from torchfuse import quantize
 from torchfuse.generation import Session
-from torchfuse.generation.report import step_bytes
 from torchfuse.params import held_bytes
+from torchfuse.tasks.report import step_bytes
 
 if __package__:
     from .decoders import DTYPES, SIZES, Ours, Theirs, Torchtunes, build, images_of, question

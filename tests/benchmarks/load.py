@@ -37,9 +37,9 @@ MOST_TIME, MOST_MEMORY = 1.1, 1.15
 HEAD_DIM = 64
 LAYOUTS = ("shards", "one file")
 IMPORTS = [
-    "torchfuse.checkpoint.building",
+    "torchfuse.checkpoint.build",
     "torchfuse.encoders.clip",
-    "torchfuse.models.llama",
+    "torchfuse.models.decoders.llama",
     "transformers.models.llama.modeling_llama",
 ]
 
@@ -86,15 +86,15 @@ def calls(options, folder, kind):
         return lambda: LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE)
     clip = folder.parent / "clip"
     if kind == FUSED:
-        from torchfuse.checkpoint.building import from_pretrained
+        from torchfuse.checkpoint.build import from_pretrained
 
         return functools.partial(
             from_pretrained, decoder=folder, encoder=clip, arch="cross_attention", every=6, dtype=DTYPE
         )
     from torchfuse import fuse, load_pretrained
-    from torchfuse.checkpoint.clip import ClipVision
-    from torchfuse.checkpoint.llama import Llama
-    from torchfuse.json_file import read_json
+    from torchfuse.checkpoint.formats.clip import ClipVision
+    from torchfuse.checkpoint.formats.llama import Llama
+    from torchfuse.io.strict_json import read_json
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)

@@ -18,7 +18,7 @@ from torchtune.models.llama3_2 import llama3_2
 from tqdm import tqdm
 
 from torchfuse.models.layers import mot_layer
-from torchfuse.modules.routing import Routing
+from torchfuse.modules.experts.routing import Routing
 
 
 def time_once(layer, x, gradient, synchronize, **call):

@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from torchfuse import quantize
-from torchfuse.config import read_config
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import check_questions, read_questions
-from torchfuse.evaluation import accuracy, answer_questions
 from torchfuse.quantization import Scheme
-from torchfuse.runs import load_run
+from torchfuse.tasks.evaluation import accuracy, answer_questions
+from torchfuse.tasks.runs import load_run
+from torchfuse.training.config import read_config
 
 IGNORED = -100
 MOST_MOVED, LEAST_SAME = 0.02, 0.98

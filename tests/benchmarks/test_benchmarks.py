@@ -12,7 +12,7 @@ from support import open_gates
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torchfuse import load_pretrained
-from torchfuse.checkpoint.trained import save_trained
+from torchfuse.checkpoint.artifact.trained import save_trained
 
 WORDS = "<pad> <bos> <eos> <unk> which digit is it ? even or odd one two three four".split()
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from torchfuse import export, from_pretrained, fuse, load_pretrained, save_pretrained
-from torchfuse.training import shard
+from torchfuse.training.sharding import shard
 
 IMAGE = LLAMA["vocab_size"] - 1
 PATCHES = 9

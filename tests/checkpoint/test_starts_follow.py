@@ -7,9 +7,9 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 
 from torchfuse import from_pretrained, get_fusion_params, load_pretrained
-from torchfuse.models.llama import llama_decoder
-from torchfuse.modules.transformer_expert import LAST_MAPS
-from torchfuse.training import shard
+from torchfuse.models.decoders.llama import llama_decoder
+from torchfuse.modules.experts.transformer_expert import LAST_MAPS
+from torchfuse.training.sharding import shard
 
 IMAGE = 47
 PLACEHOLDER = {"placement": "placeholder", "encoder_token": IMAGE}

@@ -7,7 +7,8 @@ from support import IMAGE, TinyEncoder, inputs, open_gates, text, text_with_imag
 from torch import distributed
 
 from torchfuse import fuse, param_groups
-from torchfuse.training import next_token_loss, shard
+from torchfuse.training.loss import next_token_loss
+from torchfuse.training.sharding import shard
 
 ARCHS = {
     "cross_attention": {"every": 1},

@@ -44,14 +44,14 @@ from torchfuse import (
     save_fusion,
     save_pretrained,
 )
-from torchfuse.checkpoint.trained import save_trained
+from torchfuse.checkpoint.artifact.trained import save_trained
 from torchfuse.data.images import ImageTransform
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.models import VLMConfig, build_modality_strategy
-from torchfuse.models.llama import llama_decoder
+from torchfuse.models.decoders.llama import llama_decoder
 from torchfuse.naming import unwrap
-from torchfuse.runs import check_images
-from torchfuse.training import next_token_loss
+from torchfuse.tasks.runs import check_images
+from torchfuse.training.loss import next_token_loss
 
 ARCHS = {
     "cross_attention": {"every": 1},

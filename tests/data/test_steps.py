@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from asking import LAYOUTS, PER_IMAGE, images, transform
+from prompt_settings import LAYOUTS, PER_IMAGE, images, transform
 
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import QuestionDataset

@@ -21,7 +21,7 @@ from torchfuse import (
     save_pretrained,
 )
 from torchfuse.encoders.clip import ClipVisionEncoder
-from torchfuse.models.llama import llama_decoder
+from torchfuse.models.decoders.llama import llama_decoder
 
 PLACEHOLDER = {"placement": "placeholder", "encoder_token": IMAGE}
 LAYOUTS: dict[str, dict[str, Any]] = {"prefix": {}, "placeholder": PLACEHOLDER}

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from torchfuse import fuse
 from torchfuse.naming import unwrap
-from torchfuse.training import shard
+from torchfuse.training.sharding import shard
 
 ARCHS = {
     "mot": {},

@@ -19,7 +19,8 @@ from torchfuse import fuse, generate, get_fusion_params, param_groups
 from torchfuse.data.masks import causal_mask, positions
 from torchfuse.generation import Session, session
 from torchfuse.naming import canonical_name
-from torchfuse.training import next_token_loss, shard
+from torchfuse.training.loss import next_token_loss
+from torchfuse.training.sharding import shard
 
 PLACEHOLDER = {"placement": "placeholder", "encoder_token": IMAGE}
 EXPERTS = {"arch": "moma", "num_experts": 2, "num_text_experts": 2}
@@ -407,7 +408,7 @@ def shard_the_pretrained_layers(rank):
             for call in ({"encoder_input": inputs()}, {}):
                 tokens = prompt(name) if call else text()
                 with pytest.raises(
-                    ValueError, match="inside this .* is sharded .*torchfuse.training.shard"
+                    ValueError, match="inside this .* is sharded .*torchfuse.training.sharding.shard"
                 ):
                     model(tokens, **call)
         sharded = make(name, **options)

@@ -31,11 +31,12 @@ from torchfuse.models import (
     build_modality_strategy,
     build_vlm_wrapper,
     register_modality_strategy,
-    strategies,
+    strategy,
 )
-from torchfuse.models.llama import llama_decoder
+from torchfuse.models.decoders.llama import llama_decoder
 from torchfuse.params import FreezeSpec, apply_freeze_specs
-from torchfuse.training import next_token_loss, shard
+from torchfuse.training.loss import next_token_loss
+from torchfuse.training.sharding import shard
 
 
 @pytest.fixture(autouse=True)
@@ -127,10 +128,10 @@ class Unreadable(ModalityStrategy):
     ids=["abstract", "own init", "unreadable", "dict", "instance", "second name"],
 )
 def test_a_class_that_is_no_architecture_is_not_registered(cls, complaint):
-    known, options = dict(strategies._REGISTRY), vars(cls).copy()
+    known, options = dict(strategy._REGISTRY), vars(cls).copy()
     with pytest.raises(ValueError, match=complaint):
         register_modality_strategy("sixth")(cls)
-    assert known == strategies._REGISTRY
+    assert known == strategy._REGISTRY
     assert dict(vars(cls)) == dict(options)
     assert build_modality_strategy("joint_decoder", placement="prefix").arch == "joint_decoder"
 

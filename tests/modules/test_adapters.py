@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchfuse import get_fusion_params
-from torchfuse.modules import adapter_base
-from torchfuse.modules.adapter_base import adapter_names
-from torchfuse.modules.adapters import (
+from torchfuse.modules.adapters import base as adapter_base
+from torchfuse.modules.adapters.base import adapter_names
+from torchfuse.modules.adapters.builtin import (
     Adapter,
     AttentionalPoolAdapter,
     AvgPoolAdapter,

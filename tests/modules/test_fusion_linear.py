@@ -24,7 +24,7 @@ from torchfuse import (
     set_trainable,
 )
 from torchfuse.naming import named_parameters
-from torchfuse.training import shard
+from torchfuse.training.sharding import shard
 
 OLD, NEW, DIM = 23, 5, 7
 biases = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])

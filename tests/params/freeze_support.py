@@ -9,7 +9,7 @@ from torch import nn
 from torchfuse import fuse, param_groups
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage
-from torchfuse.training import next_token_loss
+from torchfuse.training.loss import next_token_loss
 
 # The adapter first, then the adapter and the encoder.
 BEGIN = 3

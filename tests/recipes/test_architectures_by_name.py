@@ -10,8 +10,8 @@ from greeting import ARCH, GreetingStrategy, register
 from torchfuse.recipes import finetune
 
 from torchfuse import recipes
-from torchfuse.models import strategies
-from torchfuse.runs import load_run
+from torchfuse.models import strategy
+from torchfuse.tasks.runs import load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs" / "digits"
 SHORT = ["train.max_steps=2", "train.batch_size=8", "train.warmup_steps=0", "data.test=null"]
@@ -54,7 +54,7 @@ def test_an_architecture_on_the_command_line_gets_its_own_configuration(start, a
     placement = ["model.placement=prefix"]
     output = start("cross_attention", f"model.arch={arch}", *placement)
     described = json.loads((output / "fusion" / "fusion.json").read_text())
-    own = {f.name for f in strategies._REGISTRY[arch].__dataclass_fields__.values()}
+    own = {f.name for f in strategy._REGISTRY[arch].__dataclass_fields__.values()}
     assert described["architecture"] == arch
     assert set(described["options"]) <= own
     assert described["options"]["placement"] == "prefix"

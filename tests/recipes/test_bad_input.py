@@ -10,7 +10,7 @@ import yaml
 from torchfuse.recipes import evaluate, finetune, generate
 
 from torchfuse import recipes
-from torchfuse.runs import build_model, load_run
+from torchfuse.tasks.runs import build_model, load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs" / "digits"
 MODEL = "model (torchfuse.models.builders.digits): "

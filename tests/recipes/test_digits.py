@@ -17,7 +17,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from torchfuse import get_fusion_params, recipes
 from torchfuse.data.questions import read_questions
-from torchfuse.runs import load_run
+from torchfuse.tasks.runs import load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs"
 ARCHS = ["cross_attention", "joint_decoder", "mot", "moma", "deepstack"]

@@ -11,7 +11,7 @@ from torchfuse.recipes import finetune
 
 from torchfuse import recipes
 from torchfuse.params import canonical_freeze_meta, read_freeze_meta
-from torchfuse.runs import build_model, load_run
+from torchfuse.tasks.runs import build_model, load_run
 
 CONFIG = Path(recipes.__file__).parent / "configs" / "digits" / "cross_attention.yaml"
 STAGES = [

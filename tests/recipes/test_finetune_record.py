@@ -11,7 +11,7 @@ from torchfuse.recipes import finetune
 
 from torchfuse import get_fusion_params, recipes
 from torchfuse.data.questions import read_questions
-from torchfuse.runs import load_run
+from torchfuse.tasks.runs import load_run
 
 CONFIGS = Path(recipes.__file__).parent / "configs" / "digits"
 

@@ -10,17 +10,18 @@ import hf
 import pytest
 import torch
 import yaml
-from asking import images, tokenizer
+from prompt_settings import images, tokenizer
 from support import open_gates
 from torchfuse.recipes import generate
 
-from torchfuse import load_pretrained, runs
-from torchfuse.checkpoint.trained import save_trained
+from torchfuse import load_pretrained
+from torchfuse.checkpoint.artifact.trained import save_trained
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.questions import Question, read_questions
-from torchfuse.generation.asking import Asking
-from torchfuse.generation.conversation import Conversation
 from torchfuse.generation.sampling import Sampling
+from torchfuse.tasks import runs
+from torchfuse.tasks.conversation import Conversation
+from torchfuse.tasks.prompt_settings import Asking
 
 TRANSFORM = {
     "_component_": "torchfuse.data.questions.QuestionTransform",

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torchfuse.recipes import finetune
 
 from torchfuse import recipes
-from torchfuse.checkpoint.distributed import load_checkpoint
+from torchfuse.checkpoint.run.checkpoint import load_checkpoint
 from torchfuse.naming import named_parameters
 from torchfuse.params import read_freeze_meta
-from torchfuse.runs import build_model, load_run
+from torchfuse.tasks.runs import build_model, load_run
 
 CONFIG = Path(recipes.__file__).parent / "configs" / "digits" / "two_stages.yaml"
 TUNE = str(Path(sys.executable).parent / "tune")

@@ -1,14 +1,14 @@
 """Checkpoints: what the world has, in; what fusion learned, out and in again."""
 
-from torchfuse.checkpoint.building import from_pretrained
-from torchfuse.checkpoint.export import export, save_pretrained
-from torchfuse.checkpoint.fusion_artifact import (
+from torchfuse.checkpoint.artifact.fusion import (
     fusion_state_dict,
     load_fusion,
     load_fusion_state_dict,
     save_fusion,
 )
-from torchfuse.checkpoint.pretrained import load_pretrained
+from torchfuse.checkpoint.build import from_pretrained
+from torchfuse.checkpoint.export import export, save_pretrained
+from torchfuse.checkpoint.load import load_pretrained
 
 __all__ = [
     "export",

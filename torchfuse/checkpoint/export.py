@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchfuse.checkpoint.files import holds_only_a_checkpoint, write_directory
-from torchfuse.checkpoint.fusion_artifact import whole
-from torchfuse.checkpoint.key_table import KeyTable, Layout
-from torchfuse.checkpoint.loading import tensors_of
-from torchfuse.checkpoint.model_formats import spec_to_export
-from torchfuse.checkpoint.ranks import is_rank_zero
+from torchfuse.checkpoint.artifact.fusion import whole
+from torchfuse.checkpoint.formats.key_table import KeyTable, Layout
+from torchfuse.checkpoint.formats.loading import tensors_of
+from torchfuse.checkpoint.formats.models import spec_to_export
+from torchfuse.io.atomic import holds_only_a_checkpoint, write_directory
+from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import canonical_name, model_behind
 
 __all__ = ["export", "save_pretrained"]

@@ -16,11 +16,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from torchfuse.checkpoint.description import describe_fusion
-from torchfuse.checkpoint.files import write_whole
-from torchfuse.checkpoint.fusion_artifact import fusion_state_dict, load_fusion
-from torchfuse.checkpoint.pretrained import load_pretrained
-from torchfuse.checkpoint.trained import load_trained, trained_pretrained_names, write_trained
+from torchfuse.checkpoint.artifact.description import describe_fusion
+from torchfuse.checkpoint.artifact.fusion import fusion_state_dict, load_fusion
+from torchfuse.checkpoint.artifact.trained import load_trained, trained_pretrained_names, write_trained
+from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.io.atomic import write_whole
 
 __all__ = ["FusionCheckpointer"]
 

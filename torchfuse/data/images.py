@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from torchfuse.json_file import read_json
+from torchfuse.io.strict_json import read_json
 
 __all__ = ["ImageTransform", "open_image"]
 

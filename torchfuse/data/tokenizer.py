@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from torchfuse.json_file import read_json
+from torchfuse.io.strict_json import read_json
 
 __all__ = ["TextTokenizer"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchfuse.encoders.hf import AXES, HfEncoder, computed_buffers
-from torchfuse.json_file import read_json
+from torchfuse.io.strict_json import read_json
 
 __all__ = ["hf_encoder", "saved_names", "tower_config"]
 

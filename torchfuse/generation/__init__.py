@@ -1,6 +1,6 @@
 """Text from a fused model: rows of any length with any number of images, in one batch."""
 
-from torchfuse.generation.generating import generate
+from torchfuse.generation.decode import generate
 from torchfuse.generation.sampling import sample
 from torchfuse.generation.session import Session
 

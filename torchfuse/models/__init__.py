@@ -1,21 +1,21 @@
 """Fused models behind the decoder's own call, and the strategies that make them."""
 
 from torchfuse.models.base import FusedModel
-from torchfuse.models.deep_fusion import CrossAttentionStrategy, DeepFusionModel
-from torchfuse.models.deep_stack import DeepStackStrategy
-from torchfuse.models.early_fusion import EarlyFusionModel, JointDecoderStrategy
-from torchfuse.models.expert_fusion import MoMaStrategy
 from torchfuse.models.fuse import fuse
-from torchfuse.models.mixture_fusion import MixtureFusionModel, MoTStrategy
-from torchfuse.models.strategies import (
-    EncoderFeatures,
-    ModalityContext,
+from torchfuse.models.strategies.cross_attention import CrossAttentionStrategy, DeepFusionModel
+from torchfuse.models.strategies.deepstack import DeepStackStrategy
+from torchfuse.models.strategies.joint_decoder import EarlyFusionModel, JointDecoderStrategy
+from torchfuse.models.strategies.layerwise import MixtureFusionModel
+from torchfuse.models.strategies.moma import MoMaStrategy
+from torchfuse.models.strategies.mot import MoTStrategy
+from torchfuse.models.strategy import (
     ModalityStrategy,
     build_modality_strategy,
     register_modality_strategy,
 )
-from torchfuse.models.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
-from torchfuse.models.vlm_config import AdapterConfig, ModelConfig, VisionEncoderConfig, VLMConfig
+from torchfuse.models.types import EncoderFeatures, ModalityContext
+from torchfuse.models.vlm.config import AdapterConfig, ModelConfig, VisionEncoderConfig, VLMConfig
+from torchfuse.models.vlm.wrapper import VLMWrapper, build_vlm_wrapper, inner_transformer
 
 __all__ = [
     "AdapterConfig",

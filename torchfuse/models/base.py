@@ -13,15 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchfuse.models.encoding import (
-    EncoderInput,
-    EncoderMask,
-    EncoderOwner,
-    OnMissing,
-    encoder_names,
-)
-from torchfuse.models.strategies import ModalityContext, ModalityStrategy
+from torchfuse.models.encoding import EncoderOwner, encoder_names
+from torchfuse.models.strategy import ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
+from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
 from torchfuse.naming import model_behind
 from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
 
@@ -214,6 +209,10 @@ class FusedModel(DecoderSurface, EncoderOwner):
                 "The decoder is sharded as a module of its own, but this architecture runs its layers "
                 "from the fused model. Call fully_shard on the layers and on the fused model instead."
             )
+
+
+# The interface of strategies lies below this module, so its default is set here.
+ModalityStrategy.model_class = FusedModel
 
 
 def refuse_fused(decoder: nn.Module) -> None:

@@ -8,18 +8,14 @@ to the encoder's dtype, features to the adapter's, and what reaches the decoder 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchfuse.models.strategies import EncoderFeatures
+from torchfuse.models.types import EncoderFeatures, EncoderInput, EncoderMask, OnMissing
 
-__all__ = ["EncoderInput", "EncoderMask", "EncoderOwner", "OnMissing", "encoder_names"]
-
-EncoderInput = Mapping[str, Any]
-EncoderMask = Tensor | Mapping[str, Tensor]
-OnMissing = Literal["skip", "participate"]
+__all__ = ["EncoderOwner", "encoder_names"]
 
 # The one encoder of a model whose encoders have no names.
 _UNNAMED = "encoder"

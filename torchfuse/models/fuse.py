@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from torchfuse.models.base import FusedModel, refuse_fused
-from torchfuse.models.encoding import EncoderInput, OnMissing, encoder_names
-from torchfuse.models.strategies import ModalityStrategy, build_modality_strategy
-from torchfuse.modules.adapters import build_adapter
+from torchfuse.models.encoding import encoder_names
+from torchfuse.models.strategy import ModalityStrategy, build_modality_strategy
+from torchfuse.models.types import EncoderInput, OnMissing
+from torchfuse.modules.adapters.builtin import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.modules.new_rows import RowInit

@@ -17,7 +17,7 @@ from torchtune.modules import (
 
 from torchfuse.models.cached_attention import CachedAttention
 from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
-from torchfuse.modules.mixture_of_transformers import MoTLayer, Start
+from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, Start
 from torchfuse.naming import unwrap
 from torchfuse.params import quantized_dtype
 

@@ -2,7 +2,6 @@
 
 from torchfuse.params.freezing import FreezeSpec, apply_freeze_specs, freeze_params
 from torchfuse.params.groups import param_groups
-from torchfuse.params.held import held_bytes, quantized_dtype
 from torchfuse.params.parts import partition, parts_of
 from torchfuse.params.schedule import FreezeSchedule
 from torchfuse.params.stages import (
@@ -11,6 +10,7 @@ from torchfuse.params.stages import (
     effective_freeze,
     read_freeze_meta,
 )
+from torchfuse.params.storage import held_bytes, quantized_dtype
 from torchfuse.params.table import Description, PartSummary, describe
 from torchfuse.params.tagging import fusion_buffers, get_fusion_params, register_fusion_module
 from torchfuse.params.trainable import set_trainable

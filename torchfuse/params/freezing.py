@@ -18,8 +18,8 @@ from typing import Final, cast
 from torch import nn
 
 from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params.held import quantized_dtype
 from torchfuse.params.parts import parts_of
+from torchfuse.params.storage import quantized_dtype
 from torchfuse.params.tagging import fusion_ids
 from torchfuse.params.trainable import set_requires_grad
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torchfuse.params.held import dtype_name, quantized_dtype
 from torchfuse.params.parts import partition
+from torchfuse.params.storage import dtype_name, quantized_dtype
 
 __all__ = ["Description", "PartSummary", "describe"]
 

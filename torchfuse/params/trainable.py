@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from torch import distributed, nn
 
 from torchfuse.naming import named_parameters, unwrap
-from torchfuse.params.held import quantized_dtype
 from torchfuse.params.parts import partition
+from torchfuse.params.storage import quantized_dtype
 
 __all__ = ["reshard", "set_requires_grad", "set_trainable"]
 

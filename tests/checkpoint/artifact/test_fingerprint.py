@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from support import TinyEncoder, inputs, text, tiny_decoder
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from torchfuse import fuse, fusion_state_dict, get_fusion_params
+from torchfuse.checkpoint.artifact.fingerprint import (
+    TensorPrint,
+    compare,
+    explain,
+    fingerprint,
+    pretrained_tensors,
+    read_fingerprint,
+)
+from torchfuse.training.sharding import shard
+
+
+def values(tensor):
+    return fingerprint({"x": tensor})["x"].values
+
+
+def test_every_value_of_a_small_tensor_counts():
+    x = torch.randn(5, 11)
+    seen = {values(x)}
+    for index in range(x.numel()):
+        other = x.clone()
+        other.view(-1)[index] += 1
+        seen.add(values(other))
+    assert len(seen) == 1 + x.numel()
+
+
+def test_a_big_tensor_is_sampled_from_the_first_value_to_the_last():
+    x = torch.randn(101, 103)
+    seen = {values(x)}
+    for part in (slice(0, 1), slice(-1, None), slice(0, 503), slice(5003, 5303)):
+        other = x.clone()
+        other.view(-1)[part] += 1
+        seen.add(values(other))
+    assert len(seen) == 5
+    assert len({values(torch.arange(n).float()) for n in (63, 64, 65, 67, 997)}) == 5
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (3, 5, 7), (71, 3)], ids=str)
+def test_layout_in_memory_does_not_count(shape):
+    x = torch.randn(shape)
+    strided = torch.stack([x, x + 1], dim=-1)[..., 0]
+    assert values(strided) == values(x) is not None
+    if x.dim() == 3:
+        assert values(x.permute(2, 0, 1).contiguous().permute(1, 2, 0)) == values(x)
+
+
+def prints(tensor):
+    return fingerprint({"x": tensor})
+
+
+def test_the_same_values_in_other_dtypes():
+    x = torch.randn(7, 13)
+    whole = prints(x)
+    assert whole["x"] == TensorPrint([7, 13], "float32", values(x))
+    assert compare(whole, prints(x.bfloat16())) == {}
+    assert compare(prints(x.bfloat16()), prints(x.bfloat16().float())) == {}
+    assert compare(whole, prints(x.bfloat16() + 1)) == {
+        "x": "float32 [7, 13] in the saved base, bfloat16 [7, 13] with other values here"
+    }
+    # fp16 rounds elsewhere on the way to bf16: compared with itself, not with the others.
+    assert compare(prints(x.half()), prints(x)) == compare(prints(x.half() + 1), prints(x)) == {}
+    assert list(compare(prints(x.half()), prints(x.half() + 1))) == ["x"]
+
+
+def test_what_cannot_be_read_is_known_by_name_and_shape():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = nn.Linear(7, 13, bias=False)
+    whole = prints(linear.weight)
+    quantize_(linear, Int8WeightOnlyConfig(version=2))
+    for unread in (linear.weight, torch.empty(13, 7, device="meta"), torch.ones(13, 7).int()):
+        given = prints(unread)
+        assert given["x"].values is None
+        assert compare(whole, given) == compare(given, whole) == {}
+        assert list(compare(given, prints(torch.ones(7, 13)))) == ["x"]
+
+
+def test_differences_in_words_and_only_the_first_few_of_them():
+    ones = {f"x{i}": torch.ones(3, 5) for i in range(13)}
+    theirs, ours = fingerprint(ones), fingerprint({n: x + 1 for n, x in ones.items()})
+    del ours["x0"], theirs["x1"]
+    ours["x2"] = prints(torch.ones(5, 3))["x"]
+    found = compare(theirs, ours)
+    assert len(found) == 13
+    assert found["x0"] == "float32 [3, 5] in the saved base, missing here"
+    assert found["x1"] == "not in the saved base, float32 [3, 5] here"
+    assert found["x2"] == "float32 [3, 5] in the saved base, float32 [5, 3] here"
+    lines = explain(found)
+    assert lines[0] == "base: 13 pretrained tensors are not what this was trained over"
+    assert len(lines) == 10
+    assert lines[-1] == "base: and 5 more"
+    assert explain({"x": "odd"}) == [
+        "base: 1 pretrained tensor is not what this was trained over",
+        "base: x is odd",
+    ]
+
+
+def test_through_json():
+    there = fingerprint({"x": torch.randn(3, 5), "y": torch.ones(2).int()})
+    text_ = json.dumps({name: tensor._asdict() for name, tensor in there.items()})
+    assert read_fingerprint(json.loads(text_)) == there
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        read_fingerprint({"x": {"form": [3]}})
+
+
+class Normed(TinyEncoder):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(7)
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+
+def test_everything_that_fusion_did_not_add():
+    model = fuse(tiny_decoder(), Normed(), every=2, fusion_vocab_size=2, fusion_head=True)
+    added = fusion_state_dict(model)
+    tensors = pretrained_tensors(model)
+    assert set(tensors) == set(model.state_dict()) - set(added)
+    assert "encoder.norm.running_mean" in tensors
+    assert set(pretrained_tensors(torch.compile(model, backend="eager"))) == set(tensors)
+    rest = pretrained_tensors(model, without=["encoder.norm.weight", "decoder.norm.scale"])
+    left_out = {name for name in tensors if name.startswith("encoder.norm") and "bias" not in name}
+    assert set(tensors) - set(rest) == left_out | {"decoder.norm.scale"}
+
+
+# --- sharded -------------------------------------------------------------------------------------
+
+
+def make():
+    return fuse(tiny_decoder(tied=True), TinyEncoder(), every=2, on_missing="participate")
+
+
+def _sharded(rank, file):
+    expected = read_fingerprint(json.loads(Path(file).read_text()))
+    model = make()
+    shard(model)
+    assert fingerprint(pretrained_tensors(model)) == expected
+    model(text(), encoder_input=inputs()).sum().backward()  # gathers, and shards again
+    assert fingerprint(pretrained_tensors(model)) == expected
+    with torch.no_grad():
+        model.decoder.norm.scale.mul_(3)
+    assert list(compare(expected, fingerprint(pretrained_tensors(model)))) == ["decoder.norm.scale"]
+    mesh = init_device_mesh("cpu", (2,))
+    for shape in ((1,), (5, 7), (3, 101), ()):
+        x = torch.linspace(-3, 3, torch.Size(shape).numel()).view(shape)
+        for placement in (Replicate(), *map(Shard, range(len(shape)))):
+            assert values(distribute_tensor(x, mesh, [placement])) == values(x), (shape, placement)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sharded_models_have_the_fingerprint_of_whole_ones(tmp_path):
+    file = tmp_path / "base.json"
+    model = make()
+    assert get_fusion_params(model)
+    base = fingerprint(pretrained_tensors(model))
+    file.write_text(json.dumps({name: tensor._asdict() for name, tensor in base.items()}))
+    run_on_ranks(_sharded, str(file))

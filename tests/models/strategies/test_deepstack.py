@@ -1,0 +1,170 @@
+"""DeepStack is the joint decoder, and what its maps add to hidden states."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from models.architectures import (
+    PLACEHOLDER,
+    TWO,
+    call_with_images,
+    equals_its_rows,
+    kept_by_a_directory,
+    kept_by_an_artifact,
+    llama_and_clip,
+    only_the_base_is_quantized,
+    prompt,
+    refused,
+    rows_of_images,
+    two_encoders,
+)
+from models.architectures import move as move_all
+from support import FEATURES, VOCAB, TinyEncoder, inputs, text, tiny_decoder
+
+from torchfuse import (
+    MixtureFusionModel,
+    fuse,
+    generate,
+    get_fusion_params,
+)
+from torchfuse.models import DeepStackStrategy
+from torchfuse.modules.deepstack import DeepStackLayer
+
+LAYOUTS = {"prefix": {"placement": "prefix"}, "placeholder": PLACEHOLDER}  # the joint decoder's, too
+# Adapters stay, to be compared.
+move = functools.partial(move_all, only="fusion_layer")
+
+
+def fresh(layout="prefix", *, encoder=None, arch="deepstack", **options):
+    encoder = encoder or TinyEncoder()
+    torch.manual_seed(7)
+    decoder = tiny_decoder(num_layers=4)
+    torch.manual_seed(7)
+    return fuse(decoder, encoder, arch=arch, **{**LAYOUTS[layout], **options})
+
+
+# --- what is scored ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_begins_as_the_joint_decoder_to_the_bit(layout, training):
+    model, joint = (fresh(layout, arch=arch).train(training) for arch in ("deepstack", "joint_decoder"))
+    call = {"encoder_input": inputs()}
+    expected = joint(prompt(layout), **call)
+    assert torch.equal(model(prompt(layout), **call), expected)
+    assert not torch.allclose(move(model)(prompt(layout), **call), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_maps_add_features_behind_their_layers_where_features_stand(layout):
+    model = move(fresh(layout, layers=[0, 2], hidden_dim=11))
+    tokens, features = prompt(layout), model.encode(inputs())
+    plain, at = tiny_decoder(num_layers=4), slice(0, FEATURES)
+    if layout == "prefix":
+        h = torch.cat([features, plain.tok_embeddings(tokens)], dim=1)
+    else:
+        at = slice(2, 2 + FEATURES)
+        h = plain.tok_embeddings(tokens.clamp(max=VOCAB - 1))
+        h[:, at] = features
+    for index, layer in enumerate(plain.layers):
+        h = layer(h)
+        if index in (0, 2):
+            added = model.layers[index].fusion_layer["encoder"]
+            assert added.w1.weight.shape == (11, 18)
+            inner = torch.einsum("bnd,hd->bnh", features, added.w1.weight) + added.w1.bias
+            inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+            more = torch.einsum("bnh,dh->bnd", inner, added.w2.weight) + added.w2.bias
+            h = torch.cat([h[:, : at.start], h[:, at] + more, h[:, at.stop :]], dim=1)
+    expected = plain.unembed(h)[:, -13:]
+    out = model(tokens, encoder_input=inputs())
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_several_images_of_several_encoders_equal_their_rows_one_by_one():
+    model = move(fresh("placeholder", encoder=two_encoders(), encoder_token=TWO))
+    tokens, given, masks = rows_of_images()
+    equals_its_rows(model(tokens, encoder_input=given, encoder_mask=masks), model)
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def fused(**options):
+    return [isinstance(layer, DeepStackLayer) for layer in fresh(**options).layers]
+
+
+def test_which_layers_are_fused():
+    assert fused() == [True, True, True, False]
+    assert fused(layout="placeholder", layers=[3, 1]) == [False, True, False, True]
+    assert fused(every=2) == [False, True, False, False]  # nobody reads features behind the last
+    assert fused(layout="placeholder", every=2) == [False, True, False, True]
+    many = fuse(tiny_decoder(num_layers=7), TinyEncoder(), arch="deepstack")
+    assert [isinstance(layer, DeepStackLayer) for layer in many.layers] == [True] * 3 + [False] * 4
+    small = fuse(tiny_decoder(num_layers=2), TinyEncoder(), arch="deepstack")
+    assert [isinstance(layer, DeepStackLayer) for layer in small.layers] == [True, False]
+    described = small.strategy.describe(small.decoder)
+    assert described == {"placement": "prefix", "encoder_token": None, "layers": [0], "hidden_dim": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"layers": []}, "layers must name layers of this decoder, 0 to 2, each once; got"),
+        ({"layers": [1, 2]}, r"Layer 2 is the last: where features stand in front.*now \[1, 2\]"),
+        ({"layers": [3]}, "0 to 2, each once"),
+        ({"every": 4}, "every=4 fuses no layer of this decoder, which has 3"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1, got 0"),
+        ({"placement": "behind"}, "placement must be 'placeholder' or 'prefix', got 'behind'"),
+        ({"layers": [0], "every": 2}, r"layers=\[0\] and every=2 both say which layers are fused: give"),
+        ({"every": 0}, "every=0 fuses no layer of this decoder, which has 3"),
+        ({"depth": 3}, "architecture 'deepstack': unknown option 'depth'; it takes placement"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
+    refused("deepstack", options, complaint)
+    with pytest.raises(ValueError, match="Layer 0 is the last"):
+        fuse(tiny_decoder(num_layers=1), TinyEncoder(), arch="deepstack")
+
+
+def test_a_decoder_that_lacks_what_the_model_needs_is_refused():
+    with pytest.raises(ValueError, match='no layer is a DeepStackLayer.*arch="deepstack"'):
+        MixtureFusionModel(tiny_decoder(), TinyEncoder(), strategy=DeepStackStrategy())
+    decoder = fresh().decoder
+    with pytest.raises(ValueError, match="layer 0 has weights for encoder, not for eye; layer 1"):
+        MixtureFusionModel(decoder, {"eye": TinyEncoder()}, strategy=DeepStackStrategy())
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_artifact_holds_what_was_learned(layout, tmp_path):
+    model, other = move(fresh(layout)), fresh(layout)
+    kept_by_an_artifact(model, other, layout, fresh, tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_directory_holds_the_whole_model(layout, tmp_path):
+    options = {"hidden_dim": 7, **LAYOUTS[layout]}
+    model = move(fuse(*llama_and_clip(), arch="deepstack", **options))
+    kept_by_a_directory(model, tmp_path, call_with_images(options))
+
+
+def test_only_the_base_is_quantized():
+    model = move(fresh()).eval()
+    out = only_the_base_is_quantized(model)
+    said = generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)
+    assert torch.equal(said[:, -1], out[:, -1].argmax(-1))
+
+
+def test_bf16_stays_bf16_and_copies_copy():
+    decoder = tiny_decoder().bfloat16()
+    model = fuse(decoder, TinyEncoder(), arch="deepstack", **PLACEHOLDER)
+    assert {p.dtype for p in get_fusion_params(model.decoder).values()} == {torch.bfloat16}
+    tokens = prompt("placeholder")
+    out = model(tokens, encoder_input=inputs())
+    assert out.shape == (2, 13, VOCAB)
+    assert torch.equal(copy.deepcopy(model)(tokens, encoder_input=inputs()), out)

@@ -1,0 +1,98 @@
+"""Tiny models that answer questions about tiny images, with all that questions need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from support import FEATURE_DIM, VOCAB, open_gates, tiny_decoder
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from torchfuse import fuse
+from torchfuse.data.images import ImageTransform
+from torchfuse.data.questions import QuestionTransform
+from torchfuse.generation.sampling import Sampling
+from torchfuse.tasks.prompt_settings import Asking
+
+PER_IMAGE = 2
+MARK = VOCAB  # the first id behind the vocabulary
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, VOCAB))]
+LAYOUTS = {
+    "last": {"scope": "last"},
+    "all": {"scope": "all"},
+    "group": {"scope": "group"},
+    "placeholder": {"layout": "placeholder"},
+    "prefix": {"layout": "prefix", "image_token": None},
+}
+
+
+class PixelEncoder(nn.Module):
+    """Two features of each image of 8 x 8."""
+
+    feature_dim = FEATURE_DIM
+    num_tokens = PER_IMAGE
+    image_size = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.ModuleList([nn.Linear(3 * 8 * 8, PER_IMAGE * FEATURE_DIM)])
+        self.seen = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += images.shape[0] * images.shape[1]
+        return torch.tanh(self.layers[0](images.flatten(2))).view(images.shape[0], -1, FEATURE_DIM)
+
+
+def tokenizer(folder: Path) -> Path:
+    """A tokenizer of words, as a language model's directory holds it."""
+    folder.mkdir(exist_ok=True)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(WORDS[:4])
+    words.save(str(folder / "tokenizer.json"))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(ids))
+    return folder
+
+
+def images(folder: Path, size: int = 8) -> dict[str, Path]:
+    """Images that differ in every pixel."""
+    made = {}
+    for index, name in enumerate("abc"):
+        pixels = torch.randint(256, (size, size, 3), generator=torch.Generator().manual_seed(index))
+        made[name] = folder / f"{name}.png"
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(made[name])
+    return made
+
+
+def transform(folder: Path, layout: str) -> QuestionTransform:
+    options: dict[str, Any] = {"image_token": MARK, "features_per_image": PER_IMAGE}
+    options |= {"image_transform": ImageTransform(8)} | LAYOUTS[layout]
+    return QuestionTransform(tokenizer(folder / "words"), **options)
+
+
+def model_for(layout: str, max_seq_len: int = 97) -> Any:
+    decoder = tiny_decoder(max_seq_len=max_seq_len)
+    if layout in ("placeholder", "prefix"):
+        token = {"encoder_token": MARK} if layout == "placeholder" else {}
+        model = fuse(decoder, PixelEncoder(), arch="joint_decoder", placement=layout, **token)
+    else:
+        model = open_gates(fuse(decoder, PixelEncoder(), every=2, fusion_vocab_size=1))
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.mul_(30)
+    return model.eval().requires_grad_(False)
+
+
+def asking(folder: Path, layout: str, **options: Any) -> Asking:
+    given = {
+        "max_new_tokens": 5,
+        "sampling": Sampling(temperature=0, repetition_penalty=1.7),
+        "stop_tokens": (),
+    }
+    return Asking(transform(folder, layout), **given | options)

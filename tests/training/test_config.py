@@ -1,0 +1,185 @@
+import re
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+from omegaconf import MISSING, OmegaConf
+
+from torchfuse.training.config import build, read_config, recipe, typed
+
+
+@dataclass
+class Inner:
+    rate: float = 0.5
+    steps: int | None = None
+
+
+@dataclass
+class Schema:
+    name: str = MISSING
+    inner: Inner = field(default_factory=Inner)
+    number: int = 3
+
+
+def read(**values):
+    return typed(OmegaConf.create(values), Schema)
+
+
+def test_defaults_and_values():
+    got = read(name="x", inner={"rate": 2})
+    assert got == Schema("x", Inner(2.0, None), 3)
+    assert isinstance(got.inner, Inner)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"name": "x", "nme": 1}, r"key 'nme': unknown; there are name, inner, number\."),
+        ({"name": "x", "inner": {"rte": 1}}, r"key 'inner\.rte': unknown; there are rate, steps\."),
+        ({"name": "x", 5: 1}, "key '5': unknown"),
+        ({"name": "x", "number": "many"}, "key 'number': .*'many'.* Integer"),
+        ({"name": "x", "number": None}, "key 'number': .*'None'.*'int'"),
+        ({"name": "x", "inner": {"rate": [1]}}, r"key 'inner\.rate': .*\[1\].* Float"),
+        ({}, "key 'name': missing"),
+        ({"name": "???"}, "key 'name': missing"),
+        ({"name": "x", "inner": 5}, "key 'inner': expected a section with rate, steps, got 5"),
+        ({"name": "x", "inner": None}, "key 'inner': expected a section with rate, steps, got None"),
+        ({"name": "x", "inner": [1]}, r"key 'inner': expected a section with rate, steps, got \[1\]"),
+        ({"name": "x", "number": "${nothing}"}, "key 'number': Interpolation key 'nothing' not found"),
+        ({"name": "x", "number": "${name}"}, "key 'number': .*'x'.* Integer"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(values, complaint):
+    with pytest.raises(ValueError, match=f"^Configuration {complaint}") as info:
+        typed(OmegaConf.create(values), Schema)
+    assert "\n" not in str(info.value)
+    assert str(info.value).count("Configuration key") == 1
+
+
+def test_everything_that_is_wrong_is_named():
+    with pytest.raises(
+        ValueError,
+        match=r"^Configuration key 'inner\.rte': .* Configuration key 'inner\.steps': .* "
+        r"Configuration key 'number': .* Configuration key 'name': missing, and must be given\.$",
+    ):
+        read(inner={"rte": 1, "steps": "x"}, number="many")
+
+
+def test_interpolations_are_followed():
+    assert read(name="a", number="${inner.steps}", inner={"steps": 5}).number == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: [1", r"is no YAML: .*line 1"),
+        ("a: 1\nb: 2\na: 3", r"is no YAML: .*duplicate key a .*line 3"),
+        ("a: {b: 1, b: 2}", r"is no YAML: .*duplicate key b"),
+        ("- 1", "must hold keys with values, got a list: it is mine"),
+        ("5", "cannot be read .*int.*: it is mine"),
+        ("1: 2", "a key must be a string, got 1"),
+        ("a: ${", "is no YAML: "),
+        (b"a: \xff", "is no YAML: .*utf-8"),
+        (None, r"cannot be read \(No such file or directory\): it is mine"),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_configuration(tmp_path, text, complaint):
+    file = tmp_path / "some.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"some\.yaml:? {complaint}") as info:
+        read_config(file, "it is mine")
+    assert "\n" not in str(info.value)
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\): it is mine"):
+        read_config(tmp_path, "it is mine")
+
+
+def test_build():
+    got = build({"_component_": "test_config.Inner", "rate": 3.0}, what="section")
+    assert type(got).__name__ == "Inner"
+    with pytest.raises(
+        ValueError, match=r"section \(test_config\.Inner\): unknown option 'rte'; it takes rate, steps"
+    ):
+        build({"_component_": "test_config.Inner", "rte": 3.0}, what="section")
+    with pytest.raises(ValueError, match="there is no component 'test_config.Nothing'"):
+        build({"_component_": "test_config.Nothing"}, what="section")
+    with pytest.raises(ValueError, match="there is no component 'no_such_package.x'"):
+        build({"_component_": "no_such_package.x"}, what="section")
+    with pytest.raises(ValueError, match="section must name its _component_"):
+        build({"rate": 3.0}, what="section")
+    for nothing in (None, 5, [1], {}, {"_component_": 7}):
+        with pytest.raises(ValueError, match="section must name its _component_, a dotted path; got "):
+            build(nothing, what="section")
+    with pytest.raises(
+        ValueError, match=r"section \(test_config\.Inner\): steps must be an integer or null, got 'x'\."
+    ):
+        build({"_component_": "test_config.Inner", "steps": "x"}, what="section")
+    with pytest.raises(
+        ValueError, match=r"section \(test_config\) must be a function or class .* <module"
+    ):
+        build({"_component_": "test_config"}, what="section")
+    with pytest.raises(ValueError, match=r"\(test_config\.Inner\) must make a Schema, got a Inner"):
+        build({"_component_": "test_config.Inner"}, what="section", kind=Schema)
+
+
+def run(main, tmp_path, monkeypatch, *overrides):
+    (tmp_path / "some.yaml").write_text("name: x\ninner: {rate: 2.5}\n")
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(tmp_path / "some.yaml"), *overrides])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    recipe(Schema)(main)()
+
+
+def test_a_recipe_gets_what_file_and_command_line_say(tmp_path, monkeypatch):
+    got = []
+    run(got.append, tmp_path, monkeypatch, "number=5", "inner.steps=7", "~inner.rate")
+    assert got == [Schema("x", Inner(0.5, 7), 5)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["number=many"], "Configuration key 'number': "),
+        (["number={a"], "Override number={a: while parsing a flow mapping"),
+        (["number"], "Override number: .* form of key=value"),
+        (["~other"], "Override ~other: Could not find key other"),
+        (["~name.x"], "Override ~name.x: "),
+        (["[=1"], "Override \\[=1: "),
+        (["inner=[1]"], "Override inner=\\[1\\]: "),
+        (["a={", "b={"], "Override a={: .* Override b={: "),
+    ],
+    ids=str,
+)
+def test_a_mistake_on_the_command_line_ends_a_recipe(
+    tmp_path, monkeypatch, capsys, overrides, complaint
+):
+    with pytest.raises(SystemExit, match="^1$"):
+        run(pytest.fail, tmp_path, monkeypatch, *overrides)
+    said = capsys.readouterr()
+    assert not said.out
+    assert len(said.err.splitlines()) == 1
+    assert re.match(f"error: {complaint}", said.err)
+
+
+def test_the_callers_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    def fails_with(error):
+        def main(config):
+            raise error
+
+        return main
+
+    with pytest.raises(SystemExit, match="^1$"):
+        run(fails_with(ValueError("say this")), tmp_path, monkeypatch)
+    assert capsys.readouterr().err == "error: say this\n"
+    for bug in (
+        TypeError("a bug"),
+        FileNotFoundError("a bug"),
+        RuntimeError("a bug"),
+        KeyError("a bug"),
+    ):
+        with pytest.raises(type(bug), match="a bug"):
+            run(fails_with(bug), tmp_path, monkeypatch)
+    monkeypatch.setenv("TORCHFUSE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="say this"):
+        run(fails_with(ValueError("say this")), tmp_path, monkeypatch)

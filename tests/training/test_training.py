@@ -1,0 +1,85 @@
+import math
+
+import torch
+import torch.nn.functional as F
+from support import VOCAB, TinyEncoder, text, tiny_decoder
+
+from torchfuse import fuse
+from torchfuse.training.loss import next_token_loss
+
+
+def test_scores_the_next_token_and_shifts_once():
+    logits, labels = torch.randn(2, 7, 11), torch.randint(0, 11, (2, 7))
+    labels[0, :3] = -100
+    total, count = next_token_loss(logits, labels)
+    by_hand = [
+        -logits[b, t].log_softmax(-1)[labels[b, t + 1]]
+        for b in range(2)
+        for t in range(6)
+        if labels[b, t + 1] != -100
+    ]
+    torch.testing.assert_close(total, torch.stack(by_hand).sum())
+    assert int(count) == len(by_hand) == 10
+
+
+def test_defect_1_a_token_is_not_in_the_logits_that_score_it():
+    """Copying cannot help: changing id t leaves the logits that score it unchanged."""
+    model, tokens = tiny_decoder(), text()
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % VOCAB
+    with torch.no_grad():
+        one, other = model(tokens), model(changed)
+    scores_6 = 5
+    assert torch.equal(one[:, : scores_6 + 1], other[:, : scores_6 + 1])
+    assert not torch.allclose(one[:, 6], other[:, 6])
+
+
+def test_defect_1_random_tokens_cannot_be_learned_below_chance():
+    decoder = tiny_decoder()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(5)
+    losses = []
+    for _ in range(120):
+        tokens = torch.randint(0, VOCAB, (16, 13), generator=generator)
+        total, count = next_token_loss(decoder(tokens), tokens)
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(total.detach() / count))
+    assert sum(losses[-20:]) / 20 > math.log(VOCAB) - 0.02
+
+
+def test_defect_5_micro_batches_weigh_by_token():
+    """Two micro-batches with different numbers of labels give the gradient of one batch."""
+
+    def gradient(parts):
+        model = fuse(tiny_decoder(), TinyEncoder(), every=1, decoder_trainable=True)
+        labels = text()
+        labels[0, :11] = -100
+        total_count = sum(int((labels[p][:, 1:] != -100).sum()) for p in parts)
+        for part in parts:
+            total, _ = next_token_loss(model(text()[part]), labels[part])
+            (total / total_count).backward()
+        return model.output.weight.grad
+
+    whole = gradient([slice(0, 2)])
+    torch.testing.assert_close(gradient([slice(0, 1), slice(1, 2)]), whole, rtol=1e-4, atol=1e-7)
+    assert whole.any()
+
+
+def test_defect_4_nothing_to_learn_is_no_error_and_no_gradient():
+    model = fuse(tiny_decoder(), TinyEncoder(), every=1, decoder_trainable=True)
+    total, count = next_token_loss(model(text()), torch.full((2, 13), -100))
+    total.backward()
+    assert float(total.detach()) == int(count) == 0
+    assert not model.output.weight.grad.any()
+
+
+def test_low_precision_logits_are_scored_in_fp32():
+    logits, labels = torch.randn(1, 5, 11).bfloat16(), torch.randint(0, 11, (1, 5))
+    total, _ = next_token_loss(logits, labels)
+    assert total.dtype == torch.float32
+    expected = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(total, expected)

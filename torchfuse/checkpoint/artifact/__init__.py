@@ -1,0 +1,1 @@
+"""Artifacts that hold what fusion learned, and nothing else."""

@@ -1,0 +1,215 @@
+"""The vision tower of Llama 3.2 Vision as Hugging Face saves it, with the projection behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Layout
+from torchfuse.checkpoint.formats.settings import Settings
+from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
+
+__all__ = ["TILE_EMBEDDINGS", "MllamaVision", "layer_entries"]
+
+_RATIOS: Final = ([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1])
+_ACTIVATIONS: Final = {name: name for name in ("gelu", "quick_gelu")}
+
+# Embeddings that differ from tile to tile: our names, and how many tokens of a tile they tell apart.
+TILE_EMBEDDINGS: Final = {
+    "clip.pre_tile_pos_embed.embedding": "pre_tile_positional_embedding.embedding.weight",
+    "clip.post_tile_pos_embed.embedding": "post_tile_positional_embedding.embedding.weight",
+    "clip.token_pos_embedding.global_token_positional_embedding": (
+        "gated_positional_embedding.tile_embedding.weight"
+    ),
+}
+_PLAIN: Final = {
+    "class_embedding": "clip.cls_token_embedding.weight",
+    "patch_embedding.weight": "clip.conv.weight",
+    "gated_positional_embedding.embedding": "clip.token_pos_embedding.local_token_positional_embedding",
+    "gated_positional_embedding.gate": "clip.token_pos_embedding.gate",
+    "pre_tile_positional_embedding.gate": "clip.pre_tile_pos_embed.gate",
+    "post_tile_positional_embedding.gate": "clip.post_tile_pos_embed.gate",
+    "layernorm_pre.weight": "clip.ln_pre.weight",
+    "layernorm_pre.bias": "clip.ln_pre.bias",
+    "layernorm_post.weight": "clip.ln_post.weight",
+    "layernorm_post.bias": "clip.ln_post.bias",
+    "global_transformer.layers.{}.gate_attn": "projection.layers.{}.sa_scale.scale",
+    "global_transformer.layers.{}.gate_ffn": "projection.layers.{}.mlp_scale.scale",
+}
+_LAYER: Final = {
+    "self_attn.q_proj": "attn.q_proj",
+    "self_attn.k_proj": "attn.k_proj",
+    "self_attn.v_proj": "attn.v_proj",
+    "self_attn.o_proj": "attn.output_proj",
+    "mlp.fc1": "mlp.w1",
+    "mlp.fc2": "mlp.w2",
+    "input_layernorm": "sa_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
+
+
+@dataclass(frozen=True)
+class MllamaVision(Spec):
+    """Tower and projection: torchfuse's ``MllamaVisionEncoder``."""
+
+    name = "Mllama vision tower"
+    model_types = frozenset({"mllama_vision_model"})
+
+    image_size: int = shown_by_shapes()
+    patch_size: int = shown_by_shapes()
+    embed_dim: int = shown_by_shapes()
+    num_layers: int = shown_by_shapes()
+    num_global_layers: int = shown_by_shapes()
+    hidden_dim: int = shown_by_shapes()
+    decoder_dim: int = shown_by_shapes()
+    max_num_tiles: int = shown_by_shapes()
+    num_heads: int = setting("attention_heads")
+    intermediate_layers: tuple[int, ...] = setting("intermediate_layers_indices")
+    aspect_ratios: tuple[tuple[int, int], ...] = setting("supported_aspect_ratios")
+    norm_eps: float = setting("norm_eps")
+    activation: str = setting("hidden_act")
+    pad_tokens_to: int = setting("pad_tokens_to")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> MllamaVision:
+        given = Settings(config, cls.name)
+        given.refuse_unless("num_channels", 3)
+        num_layers = given.count("num_hidden_layers", 32)
+        ratios = config.get("supported_aspect_ratios") or list(_RATIOS)
+        if not isinstance(ratios, list) or not all(_is_ratio(ratio) for ratio in ratios):
+            given.fault(f"supported_aspect_ratios must be pairs of counts above 0, got {ratios!r:.80}")
+            ratios = list(_RATIOS)
+        layers = given.counts("intermediate_layers_indices", [3, 7, 15, 23, 30], least=-num_layers)
+        if layers and max(layers) >= num_layers:
+            given.fault(f"intermediate_layers_indices {layers} must lie below {num_layers}")
+        spec = cls(
+            image_size=given.count("image_size", 448),
+            patch_size=given.count("patch_size", 14),
+            embed_dim=given.count("hidden_size", 1280),
+            num_layers=num_layers,
+            num_global_layers=given.count("num_global_layers", 8, least=0),
+            hidden_dim=given.count("intermediate_size", 5120),
+            decoder_dim=given.count("decoder_dim"),
+            max_num_tiles=given.count("max_num_tiles", 4),
+            num_heads=given.count("attention_heads", 16),
+            intermediate_layers=tuple(layer % num_layers for layer in layers),
+            aspect_ratios=tuple((high, wide) for high, wide in ratios),
+            norm_eps=given.number("norm_eps", 1e-5),
+            activation=given.choice("hidden_act", _ACTIVATIONS, "gelu"),
+            pad_tokens_to=given.count("pad_tokens_to", 8),
+        )
+        given.done()
+        return spec
+
+    @classmethod
+    def holds(cls, module: nn.Module) -> bool:
+        from torchfuse.encoders.mllama import MllamaVisionEncoder  # imports torchtune
+
+        return isinstance(module, MllamaVisionEncoder)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> MllamaVision:
+        tower: Any = module
+        first = tower.clip.layers[0]
+        return cls(
+            image_size=tower.image_size,
+            patch_size=tower.clip.conv.kernel_size[0],
+            embed_dim=tower.clip.conv.out_channels,
+            num_layers=len(tower.clip.layers),
+            num_global_layers=len(tower.projection.layers),
+            hidden_dim=first.mlp.w1.out_features,
+            decoder_dim=tower.feature_dim,
+            max_num_tiles=tower.max_num_tiles,
+            num_heads=first.attn.num_heads,
+            intermediate_layers=tuple(tower.clip.hidden_layers),
+            aspect_ratios=tuple(tower.aspect_ratios),
+            norm_eps=first.sa_norm.eps,
+            activation={"QuickGELU": "quick_gelu", "GELU": "gelu"}[type(first.mlp.activation).__name__],
+            pad_tokens_to=tower.pad_tokens_to,
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        return {
+            "architectures": ["MllamaVisionModel"],
+            "model_type": "mllama_vision_model",
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_size": self.embed_dim,
+            "num_hidden_layers": self.num_layers,
+            "num_global_layers": self.num_global_layers,
+            "intermediate_size": self.hidden_dim,
+            "decoder_dim": self.decoder_dim,
+            "max_num_tiles": self.max_num_tiles,
+            "attention_heads": self.num_heads,
+            "intermediate_layers_indices": list(self.intermediate_layers),
+            "supported_aspect_ratios": [list(ratio) for ratio in self.aspect_ratios],
+            "vision_output_dim": self.embed_dim * (1 + len(self.intermediate_layers)),
+            "norm_eps": self.norm_eps,
+            "hidden_act": self.activation,
+            "num_channels": 3,
+            "pad_tokens_to": self.pad_tokens_to,
+        }
+
+    def build(self) -> nn.Module:
+        from torchfuse.encoders.mllama import MllamaVisionEncoder  # imports torchtune
+
+        return MllamaVisionEncoder(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.embed_dim,
+            num_layers=self.num_layers,
+            num_global_layers=self.num_global_layers,
+            num_heads=self.num_heads,
+            hidden_dim=self.hidden_dim,
+            decoder_dim=self.decoder_dim,
+            intermediate_layers=self.intermediate_layers,
+            max_num_tiles=self.max_num_tiles,
+            supported_aspect_ratios=self.aspect_ratios,
+            norm_eps=self.norm_eps,
+            activation=self.activation,
+            pad_tokens_to=self.pad_tokens_to,
+        )
+
+    def depth(self) -> int:
+        return self.num_layers + self.num_global_layers
+
+    def tokens_per_tile(self) -> int:
+        """Features of one tile: its patches and a class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    def num_tokens(self) -> int:
+        return self.max_num_tiles * self.tokens_per_tile()
+
+    def table(self) -> KeyTable:
+        entries = [Entry("vision_model." + theirs, ours) for theirs, ours in _PLAIN.items()]
+        for ours, theirs in TILE_EMBEDDINGS.items():
+            tokens = self.tokens_per_tile() if "token" in ours else 1
+            entries.append(Entry("vision_model." + theirs, ours, self._rows_layout(tokens)))
+        for theirs, ours in {"transformer": "clip", "global_transformer": "projection"}.items():
+            entries += layer_entries(
+                f"vision_model.{theirs}.layers.{{}}.", f"{ours}.layers.{{}}.", _LAYER
+            )
+        for kind in ("weight", "bias"):
+            entries.append(Entry(f"multi_modal_projector.{kind}", f"projection.output.{kind}"))
+        return KeyTable(tuple(entries))
+
+    def _rows_layout(self, tokens: int) -> Layout:
+        """One flat row an aspect ratio there."""
+        tiles = (self.max_num_tiles, tokens, self.embed_dim)
+        return Layout(lambda flat: flat.unflatten(1, tiles), lambda table: table.flatten(1))
+
+
+def layer_entries(theirs: str, ours: str, names: Mapping[str, str]) -> list[Entry]:
+    """The names of one layer of a tower: everything has a bias but the attention's maps."""
+    return [
+        Entry(f"{theirs}{there}.{kind}", f"{ours}{here}.{kind}")
+        for there, here in names.items()
+        for kind in (("weight",) if "attn" in here else ("weight", "bias"))
+    ]
+
+
+def _is_ratio(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)

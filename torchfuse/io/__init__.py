@@ -1,0 +1,1 @@
+"""Files of any kind: strict JSON, directories of tensors, atomic writing."""

@@ -1,0 +1,240 @@
+"""Pretrained checkpoints as tables of tensors, read without trust.
+
+A checkpoint comes from somewhere else, so nothing in it is believed before it is checked, and only
+regular files of its own directory are opened. Only headers are read at first: names, shapes and dtypes
+of everything are known before a single value is. Tensors are then read one by one, mapped from the file.
+
+safetensors itself refuses headers whose sizes, offsets and shapes contradict each other or the file. It
+takes names that stand twice (the last counts), kinds of numbers that torch lacks and empty tensors of
+impossible shapes; those are refused here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from torchfuse.io.strict_json import parse, read_json, regular_file
+
+__all__ = ["Checkpoint", "CheckpointDirectory"]
+
+_ONE_FILE: Final = "model.safetensors"
+_INDEX: Final = "model.safetensors.index.json"
+_PICKLES: Final = (".bin", ".pt", ".pth")
+
+_DTYPES: Final = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+class Checkpoint(Mapping[str, tuple[int, ...]]):
+    """The tensors of a checkpoint by name: their shapes at once, their values on demand.
+
+    Use it as a context manager, which closes the files.
+
+    Attributes:
+        path: where it is.
+        config: its configuration, as the JSON beside it has it.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    _shapes: dict[str, tuple[int, ...]]
+    _dtypes: dict[str, torch.dtype]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The values of one tensor, on the CPU, mapped from the file: do not write to them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files; tensors that were read stay valid."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor."""
+        return self._dtypes[name]
+
+    def nbytes(self, name: str) -> int:
+        """How many bytes the values of one tensor take."""
+        return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __repr__(self) -> str:
+        size = sum(map(self.nbytes, self))
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} tensors, {size:,} bytes)"
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class CheckpointDirectory(Checkpoint):
+    """A Hugging Face directory as one table of tensors, whether it is one file or many.
+
+    An index counts if it is there. If it does not name ``model.safetensors`` although that is there too,
+    the directory is refused: transformers would read the one file and pass over the index.
+
+    Args:
+        path: a directory with ``config.json`` and ``model.safetensors``, or several files and
+            ``model.safetensors.index.json``.
+
+    Raises:
+        ValueError: if it is no such directory, naming what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files = ExitStack()
+        if not os.path.isdir(self.path):
+            raise ValueError(f"{self.path} is not a directory; give a Hugging Face checkpoint.")
+        if not os.path.lexists(self.path / "config.json"):
+            raise ValueError(f"{self.path} is not a checkpoint: it has no config.json.")
+        self.config = read_json(self.path / "config.json")
+        self._readers: dict[str, Any] = {}
+        self._shapes, self._dtypes = {}, {}
+        faults: list[str] = []
+        try:
+            for file, names in self._layout().items():
+                faults += self._open(file, names)
+            if faults:
+                raise ValueError(_listed(faults))
+        except BaseException:
+            self.close()
+            raise
+
+    def _layout(self) -> dict[str, list[str] | None]:
+        """The files, and for each what the index says is in it (None: whatever is)."""
+        index = self.path / _INDEX
+        one_file = os.path.lexists(self.path / _ONE_FILE)
+        if not os.path.lexists(index):
+            if one_file:
+                return {_ONE_FILE: None}
+            others = sorted(p.name for p in self.path.iterdir() if p.suffix in _PICKLES)
+            hint = (
+                f" {others[0]} is a pickle, which can run code when it is read; save it anew with "
+                "transformers (save_pretrained), which writes safetensors."
+                if others
+                else ""
+            )
+            raise ValueError(
+                f"{self.path} is not a checkpoint: it has neither {_ONE_FILE} nor {_INDEX}.{hint}"
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map.")
+        layout: dict[str, list[str] | None] = {}
+        faults = []
+        for name, file in weight_map.items():
+            if not _is_plain_name(file):
+                faults.append(f"{index} puts {name} in {file!r}, which is no file beside it.")
+                continue
+            names = layout.setdefault(file, [])
+            assert names is not None
+            names.append(name)
+        faults += [
+            f"{self.path} is incomplete: {file} is missing."
+            for file in layout
+            if not os.path.lexists(self.path / file)
+        ]
+        if not faults and one_file and _ONE_FILE not in layout:
+            faults = [
+                f"{self.path} has both {_ONE_FILE} and {_INDEX}, which does not name it, and readers "
+                "differ about which counts: remove the one that is out of date."
+            ]
+        if faults:
+            raise ValueError(_listed(faults))
+        return layout
+
+    def _open(self, file: str, names: list[str] | None) -> list[str]:
+        """Take what one file holds; what is wrong with that."""
+        path = self.path / file
+        real = regular_file(self.path, file)
+        try:
+            reader = self._files.enter_context(safe_open(real, framework="pt"))
+            _check_header(real)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        held = sorted(reader.keys())
+        if names is not None and set(held) != set(names):
+            wrong = sorted(set(held) ^ set(names))
+            return [f"{path} and {_INDEX} disagree about {len(wrong)} tensors, such as {wrong[0]}."]
+        faults = []
+        for name in held:
+            entry = reader.get_slice(name)
+            shape, kind = tuple(entry.get_shape()), entry.get_dtype()
+            if kind not in _DTYPES:
+                faults.append(f"{path} holds {name} as {kind}, which torch cannot compute with.")
+            elif math.prod(max(size, 1) for size in shape) > torch.iinfo(torch.int64).max:
+                faults.append(f"{path} holds {name} in the shape {list(shape)}, which cannot be.")
+            else:
+                self._shapes[name], self._dtypes[name] = shape, _DTYPES[kind]
+                self._readers[name] = reader
+        return faults
+
+    def read(self, name: str) -> Tensor:
+        return self._readers[name].get_tensor(name)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> CheckpointDirectory:
+        return self
+
+
+def _listed(faults: list[str]) -> str:
+    more = [f"... and {len(faults) - 8} more."] if len(faults) > 8 else []
+    return "\n".join(faults[:8] + more)
+
+
+def _is_plain_name(file: Any) -> bool:
+    """Whether an entry of an index is the name of something in the directory itself."""
+    return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header, of a file that safetensors took, in which a name stands twice."""
+    with path.open("rb") as file:
+        parse(file.read(int.from_bytes(file.read(8), "little")))

@@ -1,0 +1,1 @@
+"""Decoders out of torchtune's parts, one file a family."""

@@ -1,0 +1,284 @@
+"""Deep fusion: layers inside the decoder attend to the encoder's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchfuse.models.base import FusedModel
+from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
+from torchfuse.models.strategy import ModalityStrategy, check_rows, register_modality_strategy
+from torchfuse.models.types import (
+    EncoderFeatures,
+    EncoderInput,
+    ModalityContext,
+    OnMissing,
+    StrategyModel,
+)
+from torchfuse.modules.fusion_layer import FusionLayer
+from torchfuse.naming import unwrap
+
+__all__ = ["CrossAttentionStrategy", "DeepFusionModel"]
+
+_EVERY: Final = 4
+
+
+class DeepFusionModel(FusedModel):
+    """A decoder whose layers attend to what the encoder saw.
+
+    Signature and methods are torchtune 0.6.1's; more than it had: several encoders, an adapter,
+    ``encode()`` and ``encoder_embeds=``, stand-ins for batches without images, and everything that a
+    ``TransformerDecoder`` has. ``torchfuse.fuse`` builds one from a plain decoder.
+
+    Args:
+        decoder: a ``TransformerDecoder`` with fusion layers in it.
+        encoder: a module that returns features ``[b, n, d_e]``, or several by name.
+        decoder_trainable: whether the pretrained decoder trains.
+        encoder_trainable: whether the encoder trains; also ``{name: bool}``.
+        fusion_trainable: whether what fusion added trains.
+        adapter: what maps features to the decoder's width. None: the encoder does.
+        on_missing: see ``FusedModel``.
+        example_input: see ``FusedModel``.
+        strategy: options of the architecture, for the record; ``fuse`` gives them.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        decoder_trainable: bool = False,
+        encoder_trainable: bool | Mapping[str, bool] = False,
+        fusion_trainable: bool = True,
+        adapter: nn.Module | Mapping[str, nn.Module] | None = None,
+        on_missing: OnMissing = "skip",
+        example_input: EncoderInput | None = None,
+        strategy: CrossAttentionStrategy | None = None,
+    ) -> None:
+        super().__init__(
+            decoder,
+            encoder,
+            strategy=strategy or CrossAttentionStrategy(),
+            adapter=adapter,
+            decoder_trainable=decoder_trainable,
+            encoder_trainable=encoder_trainable,
+            fusion_trainable=fusion_trainable,
+            on_missing=on_missing,
+            example_input=example_input,
+        )
+
+
+@register_modality_strategy("cross_attention")
+@dataclass(frozen=True)
+class CrossAttentionStrategy(ModalityStrategy):
+    """Gated cross-attention layers at every k-th decoder layer read the features (Flamingo).
+
+    The sequence itself holds text only. Numbers left at None are the decoder layer's own.
+
+    Args:
+        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
+            which is every fourth unless it is.
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values.
+        hidden_dim: width inside the feed-forward.
+        qk_norm: whether queries and keys are normalised per head.
+        norm_eps: epsilon of the RMS norms.
+        attn_dropout: probability of dropping an attention weight in training.
+        fusion_first: whether a cross-attention layer runs before its decoder layer.
+    """
+
+    caches_features = True
+    model_class = DeepFusionModel
+
+    layers: Sequence[int] | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    hidden_dim: int | None = None
+    qk_norm: bool = True
+    norm_eps: float = 1e-5
+    attn_dropout: float = 0.0
+    fusion_first: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("num_heads", "num_kv_heads", "hidden_dim")}
+        faults = [
+            f"{name}={size} must be at least 1"
+            for name, size in sizes.items()
+            if size is not None and size < 1
+        ]
+        if not 0 <= self.attn_dropout < 1:
+            faults.append(f"attn_dropout={self.attn_dropout} must lie in [0, 1)")
+        if not 0 < self.norm_eps < float("inf"):
+            faults.append(f"norm_eps={self.norm_eps} must be a finite number greater than 0")
+        if faults:
+            raise ValueError(f"cross_attention: {'; '.join(faults)}.")
+
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
+        layers: Any = decoder.layers
+        indices = layers_to_fuse(len(layers), self.layers, every, default=_EVERY)
+        return fuse_layers(
+            layers, indices, lambda i: self._fuse_layer(layers[i], decoder.tok_embeddings)
+        )
+
+    def _fuse_layer(self, layer: Any, embedding: Any) -> FusionLayer:
+        from torchfuse.models.layers import cross_attention_layer  # imports torchtune
+
+        try:
+            attn, hidden_dim = layer.attn, layer.mlp.w1.weight.shape[0]
+            num_heads, num_kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
+        except AttributeError as error:
+            raise ValueError(
+                f"It is a {type(layer).__name__} without what torchtune's decoder layers "
+                f"have ({error}). Wrap such layers in FusionLayer yourself and give the decoder to "
+                "DeepFusionModel."
+            ) from error
+        weight = next(p for p in layer.parameters() if p.is_floating_point())
+        if self.num_heads is not None:
+            width = num_heads * head_dim
+            if width % self.num_heads:
+                raise ValueError(f"num_heads={self.num_heads} must divide the attention width {width}.")
+            num_heads, head_dim = self.num_heads, width // self.num_heads
+        with weight.device:
+            new = cross_attention_layer(
+                embed_dim=embedding.embedding_dim,
+                num_heads=num_heads,
+                num_kv_heads=self.num_kv_heads or num_kv_heads,
+                head_dim=head_dim,
+                hidden_dim=self.hidden_dim or hidden_dim,
+                norm_eps=self.norm_eps,
+                qk_norm=self.qk_norm,
+                attn_dropout=self.attn_dropout,
+            )
+        return FusionLayer(layer, new.to(weight.dtype), fusion_first=self.fusion_first)
+
+    def describe(self, decoder: nn.Module) -> dict[str, Any]:
+        layers: Any = decoder.layers
+        indices = [i for i, layer in enumerate(layers) if isinstance(unwrap(layer), FusionLayer)]
+        described = [_describe_layer(unwrap(layers[index])) for index in indices]
+        if not described or any(options != described[0] for options in described):
+            raise ValueError(
+                "cross_attention: fused layers that differ from each other cannot be described by one "
+                f"set of options: {described}."
+            )
+        return {"layers": indices, **described[0]}
+
+    def prepare(
+        self,
+        model: StrategyModel,
+        tokens: Tensor,
+        features: Mapping[str, EncoderFeatures],
+        *,
+        mask: Tensor | None,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+        input_pos: Tensor | None,
+    ) -> ModalityContext:
+        if not features:
+            seen = self._seen(model, tokens, encoder_mask) if model.caches_are_enabled() else None
+            return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=seen)
+        check_rows(tokens, features)
+        joined = _join_masks(tokens, features, always=model.caches_are_enabled())
+        if joined is not None and model.caches_are_enabled():
+            joined = _pad_to_slots(joined, model)
+            model.cache_state = joined[:, -1:]
+        return ModalityContext(
+            tokens,
+            mask=mask,
+            input_pos=input_pos,
+            encoder_input=torch.cat(
+                [f.embeds.expand(tokens.shape[0], -1, -1) for f in features.values()], dim=1
+            ),
+            encoder_mask=joined,
+        )
+
+    def _seen(
+        self, model: StrategyModel, tokens: Tensor, encoder_mask: Tensor | Mapping[str, Tensor] | None
+    ) -> Tensor | None:
+        """Which cached features each token may attend to, ``[b, s, slots]``."""
+        if encoder_mask is None:
+            last: Tensor | None = model.cache_state
+            return None if last is None else last.expand(-1, tokens.shape[1], -1)
+        if isinstance(encoder_mask, Mapping):
+            given = [encoder_mask.get(name) for name in model.encoder_names]
+            masks = [mask for mask in given if mask is not None]
+            if len(masks) < len(given):
+                raise ValueError(
+                    "Once features are cached, an encoder_mask by name must hold a tensor for each of "
+                    f"{', '.join(model.encoder_names)}; without one, new tokens see what the last did."
+                )
+            encoder_mask = torch.cat([_by_token(mask, tokens) for mask in masks], dim=-1)
+        shapes = ([*tokens.shape], [1, tokens.shape[1]], [tokens.shape[0]])
+        if encoder_mask.dtype != torch.bool or list(encoder_mask.shape[:-1]) not in shapes:
+            raise ValueError(
+                f"encoder_mask must be bool (True: may attend) with shape {[*tokens.shape, 'n']} or "
+                f"{[tokens.shape[0], 'n']}, got {encoder_mask.dtype} {list(encoder_mask.shape)}."
+            )
+        return _pad_to_slots(_by_token(encoder_mask, tokens), model)
+
+
+def _describe_layer(layer: Any) -> dict[str, Any]:
+    """The options of a fused layer, read from its modules."""
+    fusion = layer.fusion_layer
+    try:
+        norms = [fusion.ca_norm, fusion.mlp_norm, *_given(fusion.attn.q_norm, fusion.attn.k_norm)]
+        eps = {norm.eps for norm in norms}
+        options = {
+            "num_heads": fusion.attn.num_heads,
+            "num_kv_heads": fusion.attn.num_kv_heads,
+            "hidden_dim": fusion.mlp.w1.weight.shape[0],
+            "qk_norm": fusion.attn.q_norm is not None,
+            "norm_eps": next(iter(eps)),
+            "attn_dropout": fusion.attn.attn_dropout,
+            "fusion_first": layer.fusion_first,
+        }
+    except AttributeError as error:
+        raise ValueError(
+            f"cross_attention: a {type(fusion).__name__} is no cross-attention layer: it lacks {error}."
+        ) from error
+    if len(eps) > 1:
+        raise ValueError(f"cross_attention: norms of one layer differ in epsilon, {sorted(eps)}.")
+    return options
+
+
+def _given(*modules: Any) -> list[Any]:
+    return [module for module in modules if module is not None]
+
+
+def _join_masks(
+    tokens: Tensor, features: Mapping[str, EncoderFeatures], *, always: bool
+) -> Tensor | None:
+    """One mask ``[b, s, n]`` over the features of all encoders; a stand-in is seen by nobody."""
+    if not always and all(f.present and f.mask is None for f in features.values()):
+        return None
+    joined = []
+    for given in features.values():
+        shape = (*tokens.shape, given.embeds.shape[1])
+        if not given.present:
+            joined.append(torch.zeros(shape, dtype=torch.bool, device=tokens.device))
+        elif given.mask is None:
+            joined.append(torch.ones(shape, dtype=torch.bool, device=tokens.device))
+        else:
+            joined.append(_by_token(given.mask, tokens))
+    return torch.cat(joined, dim=-1)
+
+
+def _pad_to_slots(mask: Tensor, model: StrategyModel) -> Tensor:
+    """As wide as the cache: slots behind the features are seen by nobody, whosever layers read them."""
+    slots = model.encoder_max_cache_seq_len or model.max_seq_len
+    if mask.shape[-1] > slots:  # said before any layer has written to its cache
+        raise ValueError(
+            f"The encoder cache holds up to {slots} encoder tokens, got {mask.shape[-1]}. Set up the "
+            f"caches with encoder_max_seq_len of at least {mask.shape[-1]}."
+        )
+    return F.pad(mask, (0, slots - mask.shape[-1]))
+
+
+def _by_token(mask: Tensor, tokens: Tensor) -> Tensor:
+    """A mask ``[b, s, n]`` from that or from ``[b, n]``."""
+    return (mask if mask.dim() == 3 else mask[:, None]).expand(*tokens.shape, -1)

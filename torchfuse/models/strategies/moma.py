@@ -1,0 +1,88 @@
+"""Modality-aware experts: features stand in the sequence, and feed-forwards of their own read them.
+
+Attention is the pretrained layer's for all tokens, see ``torchfuse.modules.experts.modality_experts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from torch import Tensor, nn
+
+from torchfuse.models.strategies.fused_layers import fuse_layers
+from torchfuse.models.strategies.layerwise import LayerStrategy
+from torchfuse.models.strategy import register_modality_strategy
+from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
+from torchfuse.modules.experts.modality_experts import MoMaLayer
+from torchfuse.modules.experts.options import ExpertOptions
+
+__all__ = ["MoMaStrategy"]
+
+# How training goes is nothing that a model and what is loaded into it must have in common.
+_OF_TRAINING: Final = ("start", "noise", "auxiliary_loss_weight", "pad_id")
+
+
+@register_modality_strategy("moma")
+@dataclass(frozen=True)
+class MoMaStrategy(LayerStrategy, ExpertOptions):
+    """Each encoder's features run through experts of their own in the fused layers.
+
+    With ``placement="prefix"`` nobody reads what the last layer of the decoder makes of features, so
+    that layer stays as it is.
+
+    Args:
+        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
+            encoder's token.
+        encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders.
+        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
+            which is all of them unless it is.
+        num_experts: see ``ExpertOptions``, as for all that follow.
+        num_text_experts: experts of text, the pretrained feed-forward among them.
+        capacity: the share of its modality's tokens that an expert takes.
+        start: what new experts begin as.
+        noise: whether noise is added to the routers' scores in training.
+        auxiliary_router: whether the model will be able to generate, and to run in evaluation mode.
+        auxiliary_dim: width inside auxiliary routers.
+        auxiliary_loss_weight: of their loss, in every backward pass (see ``scale_auxiliary_losses``).
+        pad_id: id of padding, which no expert shall take in training. None: every token competes.
+
+    Raises:
+        ValueError: if an option is out of its range, or the last layer is named with ``"prefix"``.
+    """
+
+    layer_type: ClassVar[type[nn.Module]] = MoMaLayer
+
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        LayerStrategy.__post_init__(self)
+        ExpertOptions.__post_init__(self)
+
+    def padding(self, model: StrategyModel, tokens: Tensor) -> Tensor | None:
+        # With caches too, so that a token of this id is the same in both.
+        return None if self.pad_id is None else tokens == self.pad_id
+
+    def prepare(
+        self, model: StrategyModel, tokens: Tensor, features: Mapping[str, EncoderFeatures], **call: Any
+    ) -> ModalityContext:
+        for layer in self.fused_layers(model.decoder).values():
+            layer.check_mode(training=model.training, cached=model.caches_are_enabled())
+        return super().prepare(model, tokens, features, **call)
+
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
+        layers: Any = decoder.layers
+        indices = self.layers_that_are_read(decoder, every)
+        return fuse_layers(layers, indices, lambda index: MoMaLayer(layers[index], encoders, self))
+
+    def modalities_of(self, layer: Any) -> list[str]:
+        return list(layer.modalities)
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in super().options().items() if name not in _OF_TRAINING}
+
+    def describe(self, decoder: nn.Module) -> dict[str, Any]:
+        return {**super().describe(decoder), **{name: getattr(self, name) for name in _OF_TRAINING}}

@@ -1,0 +1,97 @@
+"""Mixture-of-Transformers: each encoder's features run through weights of their own in fused layers.
+
+The pretrained layers are the text's weights, see ``torchfuse.modules.experts.mixture_of_transformers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
+from torchfuse.models.strategies.layerwise import LayerStrategy, misfit
+from torchfuse.models.strategy import register_modality_strategy
+from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm, Start
+from torchfuse.naming import unwrap
+
+__all__ = ["MoTStrategy"]
+
+
+@register_modality_strategy("mot")
+@dataclass(frozen=True)
+class MoTStrategy(LayerStrategy):
+    """Each encoder's features run through weights of their own in the fused layers.
+
+    Layers that are not fused run the text's weights on all tokens. With ``placement="prefix"`` nobody
+    reads what the last layer of the decoder makes of features, so there they have keys and values only.
+    With ``"placeholder"`` the final norm is one for each encoder, too: what comes behind the last
+    feature is scored by its hidden state.
+
+    Args:
+        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
+            encoder's token.
+        encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders. It may
+            lie outside the vocabulary, and is never generated. For ``"placeholder"`` only.
+        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
+            which is all of them unless it is.
+        start: first values of the new weights. ``"warm"``: copies of the text's. ``"zero"``: copies too,
+            but what a layer adds to features is nothing.
+
+    Raises:
+        ValueError: if the token is missing, or given with ``"prefix"``, or ``start`` is neither.
+    """
+
+    counts_by_modality: ClassVar[bool] = True
+    layer_type: ClassVar[type[nn.Module]] = MoTLayer
+
+    start: Start = "warm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start not in ("warm", "zero"):
+            raise ValueError(f'start must be "warm" or "zero", got {self.start!r}.')
+
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
+        from torchfuse.models.layers import mot_layer  # imports torchtune
+
+        layers: Any = decoder.layers
+        scores_features = self.placement == "placeholder"
+
+        def build(index: int) -> nn.Module:
+            unread = index == len(layers) - 1 and not scores_features
+            return mot_layer(layers[index], encoders, start=self.start, keys_and_values_only=unread)
+
+        fuse = fuse_layers(layers, layers_to_fuse(len(layers), self.layers, every), build)
+        norm = MoTNorm(decoder.norm, encoders) if scores_features else None  # type: ignore[arg-type]
+
+        def put_in_place() -> None:
+            fuse()
+            if norm is not None:
+                decoder.norm = norm
+
+        return put_in_place
+
+    def decoder_faults(self, decoder: Any, encoders: Sequence[str]) -> list[str]:
+        faults, fused = super().decoder_faults(decoder, encoders), self.fused_layers(decoder)
+        scores_features = self.placement == "placeholder"
+        if scores_features:
+            norm = unwrap(decoder.norm) if hasattr(decoder, "norm") else None
+            if isinstance(norm, MoTNorm):
+                faults += misfit("the final norm", list(norm.fusion_layer), encoders)
+            else:
+                faults.append("the final norm is no MoTNorm")
+        return faults + [
+            f"layer {index} has keys and values only, but what it returns is read"
+            for index, layer in fused.items()
+            if layer.keys_and_values_only and (scores_features or index < len(decoder.layers) - 1)
+        ]
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        del options["start"]  # how weights began is nothing that they must have in common
+        return options

@@ -1,0 +1,246 @@
+"""One strategy an architecture, behind one interface.
+
+A strategy turns tokens and encoder features into what the decoder consumes, a
+``ModalityContext``. It holds options but no parameters, and is no submodule: sharding,
+checkpoints and freezing never see it. A new architecture is one class with
+``register_modality_strategy`` on it: what it inherits fuses, saves, counts and generates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeVar, get_type_hints
+
+from torch import Tensor, nn
+
+from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
+from torchfuse.options import call_with_options
+
+__all__ = [
+    "ModalityStrategy",
+    "build_modality_strategy",
+    "check_rows",
+    "register_modality_strategy",
+]
+
+
+class ModalityStrategy(ABC):
+    """How one architecture brings the encoder's features to the decoder.
+
+    Subclasses are dataclasses, or made such by ``register_modality_strategy``: their fields are the
+    architecture's options. Only ``prepare`` must be written.
+    """
+
+    arch: ClassVar[str]
+    """The name under which ``fuse`` knows the architecture."""
+
+    caches_features: ClassVar[bool] = False
+    """Whether layers of the decoder keep keys and values of the features."""
+
+    model_class: ClassVar[Callable[..., Any]]
+    """What ``wrap`` builds; ``FusedModel`` unless a strategy names another."""
+
+    def plan(
+        self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
+    ) -> Callable[[], None]:
+        """Build what the decoder needs, and return a function that puts it in place.
+
+        Everything that can fail happens here, so that the decoder is either fused or untouched.
+
+        Args:
+            decoder: a pretrained decoder.
+            encoders: names of the encoders; ``["encoder"]`` for one without a name.
+            every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: the architecture's own.
+
+        Raises:
+            ValueError: if the decoder cannot be fused, or not so; here, where no layer is, for any
+                ``every``.
+        """
+        if every is not None:
+            raise ValueError(
+                f"every={every} cannot be given: {type(self).__name__} fuses no layer of the decoder."
+            )
+        return lambda: None
+
+    def extra_tokens(self, num_features: int) -> int:
+        """By how many positions that many features make the decoder's sequence longer."""
+        return 0
+
+    def num_image_tokens(self, model: StrategyModel, num_frames: int = 1) -> int:
+        """How many positions of the decoder's sequence an image takes, in front or in place of tokens.
+
+        Args:
+            model: the fused model. One with several encoders is asked for an image for each.
+            num_frames: frames of a clip, or images a row.
+
+        Raises:
+            ValueError: if an encoder does not say how many features an image has, and it matters.
+        """
+        if not self.special_tokens() and not self.extra_tokens(1):
+            return 0
+        each = sum(_features_of_an_image(model, name) for name in model.encoder_names)
+        return num_frames * each
+
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids that stand for features, which a model must not say."""
+        return ()
+
+    def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
+        """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
+
+    def check_decoder(self, decoder: nn.Module, encoders: Sequence[str]) -> None:  # noqa: B027
+        """Raise a ``ValueError`` if a decoder lacks what ``plan`` would have put in place."""
+
+    def check_prompt(  # noqa: B027  # most have nothing to check
+        self,
+        names: Sequence[str],
+        tokens: Tensor,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+    ) -> None:
+        """Raise a ``ValueError`` if a prompt cannot have the features that a mask gives it.
+
+        Args:
+            names: of the encoders.
+            tokens: ``[b, s]``.
+            encoder_mask: as for ``FusedModel``'s call; the features themselves are not there yet.
+        """
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: StrategyModel,
+        tokens: Tensor,
+        features: Mapping[str, EncoderFeatures],
+        *,
+        mask: Tensor | None,
+        encoder_mask: Tensor | Mapping[str, Tensor] | None,
+        input_pos: Tensor | None,
+    ) -> ModalityContext:
+        """Turn one call of the model into what the decoder consumes.
+
+        Args:
+            model: the fused model.
+            tokens: ``[b, s]``.
+            features: by encoder name, those that this batch has (and stand-ins).
+            mask: the caller's mask over tokens, True: may attend.
+            encoder_mask: the caller's mask over features, for features cached earlier.
+            input_pos: the caller's positions of tokens.
+        """
+
+    def wrap(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        adapter: nn.Module | Mapping[str, nn.Module] | None,
+        **flags: Any,
+    ) -> Any:
+        """Build the model around decoder, encoders and adapters."""
+        return self.model_class(decoder, encoder, strategy=self, adapter=adapter, **flags)
+
+    def describe(self, decoder: nn.Module) -> dict[str, Any]:
+        """The options that would build what stands in this decoder now, all of them."""
+        return self.options()
+
+    def options(self) -> dict[str, Any]:
+        """The options that this strategy was built with."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+_REGISTRY: Final[dict[str, type[ModalityStrategy]]] = {}
+_StrategyType = TypeVar("_StrategyType", bound="type[ModalityStrategy]")
+
+
+def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _StrategyType]:
+    """Make a strategy available under a name, everywhere an architecture is named.
+
+    A class that is no dataclass of its own becomes one, a frozen one, so that its fields are options.
+
+    Args:
+        arch: the name.
+
+    Raises:
+        ValueError: if that is no name, or there is an architecture of that name; if the class is no
+            ``ModalityStrategy``, lacks a method, has options that cannot be read, or has another name.
+    """
+    if not isinstance(arch, str) or not arch:
+        raise ValueError(
+            "An architecture needs a name, a string that is not empty: "
+            f'@register_modality_strategy("mine"). Got {arch!r}.'
+        )
+
+    def register(cls: _StrategyType) -> _StrategyType:
+        if arch in _REGISTRY:
+            raise ValueError(f"There is an architecture {arch!r} already: {_REGISTRY[arch].__name__}.")
+        if faults := list(_class_faults(cls)):
+            raise ValueError(f"{cls!r} cannot be the architecture {arch!r}: {'; '.join(faults)}.")
+        if "__dataclass_fields__" not in vars(cls):
+            dataclass(frozen=True)(cls)  # in place
+        cls.arch = arch
+        _REGISTRY[arch] = cls
+        return cls
+
+    return register
+
+
+def _class_faults(cls: Any) -> Iterator[str]:
+    if not isinstance(cls, type) or not issubclass(cls, ModalityStrategy):
+        yield "it must be a class below ModalityStrategy"
+        return
+    if inspect.isabstract(cls):
+        yield f"it must have the methods {', '.join(sorted(cls.__abstractmethods__))}"
+    if names := [name for name, known in _REGISTRY.items() if known is cls]:
+        yield f"it is {names[0]!r} already, and a class has one name"
+    if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):
+        yield "it must be a dataclass, whose fields are its options, and have no __init__ of its own"
+    try:
+        get_type_hints(cls)
+    except Exception as error:
+        yield f"the annotations of its options cannot be read ({error})"
+
+
+def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
+    """Build the strategy of an architecture.
+
+    Args:
+        arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"``, ``"moma"``, ``"deepstack"`` or
+            what ``register_modality_strategy`` added.
+        **options: the architecture's options.
+
+    Raises:
+        ValueError: for an unknown architecture or option, naming those there are.
+    """
+    if not isinstance(arch, str) or arch not in _REGISTRY:
+        hint = "" if isinstance(arch, str) else " (a name, or for fuse a strategy with its options)"
+        known = ", ".join(sorted(_REGISTRY))
+        raise ValueError(f"Unknown architecture {arch!r}{hint}; there are {known}.")
+    return call_with_options(_REGISTRY[arch], what=f"architecture {arch!r}", options=options)
+
+
+def _features_of_an_image(model: StrategyModel, name: str) -> int:
+    """Features of one image of an encoder, behind its adapter."""
+    encoder, adapter = model.get_encoder(name), model.get_adapter(name)
+    num = getattr(encoder, "num_tokens", None)
+    count: Any = getattr(adapter, "output_num_tokens", None)
+    if not isinstance(num, int) or (adapter is not None and count is None):
+        known = isinstance(num, int)
+        silent = f"adapter of {name!r} ({type(adapter).__name__}) has no output_num_tokens"
+        if not known:
+            silent = f"encoder {name!r} ({type(encoder).__name__}) does not say num_tokens"
+        raise ValueError(f"How many features an image has is not known: the {silent}.")
+    return num if adapter is None else int(count(num))
+
+
+def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
+    """Raise a ``ValueError`` unless every encoder gave a row of features for each row of tokens."""
+    for name, given in features.items():
+        if given.present and given.embeds.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
+                f"{tokens.shape[0]}. There must be a row of features [b, n, d] for each row of text: "
+                "pad rows with fewer images, and mask the padding by encoder_mask."
+            )

@@ -1,0 +1,20 @@
+"""Adapters from the width of an encoder to that of a decoder."""
+
+from torchfuse.modules.adapters.base import Adapter, adapter_names, build_adapter, register_adapter
+from torchfuse.modules.adapters.builtin import (
+    AttentionalPoolAdapter,
+    AvgPoolAdapter,
+    LinearAdapter,
+    MLP2LayerAdapter,
+)
+
+__all__ = [
+    "Adapter",
+    "AttentionalPoolAdapter",
+    "AvgPoolAdapter",
+    "LinearAdapter",
+    "MLP2LayerAdapter",
+    "adapter_names",
+    "build_adapter",
+    "register_adapter",
+]

@@ -1,0 +1,1 @@
+"""What recipes share above generation: prompts, conversations, predictions, evaluation, reports."""

@@ -1,0 +1,155 @@
+"""What a finetuning run leaves behind, as a model that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from torchfuse.checkpoint.artifact.trained import load_trained
+from torchfuse.checkpoint.build import from_pretrained
+from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.data.images import ImageTransform
+from torchfuse.data.questions import QuestionTransform
+from torchfuse.naming import unwrap
+from torchfuse.options import call_with_options
+from torchfuse.training.config import build, read_config, read_yaml
+from torchfuse.training.device import device_and_dtype
+
+__all__ = ["Loadable", "build_model", "check_images", "load_run", "read_model", "read_run", "read_yaml"]
+
+
+def build_model(
+    model: Mapping[str, Any], pretrained: Mapping[str, Any], *, device: str, dtype: str, where: str = ""
+) -> nn.Module:
+    """Build a fused model and load its pretrained parts.
+
+    Args:
+        model: the section of a configuration that names and describes the model.
+        pretrained: the section that names the directories, see ``load_pretrained``.
+        device: where the model shall be.
+        dtype: ``"fp32"`` or ``"bf16"``.
+        where: what stands in front of the sections' names in messages.
+
+    Raises:
+        ValueError: if a section is not what it should be, or something does not fit.
+    """
+    from torchtune import training
+
+    place, precision = device_and_dtype(device, dtype)
+    with training.set_default_dtype(precision), place:
+        built: nn.Module = build(model, what=f"{where}model", kind=nn.Module)
+    call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
+    return built
+
+
+def check_images(
+    model: nn.Module, transform: ImageTransform, encoder: str | Path | Mapping[str, str | Path] | None
+) -> None:
+    """Compare what images are made into with what the model's encoders were trained on.
+
+    Args:
+        model: a fused model.
+        transform: what turns images into pixels.
+        encoder: the encoders' directories, as for ``load_pretrained``; where they hold a
+            ``preprocessor_config.json``, mean and deviation are compared too.
+
+    Raises:
+        ValueError: naming each number that differs.
+    """
+    owner: Any = unwrap(model)
+    for name in owner.encoder_names:
+        size = getattr(unwrap(owner.get_encoder(name)), "image_size", None)
+        folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder
+        transform.check(size, preprocessor=folder, what=name)
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """What answers questions: how they are put to it, and the model, which is not loaded yet.
+
+    Attributes:
+        transform: the transform that the model was trained with.
+        load: builds the model on a device in a dtype, and loads it.
+    """
+
+    transform: QuestionTransform
+    load: Callable[[str, str], nn.Module]
+
+
+def read_run(path: str | Path) -> Loadable:
+    """Read what a finetuning run says of itself, and build its transform.
+
+    Args:
+        path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
+
+    Raises:
+        ValueError: if the run is not what it should be; when the model is loaded, if a checkpoint that
+            it names is not.
+    """
+    file = Path(path) / "config.yaml"
+    given = read_config(file, "every finetuning run writes one")
+    config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
+    sections = ("model", "pretrained", "transform")
+    if not all(isinstance(config.get(s), dict) for s in sections):
+        raise ValueError(f"{file} lacks one of the sections {', '.join(sections)}.")
+    where = f"{file}, "
+    transform: QuestionTransform = build(
+        config["transform"], what=f"{where}transform", kind=QuestionTransform
+    )
+
+    def load(device: str, dtype: str) -> nn.Module:
+        model = build_model(
+            config["model"], config["pretrained"], device=device, dtype=dtype, where=where
+        )
+        check_images(model, transform.image_transform, config["pretrained"].get("encoder"))
+        load_trained(model, Path(path) / "fusion")
+        return model
+
+    return Loadable(transform, load)
+
+
+def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> Loadable:
+    """Build a transform for the directory of a whole model.
+
+    Args:
+        path: a directory that ``from_pretrained`` reads.
+        transform: the section of a configuration that names and describes the transform.
+
+    Raises:
+        ValueError: if one of them is not what it should be; when the model is loaded, if the directory
+            does not hold what it says.
+    """
+    built: QuestionTransform = build(transform, what="transform", kind=QuestionTransform)
+    if not Path(path).is_dir():
+        raise ValueError(f"model: {path} is not a directory.")
+
+    def load(device: str, dtype: str) -> nn.Module:
+        place, precision = device_and_dtype(device, dtype)
+        model = from_pretrained(path, device=place, dtype=precision, fusion_trainable=False)
+        check_images(model, built.image_transform, path)
+        return model
+
+    return Loadable(built, load)
+
+
+def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, QuestionTransform]:
+    """Build the model of a finetuning run, with its checkpoints and what it learned.
+
+    Args:
+        path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
+        device: where the model shall be.
+        dtype: ``"fp32"`` or ``"bf16"``.
+
+    Returns:
+        The model, and the transform that it was trained with.
+
+    Raises:
+        ValueError: if the run, or a checkpoint that it names, is not what it should be.
+    """
+    run = read_run(path)
+    return run.load(device, dtype), run.transform

@@ -1,0 +1,65 @@
+"""Sharding of a fused model for FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from torchfuse.naming import unwrap
+from torchfuse.params import fusion_buffers, get_fusion_params, parts_of
+
+__all__ = ["shard"]
+
+
+def shard(model: nn.Module, **options: Any) -> None:
+    """Shard a fused model by FSDP2: each transformer layer of decoder and encoders, then the rest.
+
+    Under FSDP2 every rank must run the same modules in every step, so fuse with
+    ``on_missing="participate"``. What fusion added starts with rank zero's values on every rank,
+    whatever each was seeded with. An encoder of another dtype than the decoder's is sharded as one more
+    unit. What trains is no matter here: nothing is replicated, frozen or not, and it may change later
+    (see ``torchfuse.params.FreezeSchedule``).
+
+    Args:
+        model: a fused model, before its optimizer is built.
+        **options: for ``torch.distributed.fsdp.fully_shard``, such as ``mesh`` and ``mp_policy``.
+
+    Raises:
+        ValueError: if there is no layer to shard, or a batch without images would stop the ranks.
+    """
+    layers = [layer for part in parts_of(model).values() for layer in _layers(part)]
+    if not layers:
+        raise ValueError("There is no layer to shard: no part of the model has an nn.ModuleList.")
+    if getattr(unwrap(model), "on_missing", "participate") != "participate":
+        raise ValueError(
+            'A sharded model needs on_missing="participate": without it a rank whose batch has no image '
+            "runs fewer modules than the others, and all wait for ever."
+        )
+    for tensor in [*get_fusion_params(model).values(), *fusion_buffers(model).values()]:
+        if not tensor.is_meta:
+            distributed.broadcast(tensor.detach(), src=0)
+    parts = parts_of(model)
+    # A unit reduces all of its gradients in one dtype.
+    apart = [part for part in parts.values() if _dtypes(part) != _dtypes(parts["decoder"])]
+    for module in [*layers, *apart]:
+        fully_shard(module, **options)
+    fully_shard(model, **options)
+    if hasattr(unwrap(model), "encode"):
+        register_fsdp_forward_method(unwrap(model), "encode")  # another way in, beside forward
+
+
+def _layers(part: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost module lists of a part."""
+    for child in part.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _layers(child)
+
+
+def _dtypes(part: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in part.parameters() if p.is_floating_point()}

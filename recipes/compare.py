@@ -28,6 +28,7 @@ from torchfuse.recipes import finetune, finetune_config
 from torchfuse.recipes.draw_digits import COLORS, FAINT, read_json, save_figure, set_style
 from tqdm import tqdm
 
+from torchfuse.errors import ConfigError
 from torchfuse.io.atomic import write_whole
 from torchfuse.training.config import read_config, recipe, typed
 
@@ -72,11 +73,11 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
     """The configurations of all runs, by name, each known to be one and fit to be compared."""
     runs: dict[str, DictConfig] = {}
     checked: dict[str, dict[str, Any]] = {}
-    faults = [] if config.configs else ["configs names no configuration"]
+    problems = [] if config.configs else ["configs names no configuration"]
     for path in config.configs:
         name = Path(path).stem
         if name in runs:
-            faults.append(f"{path}: there is a run called {name} already")
+            problems.append(f"{path}: there is a run called {name} already")
             continue
         try:
             given = read_config(path, "configs lists configurations of the finetune recipe")
@@ -85,22 +86,24 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
             known = typed(runs[name], finetune_config.Config)
             finetune_config.check_numbers(known)
         except ValueError as error:
-            faults.append(f"{path}: {str(error).rstrip('.')}")
+            problems.append(f"{path}: {str(error).rstrip('.')}")
             continue
         checked[path] = dict(finetune_config.flat(asdict(known)))
         if known.eval_every is None or known.data.test is None:
-            faults.append(f"{path}: eval_every and data.test must be given, or there is nothing to draw")
+            problems.append(
+                f"{path}: eval_every and data.test must be given, or there is nothing to draw"
+            )
     if checked:
         first, *others = checked
         for path in others:
             names = [n for n in {**checked[first], **checked[path]} if not n.startswith(OWN)]
             differ = [n for n in names if checked[first].get(n) != checked[path].get(n)]
             if differ:
-                faults.append(
+                problems.append(
                     f"{path}: differs from {first} in {', '.join(differ)}, which budget can set"
                 )
-    if faults:
-        raise ValueError(f"{'; '.join(faults)}.")
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
     return runs
 
 
@@ -110,7 +113,7 @@ def _finetune(name: str, given: DictConfig) -> None:
         file.write_text(OmegaConf.to_yaml(given), encoding="utf-8")
         done = subprocess.run([sys.executable, "-m", finetune.__name__, "--config", str(file)])
     if done.returncode:
-        raise ValueError(f"the run {name} ended with exit code {done.returncode}, see above.")
+        raise ConfigError(f"the run {name} ended with exit code {done.returncode}, see above.")
 
 
 def _columns(metrics: dict[str, dict[str, Any]]) -> dict[str, list[str]]:

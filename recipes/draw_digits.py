@@ -91,7 +91,7 @@ def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
     records = [json.loads(line) for line in lines]
     waiting = {kind: _in_turn(records, kind) for _, kind, _ in GRID}
     grid = [(title, list(islice(waiting[kind], cells)), cells) for title, kind, cells in GRID]
-    wrong = [record for record in records if record["images"] and not _is_right(record)]
+    wrong = [record for record in records if record["images"] and not _is_correct(record)]
     if wrong:
         title = f"what it gets wrong ({len(wrong)} of {sum(bool(r['images']) for r in records)})"
         grid.append((title, wrong[:NUM_MISTAKES], NUM_MISTAKES))
@@ -127,7 +127,7 @@ def _in_turn(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any
         yield from turn
 
 
-def _is_right(record: dict[str, Any]) -> bool:
+def _is_correct(record: dict[str, Any]) -> bool:
     return record["said"].split() == record["answer"].split()
 
 
@@ -142,7 +142,7 @@ def _draw_answer(axes: Axes, record: dict[str, Any], run: Path) -> None:
     question = record["question"].replace("<image>", "").strip().replace(" ?", "?")
     axes.set_title(question, fontsize=10, color=INK, pad=6)
     said = record["said"] or "(nothing)"
-    color = RIGHT if _is_right(record) else WRONG
+    color = RIGHT if _is_correct(record) else WRONG
     _write_below(axes, said, 6, fontsize=14, fontweight="bold", color=color)
     _write_below(axes, f"truth: {record['answer']}", 25, fontsize=9, color=FAINT)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, distributed, nn
-from torchfuse.recipes.finetune_config import Config, check_numbers, course
+from torchfuse.recipes.finetune_config import Config, check_numbers, resume_signature
 from torchtune import training
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from torchtune.utils import batch_to_device, get_world_size_and_rank
@@ -42,18 +42,19 @@ from torchfuse.data.questions import (
     read_questions,
 )
 from torchfuse.data.steps import count_tokens, optimizer_steps
+from torchfuse.errors import ConfigError
 from torchfuse.io.atomic import write_whole
 from torchfuse.modules.experts.modality_experts import scale_auxiliary_losses
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.tasks.evaluation import (
-    Answered,
+    Prediction,
     accuracy,
     accuracy_by_kind,
     accuracy_table,
     answer_questions,
     answer_record,
     costs_in_words,
-    examine,
+    evaluate,
     training_costs,
 )
 from torchfuse.tasks.runs import build_model, check_images
@@ -91,7 +92,7 @@ def main(config: Config) -> None:
     run = _Training(model, stages, questions, config)
     say(f"\n{describe(model)}\n")
 
-    def ask(asked: list[Question]) -> list[Answered]:
+    def ask(asked: list[Question]) -> list[Prediction]:
         # Sharded ranks all ask everything: they must run the same steps.
         options = {"batch_size": config.eval_batch_size, "max_new_tokens": longest}
         return answer_questions(model, transform, asked, **options)
@@ -107,7 +108,7 @@ def main(config: Config) -> None:
     write(output / "losses.json", json.dumps(record.losses) + "\n")
     say(f"saved {output / 'fusion'}")
 
-    answered, shares = examine(ask, held_out, config.seed)
+    answered, shares = evaluate(ask, held_out, config.seed)
     if answered:
         write(output / "answers.jsonl", "".join(answer_record(a, output) + "\n" for a in answered))
     shares = ({"before": record.before} if record.before else {}) | shares
@@ -120,10 +121,10 @@ def main(config: Config) -> None:
 
 
 def _check_image_token(model: nn.Module, token: int | None) -> None:
-    """Raise a ``ValueError`` if the image token has no row in the embedding and is not replaced."""
+    """Raise a ``ConfigError`` if the image token has no row in the embedding and is not replaced."""
     rows = model.tok_embeddings.num_embeddings
     if token is not None and token >= rows and token not in model.strategy.special_tokens():
-        raise ValueError(
+        raise ConfigError(
             f"transform.image_token is {token}, but the model embeds ids below {rows}: set "
             "model.fusion_vocab_size=1 for a row of its own."
         )
@@ -138,10 +139,10 @@ def _output_dir(config: Config) -> Path:
     for place in (path, path / "fusion", path / _CHECKPOINTS):
         existing = next(p for p in [place, *place.absolute().parents] if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(f"output_dir {path}: {existing} is no directory that can be written to.")
+            raise ConfigError(f"output_dir {path}: {existing} is no directory that can be written to.")
     earlier = latest_checkpoint(path / _CHECKPOINTS)
     if earlier is not None and config.save_every is not None and not config.resume:
-        raise ValueError(
+        raise ConfigError(
             f"{earlier} is of an earlier run: resume=true goes on with it; for a new run remove it, or "
             "name another output_dir."
         )
@@ -165,7 +166,7 @@ def _to_ask_in_training(held_out: list[Question], config: Config) -> list[Questi
     """The questions about one image that are asked while the model is trained."""
     about_one = [question for question in held_out if len(question.images) == 1]
     if config.eval_every is not None and not about_one:
-        raise ValueError(
+        raise ConfigError(
             f"eval_every={config.eval_every} asks questions about one image, and there is none in "
             f"data.test={config.data.test}; name a file with some, or set eval_every=null."
         )
@@ -205,22 +206,22 @@ class _Training:
         """Go on with the newest checkpoint if the configuration says so; returns whether there is one.
 
         Raises:
-            ValueError: if it is of a run that went otherwise, or does not fit.
+            ConfigError: if it is of a run that went otherwise, or does not fit.
         """
         folder = self._checkpoints
         if not self.config.resume or latest_checkpoint(folder) is None:
             return False
         loaded = load_checkpoint(folder, self.model, self.optimizer)
-        ours, theirs = course(self.config, self.world_size), loaded.extra.get("course")
+        ours, theirs = resume_signature(self.config, self.world_size), loaded.extra.get("course")
         if theirs is None:
-            raise ValueError(f"{loaded.path} is no checkpoint of this recipe.")
+            raise ConfigError(f"{loaded.path} is no checkpoint of this recipe.")
         differ = [
             f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
             for name in {**theirs, **ours}
             if theirs.get(name) != ours.get(name)
         ]
         if differ:
-            raise ValueError(f"{loaded.path} is of a run that went otherwise: {'; '.join(differ)}.")
+            raise ConfigError(f"{loaded.path} is of a run that went otherwise: {'; '.join(differ)}.")
         self.step = loaded.step
         self.record = TrainingRecord.restored(loaded.extra["record"], self.rank)
         self.lr_schedule.load_state_dict(loaded.extra["lr_schedule"])
@@ -234,7 +235,7 @@ class _Training:
             self.optimizer,
             step=self.step,
             extra={
-                "course": course(self.config, self.world_size),
+                "course": resume_signature(self.config, self.world_size),
                 "record": self.record.of_all_ranks(self.device).state(),
                 "lr_schedule": self.lr_schedule.state_dict(),
             },
@@ -280,7 +281,7 @@ class _Training:
         loss = _backward(self.model, step, self.world_size)
         self.step += 1
         if not math.isfinite(loss):
-            raise ValueError(
+            raise ConfigError(
                 f"The loss of step {self.step} is {loss}; it is not saved. Try a lower train.lr or more "
                 "train.warmup_steps."
             )

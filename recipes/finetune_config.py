@@ -6,7 +6,9 @@ from typing import Any, Final
 
 from omegaconf import MISSING
 
-__all__ = ["Config", "Data", "Pretrained", "Train", "check_numbers", "course", "flat"]
+from torchfuse.errors import ConfigError
+
+__all__ = ["Config", "Data", "Pretrained", "Train", "check_numbers", "flat", "resume_signature"]
 
 # What may differ between the two halves of a run: where and how it runs, and what is asked meanwhile.
 _NO_MATTER: Final = frozenset(
@@ -90,7 +92,7 @@ class Config:
 def check_numbers(config: Config) -> None:
     """Raise one ``ValueError`` for all numbers out of range."""
     train = config.train
-    faults = [
+    problems = [
         f"{name}={value} must be at least {least}"
         for name, value, least in (
             ("train.epochs", train.epochs, 1),
@@ -107,19 +109,19 @@ def check_numbers(config: Config) -> None:
         if value is not None and value < least
     ]
     if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
-        faults.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
+        problems.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
     for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
         rates = list(value.values()) if isinstance(value, dict) else [value]
         numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
         if not rates or not numbers or min(rates) < 0:
-            faults.append(
+            problems.append(
                 f"{name}={value} must be a number of at least 0, or one for each part that trains"
             )
-    if faults:
-        raise ValueError(f"{'; '.join(faults)}.")
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
 
 
-def course(config: Config, world_size: int) -> dict[str, Any]:
+def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
     """What decides how training goes, by key; a run that goes on must have it as it was.
 
     How many questions a step has counts, and not how they are shared among ranks and batches.

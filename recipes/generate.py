@@ -35,13 +35,14 @@ from torch import nn
 
 from torchfuse import quantize
 from torchfuse.data.questions import Question, read_questions
+from torchfuse.errors import ConfigError
 from torchfuse.generation import sampling as how
 from torchfuse.io.atomic import write_whole
 from torchfuse.quantization import Scheme
 from torchfuse.tasks.chat import HELP, chat
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.predict import answer_in_batches
-from torchfuse.tasks.prompt_settings import Asking, room_for_text, slots_for
+from torchfuse.tasks.prompt_settings import PromptSettings, room_for_text, slots_for
 from torchfuse.tasks.prompts import Prompt, encode_turns, prompts_from
 from torchfuse.tasks.prompts import Template as Surroundings
 from torchfuse.tasks.report import Report
@@ -105,8 +106,8 @@ def main(config: Config) -> None:
     encoded = encode_turns(source.transform, asking.template, prompts, path=path)
 
     model = _load(config, source)
-    if faults := asking.faults(model):
-        raise ValueError(f"The model does not fit what it is asked: {'; '.join(faults)}.")
+    if problems := asking.problems(model):
+        raise ConfigError(f"The model does not fit what it is asked: {'; '.join(problems)}.")
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -127,20 +128,20 @@ def main(config: Config) -> None:
 
 def _check(config: Config) -> None:
     """Raise one ``ValueError`` for all that is wrong with the configuration itself."""
-    faults = []
+    problems = []
     if not config.run and not config.model:
-        raise ValueError("Configuration key 'run' (or 'model'): missing, and must be given.")
+        raise ConfigError("Configuration key 'run' (or 'model'): missing, and must be given.")
     if config.run and config.model:
-        faults.append(f"give run={config.run} or model={config.model}, not both")
+        problems.append(f"give run={config.run} or model={config.model}, not both")
     if config.model and config.transform is None:
-        faults.append("model needs a transform, as the configurations of finetuning have one")
+        problems.append("model needs a transform, as the configurations of finetuning have one")
     if config.run and not config.model and config.transform is not None:
-        faults.append("transform is for model; a run has its own")
+        problems.append("transform is for model; a run has its own")
     if not config.chat and not config.prompts:
-        faults.append("give prompts, a YAML or a .jsonl, or --chat")
+        problems.append("give prompts, a YAML or a .jsonl, or --chat")
     if config.chat and config.output:
-        faults.append("output is for prompts, not for a chat")
-    faults += [
+        problems.append("output is for prompts, not for a chat")
+    problems += [
         f"{name}={value} must be at least {least}"
         for name, value, least in (
             ("batch_size", config.batch_size, 1),
@@ -152,25 +153,25 @@ def _check(config: Config) -> None:
     ]
     stops = config.sampling.stop_tokens or []
     if negative := [stop for stop in stops if stop < 0]:
-        faults.append(f"sampling.stop_tokens {negative} are no ids")
-    faults += [f"sampling.{fault}" for fault in _sampling(config).faults()]
-    faults += Surroundings(**vars(config.template)).faults()
+        problems.append(f"sampling.stop_tokens {negative} are no ids")
+    problems += [f"sampling.{problem}" for problem in _sampling(config).problems()]
+    problems += Surroundings(**vars(config.template)).problems()
     if config.quantization is not None and config.quantization not in get_args(Scheme):
         known = ", ".join(get_args(Scheme))
-        faults.append(f"quantization must be null or one of {known}, got {config.quantization!r}")
+        problems.append(f"quantization must be null or one of {known}, got {config.quantization!r}")
     parts = config.quantization_parts
     if not parts or not all(part.partition(".")[0] in ("decoder", "encoder") for part in parts):
-        faults.append(f"quantization_parts must be decoder, encoder or encoder.<name>, got {parts}")
+        problems.append(f"quantization_parts must be decoder, encoder or encoder.<name>, got {parts}")
     try:
         device_and_dtype(config.device, config.dtype)
     except ValueError as error:
-        faults.append(str(error).rstrip("."))
-    faults += _output_faults(config)
-    if faults:
-        raise ValueError(f"{'; '.join(faults)}.")
+        problems.append(str(error).rstrip("."))
+    problems += _output_problems(config)
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
 
 
-def _output_faults(config: Config) -> list[str]:
+def _output_problems(config: Config) -> list[str]:
     if not config.output:
         return []
     path = Path(config.output)
@@ -194,8 +195,8 @@ def _sampling(config: Config) -> how.Sampling:
     )
 
 
-def _asking(config: Config, source: Loadable) -> Asking:
-    return Asking(
+def _asking(config: Config, source: Loadable) -> PromptSettings:
+    return PromptSettings(
         source.transform,
         template=Surroundings(**vars(config.template)),
         sampling=_sampling(config),
@@ -214,7 +215,7 @@ def _load(config: Config, source: Loadable) -> nn.Module:
 
 
 def _answer_in_batches(
-    config: Config, model: nn.Module, asking: Asking, prompts: list[Prompt], report: Report
+    config: Config, model: nn.Module, asking: PromptSettings, prompts: list[Prompt], report: Report
 ) -> list[list[str]]:
     questions = [prompt.turns[0] for prompt in prompts]
     answers = answer_in_batches(model, asking, questions, batch_size=config.batch_size, report=report)
@@ -226,7 +227,7 @@ def _answer_in_batches(
 
 def _answer_one_by_one(
     model: nn.Module,
-    asking: Asking,
+    asking: PromptSettings,
     prompts: list[Prompt],
     max_tokens: int,
     max_images: int,
@@ -248,7 +249,7 @@ def _answer_one_by_one(
     return answers
 
 
-def _chat(config: Config, model: nn.Module, asking: Asking, report: Report) -> None:
+def _chat(config: Config, model: nn.Module, asking: PromptSettings, report: Report) -> None:
     features = config.max_images * asking.transform.features_per_image
     tokens = min(config.max_tokens, room_for_text(model, features))
     options = {"max_tokens": tokens, "max_images": config.max_images, "report": report}

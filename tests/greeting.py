@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from torchfuse.models import ModalityContext, ModalityStrategy, register_modality_strategy, strategy
 from torchfuse.models.strategies.placement import by_row
-from torchfuse.modules.experts.routing import take_part
+from torchfuse.modules.experts.routing import keep_in_graph
 
 ARCH = "greeting"
 
@@ -33,7 +33,7 @@ class GreetingStrategy(ModalityStrategy):
         first = by_row(at, *tokens.shape) == 0
         for given in features.values():
             if not given.present:
-                embeds = take_part(embeds, given.embeds)
+                embeds = keep_in_graph(embeds, given.embeds)
                 continue
             valid = torch.ones(given.embeds.shape[:2], dtype=torch.bool)
             if given.mask is not None:

@@ -16,7 +16,7 @@ from torchfuse import fuse
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.questions import QuestionTransform
 from torchfuse.generation.sampling import Sampling
-from torchfuse.tasks.prompt_settings import Asking
+from torchfuse.tasks.prompt_settings import PromptSettings
 
 PER_IMAGE = 2
 MARK = VOCAB  # the first id behind the vocabulary
@@ -89,10 +89,10 @@ def model_for(layout: str, max_seq_len: int = 97) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def asking(folder: Path, layout: str, **options: Any) -> Asking:
+def asking(folder: Path, layout: str, **options: Any) -> PromptSettings:
     given = {
         "max_new_tokens": 5,
         "sampling": Sampling(temperature=0, repetition_penalty=1.7),
         "stop_tokens": (),
     }
-    return Asking(transform(folder, layout), **given | options)
+    return PromptSettings(transform(folder, layout), **given | options)

@@ -12,6 +12,7 @@ import torchfuse
 PACKAGE = Path(torchfuse.__file__).parent
 # From the ground up: a module imports from its own layer and from those before it.
 LAYERS = [
+    "errors",
     "naming",
     "options",
     "io",

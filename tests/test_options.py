@@ -25,7 +25,7 @@ def test_calls_when_the_signature_agrees():
     assert call_with_options(takes, 1, what="it", options={"b": 2}) == (1, 2, 3)
 
 
-def test_names_every_fault_and_what_there_is():
+def test_names_every_problem_and_what_there_is():
     with pytest.raises(
         ValueError,
         match=r"^it: unknown option 'd', unknown option 'e', missing option 'b'; it takes b, c\.$",
@@ -33,7 +33,7 @@ def test_names_every_fault_and_what_there_is():
         call_with_options(takes, 1, what="it", options={"d": 0, "e": 0})
 
 
-def test_a_fault_inside_the_call_keeps_its_own_type():
+def test_a_problem_inside_the_call_keeps_its_own_type():
     def breaks(b):
         raise TypeError("inside")
 
@@ -198,7 +198,7 @@ def test_fields_are_checked_whoever_made_the_instance():
         check_fields(Size(True, "01"), "size")
 
 
-def test_all_faults_are_one_error():
+def test_all_problems_are_one_error():
     def target(one: int, *, two: bool = True, three: str = ""): ...
 
     with pytest.raises(

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Final
 
 from torch import nn
 
+from torchfuse.errors import ModelError
+
 __all__ = ["TransparentWrapper", "canonical_name", "model_behind", "named_parameters", "unwrap"]
 
 # What PyTorch's own wrappers add to a name, one path component each.
@@ -113,7 +115,7 @@ class TransparentWrapper(nn.Module):
         module is registered under a private name.
 
         Raises:
-            ValueError: if a member of the module has a name that the wrapper uses itself, so that
+            ModelError: if a member of the module has a name that the wrapper uses itself, so that
                 the name could not be kept.
         """
         members = _members(unwrap(module))
@@ -124,7 +126,7 @@ class TransparentWrapper(nn.Module):
             if name in own or name == _FALLBACK_CHILD or name in vars(self) or hasattr(type(self), name)
         )
         if taken:
-            raise ValueError(
+            raise ModelError(
                 f"{type(self).__name__} cannot wrap a {type(module).__name__} and keep its names: "
                 f"{', '.join(taken)} would be hidden by the wrapper's own. Rename "
                 f"{'it' if len(taken) == 1 else 'them'} in the {type(module).__name__}, or wrap the "

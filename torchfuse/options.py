@@ -28,6 +28,8 @@ from typing import (
     get_type_hints,
 )
 
+from torchfuse.errors import ConfigError
+
 __all__ = ["call_with_options", "check_fields", "passes_options_to"]
 
 _Result = TypeVar("_Result")
@@ -61,7 +63,7 @@ def call_with_options(
             cannot say pass, and so do annotations that are no classes.
 
     Raises:
-        ValueError: naming every option that ``target`` does not take, every one it lacks, and those
+        ConfigError: naming every option that ``target`` does not take, every one it lacks, and those
             there are; every value that does not fit, and what would; if ``target`` has no signature.
 
     Examples:
@@ -69,7 +71,7 @@ def call_with_options(
         1.62
         >>> call_with_options(sorted, [2, 1], what="order", options={"revers": True})
         Traceback (most recent call last):
-        ValueError: order: unknown option 'revers'; it takes key, reverse.
+        torchfuse.errors.ConfigError: order: unknown option 'revers'; it takes key, reverse.
     """
     parameters = list(_signature(target, what).parameters.values())
     takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -85,7 +87,7 @@ def call_with_options(
                 f"{name} is fixed here{_at(takes[name].default)} and cannot be given, got {value!r}"
             )
         else:
-            values += _faults(name, value, takes[name].annotation)
+            values += _problems(name, value, takes[name].annotation)
     free = [
         p for p in rest if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.annotation is not Never
     ]
@@ -95,7 +97,7 @@ def call_with_options(
     if names:
         names = [", ".join(names), f"it takes {', '.join(p.name for p in free) or 'none'}"]
     if names or values:
-        raise ValueError(f"{what}: {'; '.join(names + values)}.")
+        raise ConfigError(f"{what}: {'; '.join(names + values)}.")
     return target(*args, **options)
 
 
@@ -107,7 +109,7 @@ def check_fields(config: Any, what: str) -> None:
         what: what it is, for the message.
 
     Raises:
-        ValueError: naming every field whose value does not fit, the value, and what would.
+        ConfigError: naming every field whose value does not fit, the value, and what would.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -117,15 +119,15 @@ def check_fields(config: Any, what: str) -> None:
         ...     name: str | None = None
         >>> check_fields(Size("3", name=True), "size")
         Traceback (most recent call last):
-        ValueError: size: width must be an integer, got '3'; name must be a string or null, got True.
+        torchfuse.errors.ConfigError: size: width must be an integer, got '3'; name must be ...
     """
-    faults = [
-        fault
+    problems = [
+        problem
         for name, expected in _field_types(type(config)).items()
-        for fault in _faults(name, getattr(config, name), expected)
+        for problem in _problems(name, getattr(config, name), expected)
     ]
-    if faults:
-        raise ValueError(f"{what}: {'; '.join(faults)}.")
+    if problems:
+        raise ConfigError(f"{what}: {'; '.join(problems)}.")
 
 
 def passes_options_to(
@@ -148,7 +150,7 @@ def passes_options_to(
         [3, 2, 1]
         >>> falling([1, 3, 2], reverse=False)
         Traceback (most recent call last):
-        ValueError: falling: reverse is fixed here at True and cannot be given, got False.
+        torchfuse.errors.ConfigError: falling: reverse is fixed here at True and cannot be ...
     """
 
     def decorate(function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
@@ -177,7 +179,7 @@ def _signature(target: Any, what: str) -> Signature:
         try:
             signature = inspect.signature(target)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{what} must be a function or class with a known signature, got {target!r}."
             ) from error
     if not (isinstance(target, type) and dataclasses.is_dataclass(target)):
@@ -199,7 +201,7 @@ def _field_types(cls: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name in hints}
 
 
-def _faults(name: str, value: Any, expected: Any) -> list[str]:
+def _problems(name: str, value: Any, expected: Any) -> list[str]:
     return [] if _fits(value, expected) else [f"{name} must be {_words(expected)}, got {value!r}"]
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.fusion_linear import FusionLinear
 from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params import held_bytes, partition, parts_of, quantized_dtype
+from torchfuse.params import partition, parts_of, quantized_dtype, storage_nbytes
 
 __all__ = ["Quantization", "quantize"]
 
@@ -91,7 +92,7 @@ def quantize(
         Which weights were quantized, which stayed and why, and what was saved.
 
     Raises:
-        ValueError: for an unknown scheme or part, a part without any layer to quantize, weights that
+        ModelError: for an unknown scheme or part, a part without any layer to quantize, weights that
             train, are quantized already, sharded or on the meta device, all named; if the scheme does
             not run on the model's device in its dtype, with those that do. Nothing has changed then.
 
@@ -105,7 +106,7 @@ def quantize(
     groups = partition(model)
     wanted = _wanted_parts(scheme, (parts,) if isinstance(parts, str) else tuple(parts), fusion, groups)
     plan = _plan(model, scheme, {part: groups[part] for part in wanted})
-    plan.refuse_faults(scheme)
+    plan.refuse_problems(scheme)
     weights = [linears[0].weight for linears in plan.linears.values()]
     before, after = sum(weight.nbytes for weight in weights), 0
     with torch.inference_mode(False):  # what is made in it could not be trained over
@@ -115,28 +116,28 @@ def quantize(
             quantized = nn.Parameter(_convert(linears[0].weight.detach(), scheme), requires_grad=False)
             for linear in linears:
                 linear.weight = quantized
-            after += held_bytes(quantized)
+            after += storage_nbytes(quantized)
     return Quantization(scheme, tuple(plan.linears), plan.kept, before, after)
 
 
 def _wanted_parts(
     scheme: str, parts: tuple[str, ...], fusion: bool, groups: Mapping[str, Any]
 ) -> list[str]:
-    faults = []
+    problems = []
     if scheme not in get_args(Scheme):
-        faults.append(f"no scheme {scheme!r}; there are {', '.join(get_args(Scheme))}")
+        problems.append(f"no scheme {scheme!r}; there are {', '.join(get_args(Scheme))}")
     there = [part for part in groups if part != "fusion"]
     wanted = []
     for part in parts:
         found = [p for p in there if p == part or (part == "encoder" and p.startswith("encoder."))]
         if not found:
-            faults.append(f"no part {part!r}; the model has {', '.join(there)}")
+            problems.append(f"no part {part!r}; the model has {', '.join(there)}")
         wanted += found
     wanted += ["fusion"] if fusion else []
-    if not wanted and not faults:
-        faults.append(f"nothing to quantize: name a part ({', '.join(there)}), or pass fusion=True")
-    if faults:
-        raise ValueError(f"quantize: {'; '.join(faults)}.")
+    if not wanted and not problems:
+        problems.append(f"nothing to quantize: name a part ({', '.join(there)}), or pass fusion=True")
+    if problems:
+        raise ModelError(f"quantize: {'; '.join(problems)}.")
     return list(dict.fromkeys(wanted))
 
 
@@ -146,11 +147,11 @@ class _Plan:
 
     linears: dict[str, list[nn.Linear]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
-    faults: dict[str, list[str]] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
     empty: dict[str, list[str]] = field(default_factory=dict)
 
-    def refuse_faults(self, scheme: str) -> None:
-        lines = [f"{fault}: {_some(names)}" for fault, names in self.faults.items()]
+    def refuse_problems(self, scheme: str) -> None:
+        lines = [f"{problem}: {_some(names)}" for problem, names in self.problems.items()]
         if not lines:
             lines = [
                 f"{part} has no layer that {scheme} can hold: "
@@ -158,7 +159,7 @@ class _Plan:
                 for part, kept in self.empty.items()
             ]
         if lines:
-            raise ValueError("Nothing was quantized.\n  " + "\n  ".join(lines))
+            raise ModelError("Nothing was quantized.\n  " + "\n  ".join(lines))
 
 
 def _plan(model: nn.Module, scheme: str, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> _Plan:
@@ -174,9 +175,9 @@ def _plan(model: nn.Module, scheme: str, groups: Mapping[str, Mapping[str, nn.Pa
                 continue
             modules = owners[id(parameter)]
             why = "an adapter's" if id(parameter) in adapters else _reason_to_keep(modules, tied)
-            fault = None if why else _fault(parameter)
-            if fault:
-                plan.faults.setdefault(fault, []).append(name)
+            problem = None if why else _problem(parameter)
+            if problem:
+                plan.problems.setdefault(problem, []).append(name)
             elif why := why or _misfit(parameter, scheme):
                 kept[name] = why
             else:
@@ -223,7 +224,7 @@ def _reason_to_keep(modules: Iterable[nn.Module], tied: set[int]) -> str | None:
     return None
 
 
-def _fault(weight: nn.Parameter) -> str | None:
+def _problem(weight: nn.Parameter) -> str | None:
     if quantized_dtype(weight) is not None:
         return "quantized already"
     if isinstance(weight, DTensor):
@@ -245,7 +246,7 @@ def _misfit(weight: Tensor, scheme: str) -> str | None:
 
 
 def _refuse_device(scheme: Scheme, model: nn.Module, weights: Iterable[Tensor]) -> None:
-    faults = []
+    problems = []
     trains = [name for name, p in unwrap(model).named_parameters() if p.requires_grad]
     for device, dtype in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
         outcome = _try(scheme, device, dtype)
@@ -253,16 +254,16 @@ def _refuse_device(scheme: Scheme, model: nn.Module, weights: Iterable[Tensor]) 
         if isinstance(outcome, Exception):
             other = [s for s in get_args(Scheme) if not isinstance(_try(s, device, dtype), Exception)]
             reason = f"{type(outcome).__name__}: {outcome}".partition("\n")[0]
-            faults.append(
+            problems.append(
                 f"{scheme} does not run {where} ({reason}); there run {', '.join(other) or 'none'}"
             )
         elif not outcome and trains:
-            faults.append(
+            problems.append(
                 f"{scheme} has no gradient, so nothing below it would train as it should: "
                 f"{_some(trains)} (set_trainable(model, fusion=False), or take int8_weight_only)"
             )
-    if faults:
-        raise ValueError("Nothing was quantized.\n  " + "\n  ".join(dict.fromkeys(faults)))
+    if problems:
+        raise ModelError("Nothing was quantized.\n  " + "\n  ".join(dict.fromkeys(problems)))
 
 
 def _try(scheme: str, device: torch.device, dtype: torch.dtype) -> bool | Exception:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from torchfuse import quantize
 from torchfuse.generation import Session
-from torchfuse.params import held_bytes
+from torchfuse.params import storage_nbytes
 from torchfuse.tasks.report import step_bytes
 
 if __package__:
@@ -170,7 +170,9 @@ def race(options, asked, entered, read, title):
         reader = model if isinstance(contestant, Ours) else ours
         needed = bytes_of_step(options, reader, asked)
         used[name] = statistics.median(rate[name]) / rows * needed / read
-        weights = sum(held_bytes(tensor) for tensor in {id(p): p for p in model.parameters()}.values())
+        weights = sum(
+            storage_nbytes(tensor) for tensor in {id(p): p for p in model.parameters()}.values()
+        )
         held = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"
         same = (said[name] == said["torchfuse eager"]).float().mean()
         print(

@@ -103,7 +103,7 @@ def test_options_that_do_not_fit_are_named(folders, options, complaint):
     refused(complaint, **{**folders, **options})
 
 
-def test_faults_of_all_directories_are_one_error(folders):
+def test_problems_of_all_directories_are_one_error(folders):
     rename(folders["decoder"], lambda key: key.replace("norm.weight", "norm.gain"))
     rename(folders["encoder"], lambda key: key.replace("class_embedding", "cls"))
     refused("missing: norm.scale", "unexpected: embeddings.cls", **folders, every=3)

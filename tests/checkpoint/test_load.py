@@ -70,7 +70,7 @@ def test_all_that_does_not_fit_is_one_error(folders):
     assert "encoder from" not in message
 
 
-def test_faults_of_both_parts_come_together(folders):
+def test_problems_of_both_parts_come_together(folders):
     rename(folders["encoder"], lambda key: key.replace("pre_layrnorm", "pre_layernorm"))
     rename(folders["decoder"], lambda key: key.replace("model.norm", "model.last_norm"))
     refused(

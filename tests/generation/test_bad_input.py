@@ -56,10 +56,10 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("fault", BAD_CALLS)
+@pytest.mark.parametrize("problem", BAD_CALLS)
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_call_that_cannot_be_served_encodes_nothing(name, fault, compile_it):
-    model, (call, complaint) = make(name), BAD_CALLS[fault]
+def test_a_call_that_cannot_be_served_encodes_nothing(name, problem, compile_it):
+    model, (call, complaint) = make(name), BAD_CALLS[problem]
     call = {"max_new_tokens": 3, "length": 11, "compile": compile_it} | call
     tokens = prompt(name, call.pop("length"))
     with pytest.raises(ValueError, match=complaint):
@@ -141,10 +141,10 @@ def goes_on_as_if_nothing_had_been(model, name, turn):
     assert torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("fault", BAD_TURNS)
+@pytest.mark.parametrize("problem", BAD_TURNS)
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_turn_that_cannot_be_served_leaves_the_session_as_it_was(name, fault):
-    model, (call, complaint) = make(name), dict(BAD_TURNS)[fault]
+def test_a_turn_that_cannot_be_served_leaves_the_session_as_it_was(name, problem):
+    model, (call, complaint) = make(name), dict(BAD_TURNS)[problem]
     call = {"length": 5} | call
     tokens = text(2, call.pop("length"), seed=7)
     goes_on_as_if_nothing_had_been(model, name, is_refused(model, complaint, tokens, **call))

@@ -144,16 +144,16 @@ def main(kind: str, folder: str, num_kills: int, seed: int) -> None:
         done = max(done, finished)
         left = [name for name in os.listdir(beside) if name.startswith(".")]
         try:
-            found, fault = sorted(set(read())), None
+            found, problem = sorted(set(read())), None
         except Exception as error:
-            found, fault = [], repr(error)
+            found, problem = [], repr(error)
         print(
             json.dumps(
                 {
                     "begun": begun,
                     "finished": done,
                     "found": found,
-                    "fault": fault,
+                    "problem": problem,
                     "left": len(left),
                 }
             )

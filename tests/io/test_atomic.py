@@ -361,4 +361,4 @@ def test_writers_that_are_killed_leave_one_save_whole(tmp_path, kind):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_the_kills_would_show_a_torn_directory(tmp_path):
     moments, _ = killed("in_place", tmp_path / "x", num_kills=13, seed=5)
-    assert any(moment["fault"] or len(moment["found"]) > 1 for moment in moments)
+    assert any(moment["problem"] or len(moment["found"]) > 1 for moment in moments)

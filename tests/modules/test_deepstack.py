@@ -28,7 +28,7 @@ class Plain(nn.Module):
 def layer64(seed=5):
     torch.manual_seed(seed)
     layer = DeepStackLayer(Plain(), list(SLOTS), DIM, HIDDEN).double()
-    with torch.no_grad():  # what begins at zero would hide faults
+    with torch.no_grad():  # what begins at zero would hide problems
         for part in layer.fusion_layer.values():
             part.w2.weight.normal_(std=0.5)
             part.w2.bias.normal_(std=0.5)

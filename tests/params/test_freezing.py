@@ -248,7 +248,7 @@ def test_bad_patterns_are_refused_when_the_spec_is_made(module, frozen, complain
         FreezeSpec(module, frozen)
 
 
-def test_all_faults_of_a_spec_are_one_error():
+def test_all_problems_of_a_spec_are_one_error():
     with pytest.raises(ValueError, match=r"empty component.*; frozen must be true"):
         FreezeSpec("a..b", None)
 
@@ -266,13 +266,13 @@ def test_specs_that_match_nothing_are_all_named_and_nothing_changes():
     ]
     with pytest.raises(ValueError, match="nothing has changed") as caught:
         apply_freeze_specs(model, specs)
-    for fault in (
+    for problem in (
         "'encodr' matches no parameter; the model has decoder, encoder, fusion, adapter",
         "'encoder.layers.7' matches no parameter; encoder.layers has 0, 1, 2",
         "'encoder.layers.*.mlp' matches no parameter; encoder.layers has 0, 1, 2",
         "'decoder.layers.1.fusion_layer.atn' matches no parameter; decoder.layers.1.fusion_layer has attn",
     ):
-        assert fault in str(caught.value)
+        assert problem in str(caught.value)
     assert "'fusion'" not in str(caught.value)
     assert trains(model) == before[0]
     assert all(p.grad is before[1][n] for n, p in model.named_parameters())

@@ -80,7 +80,7 @@ def test_the_record_comes_back_through_json_with_its_order():
     assert [s["module"] for s in meta[0]["specs"]] == ["encoder", "encoder.layers.2", "encoder"]
 
 
-def test_bad_records_name_every_fault():
+def test_bad_records_name_every_problem():
     spec = {"module": "encoder", "frozen": True}
     meta = [
         {"start_step": 0, "specs": [spec, {"module": "encoder.", "frozen": "no"}]},
@@ -93,7 +93,7 @@ def test_bad_records_name_every_fault():
     ]
     with pytest.raises(ValueError, match="^Freeze stages: ") as caught:
         read_freeze_meta(meta)
-    for fault in (
+    for problem in (
         "stage 0, spec 1: FreezeSpec: module 'encoder.' has an empty component",
         "frozen must be true (freeze) or false (let train), got 'no'",
         "stage 1 must have the keys start_step and specs, got the keys start, specs",
@@ -104,7 +104,7 @@ def test_bad_records_name_every_fault():
         "stage 5 must have the keys start_step and specs, got 'stage'",
         "stage 6: FreezeStage: specs must be a sequence of at least one FreezeSpec, got []",
     ):
-        assert fault in str(caught.value)
+        assert problem in str(caught.value)
     with pytest.raises(ValueError, match="Freeze stages must be a list, got 'encoder'"):
         read_freeze_meta("encoder")
     with pytest.raises(ValueError, match="2 stages start at step 1"):
@@ -197,7 +197,7 @@ def test_defect_3_overlapping_patterns_gave_another_mask_after_a_resume(order):
 
 
 def test_defect_3_bad_patterns_were_refused_after_the_first_step():
-    """Every stage is held against the model at the first step, and all faults are one error."""
+    """Every stage is held against the model at the first step, and all problems are one error."""
     stages = [
         FreezeStage(0, (OFF,)),
         FreezeStage(500, (FreezeSpec("encoder.layer.2", False), ON)),

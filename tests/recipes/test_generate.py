@@ -21,7 +21,7 @@ from torchfuse.data.questions import Question, read_questions
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks import runs
 from torchfuse.tasks.conversation import Conversation
-from torchfuse.tasks.prompt_settings import Asking
+from torchfuse.tasks.prompt_settings import PromptSettings
 
 TRANSFORM = {
     "_component_": "torchfuse.data.questions.QuestionTransform",
@@ -147,7 +147,7 @@ def expected(prompts, **options):
     """The answers of ``Conversation``, prompt by prompt."""
     model, transform = runs.load_run("run", device="cpu", dtype="fp32")
     given = {"max_new_tokens": 5, "sampling": Sampling(temperature=0)} | options
-    asking = Asking(transform, **given)
+    asking = PromptSettings(transform, **given)
     answers = []
     with Conversation(model.eval(), asking, max_tokens=61, max_images=3) as conversation:
         for index, prompt in enumerate(prompts):
@@ -303,7 +303,7 @@ def test_an_unknown_flag_is_refused(refused):
         ("p.yaml", "- question: <image>\n  images: [images/none.png]\n", "prompt 1: The image "),
         ("p.yaml", "- {turns: [{question: w4}], sytem: w5}\n", "prompt 1: unknown key sytem"),
         ("p.yaml", f"- question: {'w4 ' * 99}\n- question: w4\n", None),
-        ("p.jsonl", '{"question": "w4"}\n{"quest": "w4"}\n{"question": \n', "p.jsonl has 2 faults:"),
+        ("p.jsonl", '{"question": "w4"}\n{"quest": "w4"}\n{"question": \n', "p.jsonl has 2 problems:"),
         (
             "p.jsonl",
             '{"question": "<image> w4"}\n',
@@ -312,7 +312,7 @@ def test_an_unknown_flag_is_refused(refused):
     ],
     ids=["image", "key", "length", "lines", "marker"],
 )
-def test_faults_of_prompts_leave_the_output_as_it_was(place, refused, name, text, complaint):
+def test_problems_of_prompts_leave_the_output_as_it_was(place, refused, name, text, complaint):
     (place / name).write_text(text)
     (place / "said.jsonl").write_text("mine")
     said = refused(load=complaint is None, prompts=name, output="said.jsonl")

@@ -215,8 +215,8 @@ def test_chat(tmp_path):
 def test_what_does_not_fit_the_model_is_named(tmp_path):
     ask = asking(tmp_path, "all", stop_tokens=(-1, 999), max_new_tokens=0)
     ask = type(ask)(**vars(ask) | {"sampling": Sampling(temperature=-1), "template": Template("x", "")})
-    text = "; ".join(ask.faults(model_for("all")))
-    for fault in (
+    text = "; ".join(ask.problems(model_for("all")))
+    for problem in (
         "temperature must be at least 0, got -1",
         "template.system must hold {text} once and no <image>, got 'x'",
         "template.question must hold {text} once",
@@ -224,33 +224,33 @@ def test_what_does_not_fit_the_model_is_named(tmp_path):
         "stop_tokens [-1] are no ids",
         f"stop_tokens [999] must lie in [0, {MARK}), what the head scores",
     ):
-        assert fault in text
-    assert asking(tmp_path, "all").faults(model_for("all")) == []
+        assert problem in text
+    assert asking(tmp_path, "all").problems(model_for("all")) == []
 
 
 @pytest.mark.parametrize(
-    ("layout", "model", "fault"),
+    ("layout", "model", "problem"),
     [
         ("all", "prefix", rf"image_token must be null \(layout prefix\) for this model, got {MARK}"),
         ("prefix", "all", "image_token must be an id that marks images for this model, got None"),
         ("prefix", "placeholder", "image_token must be an id that marks images"),
     ],
 )
-def test_a_transform_of_another_model_is_named(tmp_path, layout, model, fault):
-    (found,) = asking(tmp_path, layout).faults(model_for(model))
-    with pytest.raises(ValueError, match=fault):
+def test_a_transform_of_another_model_is_named(tmp_path, layout, model, problem):
+    (found,) = asking(tmp_path, layout).problems(model_for(model))
+    with pytest.raises(ValueError, match=problem):
         raise ValueError(found)
 
 
 def test_tokens_and_features_of_another_model_are_named(tmp_path):
     ask = asking(tmp_path, "all")
     ask.transform.image_token, ask.transform.features_per_image = MARK + 3, PER_IMAGE + 1
-    faults = ask.faults(model_for("all"))
-    assert faults == [
+    problems = ask.problems(model_for("all"))
+    assert problems == [
         f"image_token is {MARK + 3}, but the model embeds ids below {MARK + 1}",
         "features_per_image is 3, but 'encoder' makes 2 of an image",
     ]
-    assert ask.faults(model_for("placeholder"))[0] == (
+    assert ask.problems(model_for("placeholder"))[0] == (
         f"image_token is {MARK + 3}, but in this model features replace ({MARK},)"
     )
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from torchfuse.data.questions import Question
-from torchfuse.tasks.evaluation import Answered, accuracy, exchange_images
+from torchfuse.tasks.evaluation import Prediction, accuracy, swap_images
 
 
 def question(number, images=1, kind="k"):
@@ -13,18 +13,18 @@ def question(number, images=1, kind="k"):
 
 def test_accuracy_by_kind():
     answered = [
-        Answered(question(1), "answer 1"),
-        Answered(question(2), "answer  2 "),
-        Answered(question(3), "answer 1"),
-        Answered(question(4, kind="other"), ""),
-        Answered(Question("other", answer="yes"), ""),
+        Prediction(question(1), "answer 1"),
+        Prediction(question(2), "answer  2 "),
+        Prediction(question(3), "answer 1"),
+        Prediction(question(4, kind="other"), ""),
+        Prediction(Question("other", answer="yes"), ""),
     ]
     assert accuracy(answered) == {"k": 2 / 3, "other": 0.0, "question": 0.0, "all": 0.4}
 
 
 def test_every_question_gets_the_images_of_another():
     questions = [question(n) for n in range(7)] + [question(n, images=2) for n in range(7, 10)]
-    exchanged = exchange_images(questions, seed=3)
+    exchanged = swap_images(questions, seed=3)
     for before, after in zip(questions, exchanged, strict=True):
         assert (before.question, before.answer, before.kind) == (
             after.question,
@@ -38,12 +38,12 @@ def test_every_question_gets_the_images_of_another():
 
 def test_what_has_no_other_is_left_out():
     questions = [question(1), question(2), question(3, images=2), question(4, images=0)]
-    exchanged = exchange_images(questions)
+    exchanged = swap_images(questions)
     assert [q.answer for q in exchanged] == ["answer 1", "answer 2"]
     with pytest.raises(ValueError, match="No two questions have the same number of images"):
-        exchange_images([question(1, images=0), question(2, images=0), question(3)])
+        swap_images([question(1, images=0), question(2, images=0), question(3)])
 
 
 def test_accuracy_needs_answers_to_compare_with():
     with pytest.raises(ValueError, match="1 of 2 questions have no answer"):
-        accuracy([Answered(question(1), "answer 1"), Answered(Question("unknown"), "")])
+        accuracy([Prediction(question(1), "answer 1"), Prediction(Question("unknown"), "")])

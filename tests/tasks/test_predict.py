@@ -8,7 +8,7 @@ from torchfuse import quantize
 from torchfuse.data.questions import Question
 from torchfuse.generation import session
 from torchfuse.generation.sampling import Sampling
-from torchfuse.params import held_bytes
+from torchfuse.params import storage_nbytes
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.predict import answer_in_batches
 from torchfuse.tasks.report import Report, TimedSession, peak_memory, step_bytes
@@ -57,7 +57,7 @@ def test_a_batch_answers_as_one_by_one(tmp_path, layout, sampling):
 def test_what_does_not_fit_is_named_before_anything_is_answered(tmp_path):
     model, ask = model_for("all", max_seq_len=31), asking(tmp_path, "all", max_new_tokens=7)
     questions = [*mixed(tmp_path), Question("w4 " * 24), Question("w4 " * 23), Question("w4 " * 29)]
-    with pytest.raises(ValueError, match="questions has 2 faults") as info:
+    with pytest.raises(ValueError, match="questions has 2 problems") as info:
         answer_in_batches(model, ask, questions, batch_size=2)
     said = str(info.value).splitlines()
     assert said[1] == (
@@ -163,7 +163,7 @@ def test_quantized_weights_count_as_they_are_held(tmp_path):
     before = step_bytes(model)
     done = quantize(model, "int8_weight_only")
     assert step_bytes(model) == before - done.bytes_before + done.bytes_after
-    assert held_bytes(torch.zeros(3, 5)) == 60
+    assert storage_nbytes(torch.zeros(3, 5)) == 60
 
 
 def test_finished_rows_count_no_tokens(tmp_path):

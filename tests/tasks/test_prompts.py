@@ -23,7 +23,7 @@ def test_questions_and_conversations(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "fault"),
+    ("record", "problem"),
     [
         (
             {"questin": "w4"},
@@ -57,9 +57,9 @@ def test_questions_and_conversations(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_prompt_is_named(tmp_path, record, fault):
+def test_what_is_wrong_with_a_prompt_is_named(tmp_path, record, problem):
     images(tmp_path)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/p\.yaml.*{fault}"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/p\.yaml.*{problem}"):
         prompts_from([record], tmp_path / "p.yaml")
 
 
@@ -75,7 +75,7 @@ def test_everything_that_is_wrong_is_one_error(tmp_path):
         },
         {"quest": "w4"},
     ]
-    with pytest.raises(ValueError, match=r"p\.yaml has 6 faults:") as info:
+    with pytest.raises(ValueError, match=r"p\.yaml has 6 problems:") as info:
         prompts_from(records, tmp_path / "p.yaml")
     places = [line.split(": ")[0].strip() for line in str(info.value).splitlines()[1:]]
     assert places == [
@@ -86,7 +86,7 @@ def test_everything_that_is_wrong_is_one_error(tmp_path):
         "prompt 3",
         "prompt 4",
     ]
-    with pytest.raises(ValueError, match=r"has 30 faults:(\n.*){16}\n  and 14 more$"):
+    with pytest.raises(ValueError, match=r"has 30 problems:(\n.*){16}\n  and 14 more$"):
         prompts_from([{"quest": "w4"}] * 30, tmp_path / "p.yaml")
 
 
@@ -114,7 +114,7 @@ def test_turns_that_cannot_be_encoded_are_one_error(tmp_path):
         Prompt((Question("w4 w5 w6 w7"),)),
         Prompt((Question("w4", (picture,)), Question("w4", (picture,)), Question(" "))),
     ]
-    with pytest.raises(ValueError, match="^p has 3 faults:") as info:
+    with pytest.raises(ValueError, match="^p has 3 problems:") as info:
         encode_turns(told, Template(), prompts, path="p")
     first, second, third = str(info.value).splitlines()[1:]
     assert "prompt 1: The question 'w4 w5 w6 w7' is 5 tokens long" in first

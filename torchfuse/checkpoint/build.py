@@ -16,6 +16,7 @@ from torchfuse.checkpoint.formats.models import open_checkpoint, read_model_spec
 from torchfuse.checkpoint.formats.parts import DECODERS, ENCODERS, read_spec
 from torchfuse.checkpoint.formats.spec import Spec
 from torchfuse.checkpoint.load import sources_of_model, sources_of_part
+from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint, CheckpointDirectory
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
@@ -75,11 +76,11 @@ def from_pretrained(
             ``adapter`` and so on.
 
     Raises:
-        ValueError: for a directory that is no checkpoint or does not fit what it says of itself, a
+        CheckpointError: for a directory that is no checkpoint or does not fit what it says of itself, a
             setting that cannot be expressed, by name, or options that do not fit.
     """
     if (path is None) == (decoder is None or encoder is None) or (path is not None and decoder):
-        raise ValueError(
+        raise CheckpointError(
             "from_pretrained needs the directory of a whole model, or decoder= and encoder=; got "
             f"path={path}, decoder={decoder}, encoder={encoder}."
         )
@@ -92,7 +93,7 @@ def from_pretrained(
     if path is not None:
         alone = {"feature_layer": feature_layer, "keep_cls": keep_cls, **fuse_options}
         if given := [name for name, value in alone.items() if value is not None]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{', '.join(given)} cannot be given: the directory of a whole model says of itself how "
                 "it is fused."
             )
@@ -101,7 +102,9 @@ def from_pretrained(
         return _whole(path, dtype, place, wanted, flags, on_missing, prepare)
     alone = {"intermediate_layers": intermediate_layers, "prepare": prepare}
     if given := [name for name, value in alone.items() if value is not None]:
-        raise ValueError(f"{', '.join(given)} cannot be given: only for the directory of a whole model.")
+        raise CheckpointError(
+            f"{', '.join(given)} cannot be given: only for the directory of a whole model."
+        )
     assert decoder is not None
     assert encoder is not None
     folders = dict(encoder) if isinstance(encoder, Mapping) else {_ONE: encoder}
@@ -144,13 +147,13 @@ def _fused(
         fused({name: _build(spec, directories[name], dtype) for name, spec in specs.items()})
         modules = {name: _build(spec, directories[name], dtype) for name, spec in specs.items()}
         sources: list[Source] = []
-        faults: list[str] = []
+        problems: list[str] = []
         for name, module in modules.items():
             found, wrong = sources_of_part(module, directories[name], parts[name][1], set())
             sources += found
-            faults += [_unfit(directories[name], wrong)] if wrong else []
-        if faults:
-            raise ValueError("\n".join(faults))
+            problems += [_unfit(directories[name], wrong)] if wrong else []
+        if problems:
+            raise CheckpointError("\n".join(problems))
         fill(sources, list(modules.values()), device)
     # Buffers that no checkpoint holds have yet to follow.
     return fused({name: module.to(device) for name, module in modules.items()})
@@ -177,9 +180,9 @@ def _whole(
             model.set_on_missing(on_missing)
         if prepare is not None:
             prepare(model)
-        sources, faults = sources_of_model(model, checkpoint, type(spec).of(model))
-        if faults:
-            raise ValueError(_unfit(checkpoint, faults))
+        sources, problems = sources_of_model(model, checkpoint, type(spec).of(model))
+        if problems:
+            raise CheckpointError(_unfit(checkpoint, problems))
         fill(sources, [model], device)
     return model.to(device)
 
@@ -189,7 +192,7 @@ def _read(checkpoint: Checkpoint, formats: Sequence[type[Spec]] | None) -> Spec:
     try:
         return read_spec(checkpoint.config, formats) if formats else read_model_spec(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def _chosen(spec: Spec, choices: Mapping[str, Any]) -> Spec:
@@ -198,7 +201,7 @@ def _chosen(spec: Spec, choices: Mapping[str, Any]) -> Spec:
         if value is not None:
             chosen = _replace(spec, name, value)
             if chosen is None:
-                raise ValueError(f"{name} cannot be chosen: a {spec.name} has no such setting.")
+                raise CheckpointError(f"{name} cannot be chosen: a {spec.name} has no such setting.")
             spec = chosen
     return spec
 
@@ -217,7 +220,7 @@ def _replace(spec: Spec, name: str, value: Any) -> Spec | None:
 def _build(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """Build a module without memory; what computes its own buffers has some."""
     if (layers := spec.depth()) > len(checkpoint):
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint.path}: config.json speaks of {layers} layers, but there are only "
             f"{len(checkpoint)} tensors."
         )
@@ -225,7 +228,7 @@ def _build(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             module = spec.build()
     except (RuntimeError, OverflowError, TypeError, AssertionError) as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint.path}: no {spec.name} can be built from its config: {error}"
         ) from error
     for parameter in module.parameters():  # parameters only: rotary tables stay exact
@@ -235,8 +238,8 @@ def _build(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _unfit(checkpoint: Checkpoint, faults: list[str]) -> str:
-    listing = "\n  ".join(faults)
+def _unfit(checkpoint: Checkpoint, problems: list[str]) -> str:
+    listing = "\n  ".join(problems)
     return f"{checkpoint.path} does not fit what its config.json says:\n  {listing}"
 
 

@@ -17,6 +17,7 @@ from torchfuse.checkpoint.artifact.fusion import whole
 from torchfuse.checkpoint.formats.key_table import KeyTable, Layout
 from torchfuse.checkpoint.formats.loading import tensors_of
 from torchfuse.checkpoint.formats.models import spec_to_export
+from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import holds_only_a_checkpoint, write_directory
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import canonical_name, model_behind
@@ -33,7 +34,7 @@ def save_pretrained(model: nn.Module, path: str | Path, *, files: Sequence[str |
         files: see ``export``.
 
     Raises:
-        ValueError: as ``export``.
+        CheckpointError: as ``export``.
     """
     export(model, path, format="torchfuse", files=files)
 
@@ -64,21 +65,21 @@ def export(
         max_shard_size: bytes of a file at most, unless one tensor is larger.
 
     Raises:
-        ValueError: for an unknown format, or a model that it cannot hold: which part, and which formats
-            can; for a file that is missing. Nothing is written then.
+        CheckpointError: for an unknown format, or a model that it cannot hold: which part, and which
+            formats can; for a file that is missing. Nothing is written then.
     """
     model = model_behind(model)
     path, copies = Path(path), [Path(file) for file in files]
     spec = spec_to_export(format, model)
-    outputs, faults = _outputs(model, spec.table(), spec.rows())
+    outputs, problems = _outputs(model, spec.table(), spec.rows())
     names = [file.name for file in copies]
-    faults += [f"the file {file} does not exist" for file in copies if not file.is_file()]
+    problems += [f"the file {file} does not exist" for file in copies if not file.is_file()]
     taken = {name for name in names if name == "config.json" or name.startswith("model")}
-    faults += [
+    problems += [
         f"a file {name} cannot be copied beside, the format has its own" for name in sorted(taken)
     ]
-    if faults:
-        raise ValueError(spec.cannot_hold(faults))
+    if problems:
+        raise CheckpointError(spec.cannot_hold(problems))
     dtype = str(outputs[0].parts[0].dtype).removeprefix("torch.")
     config = {**spec.to_config(), "dtype": dtype}
     shards = _shards(outputs, max_shard_size if spec.may_be_sharded else None)
@@ -130,26 +131,26 @@ def _outputs(model: nn.Module, table: KeyTable, rows: dict[str, int]) -> tuple[l
     behind = {
         origin: name for name, origin in table.appended.items() if name in tensors and origin in tensors
     }
-    outputs, faults = [], []
+    outputs, problems = [], []
     for name, tensor in tensors.items():
         if name in behind.values():
             continue
         translated = table.write(name)
         if translated is None:
-            faults.append(f"{name}: it has no name for it")
+            problems.append(f"{name}: it has no name for it")
             continue
         if tensor.is_meta:
-            faults.append(f"{name} is on the meta device")
+            problems.append(f"{name} is on the meta device")
         if type(tensor.detach()) not in (Tensor, torch.distributed.tensor.DTensor):
-            faults.append(f"{name} is quantized ({type(tensor.detach()).__name__})")
+            problems.append(f"{name} is quantized ({type(tensor.detach()).__name__})")
         parts = [tensor, tensors[behind[name]]] if name in behind else [tensor]
         outputs.append(_Output(translated[0], parts, translated[1], rows.get(name)))
         if translated[1] is not None and not translated[1].holds_all:
             try:
                 outputs[-1].make()
             except ValueError as error:
-                faults.append(f"{name}: {str(error).rstrip('.')}")
-    return outputs, faults
+                problems.append(f"{name}: {str(error).rstrip('.')}")
+    return outputs, problems
 
 
 def _shards(outputs: list[_Output], max_size: int | None) -> list[list[_Output]]:

@@ -20,6 +20,7 @@ from torchfuse.checkpoint.formats.loading import Source, fill, find_sources, ten
 from torchfuse.checkpoint.formats.models import open_checkpoint, read_model_spec
 from torchfuse.checkpoint.formats.parts import DECODERS, ENCODERS, format_of
 from torchfuse.checkpoint.formats.spec import Spec
+from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint, CheckpointDirectory
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear
@@ -60,12 +61,12 @@ def load_pretrained(
         device: where parts that are on the meta device get their memory.
 
     Raises:
-        ValueError: with everything that does not fit: names missing or unexpected, shapes, settings.
-            The model is as it was then.
+        CheckpointError: with everything that does not fit: names missing or unexpected, shapes,
+            settings. The model is as it was then.
     """
     if path is not None:
         if decoder is not None or encoder is not None:
-            raise ValueError("Give the checkpoint of a whole model, or of its parts, not both.")
+            raise CheckpointError("Give the checkpoint of a whole model, or of its parts, not both.")
         _load_whole(model, path, torch.device(device))
         return
     parts = parts_of(model)
@@ -76,22 +77,22 @@ def load_pretrained(
         wanted["encoder"] = encoder
     unknown = [part for part in wanted if part not in parts]
     if unknown or not wanted:
-        raise ValueError(
+        raise CheckpointError(
             f"There is nothing to load {'into ' + ', '.join(unknown) if unknown else 'from'}: the "
             f"model's parts are {', '.join(parts)}; give a directory for one of them."
         )
     added = {id(p) for p in get_fusion_params(model).values()}
     with ExitStack() as stack:
         sources: list[Source] = []
-        faults: list[str] = []
+        problems: list[str] = []
         for part, path in wanted.items():
             directory = stack.enter_context(CheckpointDirectory(path))
             formats = DECODERS if part == "decoder" else ENCODERS
             found, wrong = sources_of_part(parts[part], directory, formats, added)
             sources += found
-            faults += [f"{part} from {directory.path}:\n  " + "\n  ".join(wrong)] if wrong else []
-        if faults:
-            raise ValueError(_NOTHING + "\n".join(faults))
+            problems += [f"{part} from {directory.path}:\n  " + "\n  ".join(wrong)] if wrong else []
+        if problems:
+            raise CheckpointError(_NOTHING + "\n".join(problems))
         with _StartsFollow(model, sources):
             fill(sources, [parts[part] for part in wanted], torch.device(device))
 
@@ -102,11 +103,11 @@ def _load_whole(model: nn.Module, path: PathLike, device: torch.device) -> None:
             theirs = read_model_spec(checkpoint, model)
             ours = type(theirs).of(model)
         except ValueError as error:
-            raise ValueError(f"{_NOTHING}{checkpoint.path}: {error}") from error
-        sources, faults = sources_of_model(model, checkpoint, ours)
-        faults += [f"config.json: {fault}" for fault in theirs.differences(ours)]
-        if faults:
-            raise ValueError(f"{_NOTHING}{checkpoint.path}:\n  " + "\n  ".join(faults))
+            raise CheckpointError(f"{_NOTHING}{checkpoint.path}: {error}") from error
+        sources, problems = sources_of_model(model, checkpoint, ours)
+        problems += [f"config.json: {problem}" for problem in theirs.differences(ours)]
+        if problems:
+            raise CheckpointError(f"{_NOTHING}{checkpoint.path}:\n  " + "\n  ".join(problems))
         fill(sources, [unwrap(model)], device)
 
 
@@ -153,8 +154,8 @@ def sources_of_part(
         return [], [str(error)]
     prefix = ours.prefix_in(directory)
     tied = bool(directory.config.get("tie_word_embeddings"))
-    sources, faults = find_sources(targets, directory, ours.table(), tied=tied, prefix=prefix)
-    return sources, faults + [f"config.json: {fault}" for fault in theirs.differences(ours)]
+    sources, problems = find_sources(targets, directory, ours.table(), tied=tied, prefix=prefix)
+    return sources, problems + [f"config.json: {problem}" for problem in theirs.differences(ours)]
 
 
 class _StartsFollow:

@@ -20,6 +20,7 @@ from torchfuse.checkpoint.artifact.description import describe_fusion
 from torchfuse.checkpoint.artifact.fusion import fusion_state_dict, load_fusion
 from torchfuse.checkpoint.artifact.trained import load_trained, trained_pretrained_names, write_trained
 from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_whole
 
 __all__ = ["FusionCheckpointer"]
@@ -47,7 +48,7 @@ class FusionCheckpointer:
         model_type: torchtune's recipes ask for it; it has no effect here.
 
     Raises:
-        ValueError: if a run is to be continued that saved no recipe state.
+        CheckpointError: if a run is to be continued that saved no recipe state.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class FusionCheckpointer:
             if (found := re.fullmatch(r"epoch_(\d+)", path.name)) and (path / _RECIPE_STATE).is_file()
         }
         if not epochs:
-            raise ValueError(
+            raise CheckpointError(
                 f"There is no epoch with a recipe state in {self._output_dir} to continue from."
             )
         return epochs[max(epochs)]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from torchfuse.errors import DataError
+
 __all__ = ["padded_collate_images"]
 
 
@@ -37,10 +39,10 @@ def padded_collate_images(
         False at the padding of text and images.
 
     Raises:
-        ValueError: if the batch is empty, or a sample's images and encoder_mask do not agree.
+        DataError: if the batch is empty, or a sample's images and encoder_mask do not agree.
     """
     if not batch:
-        raise ValueError("There is nothing to collate: the batch is empty.")
+        raise DataError("There is nothing to collate: the batch is empty.")
     side = "left" if pad_left else "right"
     tokens = [torch.as_tensor(sample["tokens"]) for sample in batch]
     result: dict[str, Any] = {
@@ -69,14 +71,14 @@ def _features_per_image(batch: Sequence[dict[str, Any]]) -> int:
     for row, sample in enumerate(batch):
         (s, n), images = sample["encoder_mask"].shape, len(sample["images"])
         if s != len(sample["tokens"]) or (n % images if images else n):
-            raise ValueError(
+            raise DataError(
                 f"Sample {row} of the batch has {len(sample['tokens'])} tokens and {images} images, but "
                 f"an encoder_mask of {[s, n]}."
             )
         if images:
             sizes.add(n // images)
     if len(sizes) != 1:
-        raise ValueError(f"Images of one batch must have equally many features, got {sorted(sizes)}.")
+        raise DataError(f"Images of one batch must have equally many features, got {sorted(sizes)}.")
     return int(sizes.pop())
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from torchfuse.errors import DataError
 from torchfuse.io.strict_json import read_json
 
 __all__ = ["ImageTransform", "open_image"]
@@ -52,24 +53,24 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image as RGB: 16 bits are scaled to 8, and what is transparent shows white behind it.
 
     Raises:
-        ValueError: if it is missing, damaged or no image, or if its values have no known range (mode
+        DataError: if it is missing, damaged or no image, or if its values have no known range (mode
             ``F``, or ``I`` beyond 16 bits), naming it.
     """
     try:
         with Image.open(path) as image:
             return _as_rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no image that can be opened.") from error
+        raise DataError(f"{path} is no image that can be opened.") from error
     except Exception as error:  # a damaged file makes PIL's readers raise nearly anything
         reason = getattr(error, "strerror", None) or str(error).rstrip(".") or repr(error)
-        raise ValueError(f"The image {path} cannot be opened: {reason}.") from error
+        raise DataError(f"The image {path} cannot be opened: {reason}.") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.getbands() in {("I",), ("F",)}:  # more than 8 bits, which PIL would cut off at 255
         levels = np.asarray(image)
         if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"its mode {image.mode} has no known range, save it with 8 or 16 bits")
+            raise DataError(f"its mode {image.mode} has no known range, save it with 8 or 16 bits")
         image = Image.fromarray(((levels.astype(np.int32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -91,7 +92,7 @@ class ImageTransform:
         scale: what the values 0 to 255 are multiplied with before they are normalised.
 
     Raises:
-        ValueError: if a number or a name is out of range.
+        DataError: if a number or a name is out of range.
 
     Examples:
         >>> ImageTransform(8)(Image.new("RGB", (20, 10))).shape
@@ -110,12 +111,12 @@ class ImageTransform:
     ) -> None:
         resize = [size] if resize is None else list(resize)
         if min(size, scale, *std, *resize) <= 0 or len(mean) != 3 or len(std) != 3 or len(resize) > 2:
-            raise ValueError(
+            raise DataError(
                 "An image transform needs three means and deviations, at most two sides in resize, and "
                 f"all but the means above 0, got {size=}, {mean=}, {std=}, {resize=}, {scale=}."
             )
         if resample not in (names := _RESAMPLE.values()):
-            raise ValueError(f"resample must be one of {', '.join(names)}, got {resample!r}.")
+            raise DataError(f"resample must be one of {', '.join(names)}, got {resample!r}.")
         self.size, self.resize, self.scale = size, resize, scale
         self.mean, self.std = list(mean), list(std)
         self.resample = v2.InterpolationMode[resample.upper()]
@@ -127,7 +128,7 @@ class ImageTransform:
         A step that it does not mention is as in the processor that it names, or in CLIP's if none.
 
         Raises:
-            ValueError: if the file is missing, or a key is or says what cannot be done, naming each.
+            DataError: if the file is missing, or a key is or says what cannot be done, naming each.
         """
         file = Path(path) / "preprocessor_config.json"
         said = {key: value for key, value in read_json(file).items() if value is not None}
@@ -143,9 +144,11 @@ class ImageTransform:
             "image_std": lambda value: _numbers(value, 3, above=0.0),
         }
         others = [key for key in said if key[:3] == "do_" and key not in _STEPS and said[key]]
-        faults = [f"{key} is no step that is taken here" for key in others]
+        problems = [f"{key} is no step that is taken here" for key in others]
         if kind not in _PROCESSORS:
-            faults.append(f"image_processor_type must be one of {', '.join(_PROCESSORS)}, got {name!r}")
+            problems.append(
+                f"image_processor_type must be one of {', '.join(_PROCESSORS)}, got {name!r}"
+            )
         values: dict[str, Any] = {}
         for step, keys in _STEPS.items():
             for key in keys if config[step] else ():
@@ -153,13 +156,13 @@ class ImageTransform:
                     values[key] = readers[key](config[key])
                 except (KeyError, TypeError, ValueError):
                     values[key] = None
-                    faults.append(f"{key} must be {keys[key]} for {step}, got {config.get(key)!r}")
+                    problems.append(f"{key} must be {keys[key]} for {step}, got {config.get(key)!r}")
         square = values.get("crop_size", values.get("size", []))
         if square is not None and (len(square) != 2 or square[0] != square[1]):
             cut = {key: config.get(key) for key in ("do_resize", "size", "do_center_crop", "crop_size")}
-            faults.append(f"only squares of one size are made here, and these make others: {cut}")
-        if faults:
-            raise ValueError(f"{file}: {'; '.join(faults)}.")
+            problems.append(f"only squares of one size are made here, and these make others: {cut}")
+        if problems:
+            raise DataError(f"{file}: {'; '.join(problems)}.")
         return cls(
             square[0],
             values.get("image_mean", [0.0] * 3),
@@ -181,7 +184,7 @@ class ImageTransform:
             what: the encoder's name, for the message.
 
         Raises:
-            ValueError: if something differs, naming each number.
+            DataError: if something differs, naming each number.
         """
         wanted: dict[str, tuple[Any, Any]] = {}
         if image_size is not None:
@@ -197,16 +200,16 @@ class ImageTransform:
                 theirs = said.get(key) if said.get(step, True) else without
                 if theirs is not None:
                     wanted[ours] = (getattr(self, ours), theirs)
-        faults = [
+        problems = [
             f"{name} is {ours}, the encoder's {theirs}"
             for name, (ours, theirs) in wanted.items()
             if not _same(ours, theirs)
         ]
-        if faults:
-            raise ValueError(
+        if problems:
+            raise DataError(
                 f"Images are not made as the encoder{what and f' {what!r}'} was trained on them: "
-                f"{'; '.join(faults)}. ImageTransform.from_directory reads these from the encoder's own "
-                "directory."
+                f"{'; '.join(problems)}. ImageTransform.from_directory reads these from "
+                "the encoder's own directory."
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -226,14 +229,14 @@ def _sides(value: Any, *, square: bool) -> list[int]:
     sides = {key: side for key, side in sorted(dict(value).items()) if side is not None}
     named = list(sides) in (["shortest_edge"], ["height", "width"])
     if not named or any(type(side) is not int or side < 1 for side in sides.values()):
-        raise ValueError(f"no size: {value}")
+        raise DataError(f"no size: {value}")
     return list(sides.values())
 
 
 def _numbers(value: Any, count: int, above: float = -math.inf) -> list[float]:
     numbers = [1.0 * number for number in value]
     if len(numbers) != count or not all(above < number < math.inf for number in numbers):
-        raise ValueError(f"not {count} numbers above {above}: {value}")
+        raise DataError(f"not {count} numbers above {above}: {value}")
     return numbers
 
 

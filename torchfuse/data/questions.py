@@ -25,14 +25,15 @@ from tqdm import tqdm
 from torchfuse.data.images import ImageTransform, open_image
 from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.tokenizer import TextTokenizer
+from torchfuse.errors import DataError
 
 __all__ = [
     "Question",
     "QuestionDataset",
     "QuestionTransform",
     "check_questions",
-    "image_faults",
-    "name_faults",
+    "image_problems",
+    "name_problems",
     "question_from",
     "read_questions",
 ]
@@ -40,7 +41,7 @@ __all__ = [
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
 _IGNORED: Final = -100
-_LISTED: Final = 16  # faults of a file that are told one by one
+_LISTED: Final = 16  # problems of a file that are told one by one
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Question:
         if not markers and self.images:
             object.__setattr__(self, "question", f"{_MARKER} " * len(self.images) + self.question)
         elif markers != len(self.images):
-            raise ValueError(
+            raise DataError(
                 f"the question shows {_MARKER} {markers} times, but there are {len(self.images)} images"
             )
 
@@ -66,14 +67,14 @@ def read_questions(path: str | Path) -> list[Question]:
     """Read a question file, and see to it that every image in it opens.
 
     Raises:
-        ValueError: naming the file and every line that cannot be used; if there is no question at all.
+        DataError: naming the file and every line that cannot be used; if there is no question at all.
     """
     path = Path(path)
-    questions, faults = [], []
+    questions, problems = [], []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The question file {path} cannot be read: {error}.") from error
+        raise DataError(f"The question file {path} cannot be read: {error}.") from error
     checked: dict[Path, str] = {}
     for number, line in enumerate(tqdm(lines, desc=f"check {path.name}", disable=None, leave=False), 1):
         if not line.strip():
@@ -81,17 +82,17 @@ def read_questions(path: str | Path) -> list[Question]:
         try:
             questions.append(_parse(line, path.parent))
         except ValueError as error:
-            faults.append(f"line {number}: {error}")
+            problems.append(f"line {number}: {error}")
             continue
-        faults += [f"line {number}: {fault}" for fault in image_faults(questions[-1], checked)]
-    if faults:
-        raise ValueError(name_faults(path, faults))
+        problems += [f"line {number}: {problem}" for problem in image_problems(questions[-1], checked)]
+    if problems:
+        raise DataError(name_problems(path, problems))
     if not questions:
-        raise ValueError(f"The question file {path} holds no question.")
+        raise DataError(f"The question file {path} holds no question.")
     return questions
 
 
-def image_faults(question: Question, checked: dict[Path, str]) -> list[str]:
+def image_problems(question: Question, checked: dict[Path, str]) -> list[str]:
     """What is wrong with the images of a question, each opened once.
 
     Args:
@@ -110,30 +111,30 @@ def image_faults(question: Question, checked: dict[Path, str]) -> list[str]:
     return [checked[image] for image in dict.fromkeys(question.images) if checked[image]]
 
 
-def name_faults(path: str | Path, faults: Sequence[str]) -> str:
+def name_problems(path: str | Path, problems: Sequence[str]) -> str:
     """One message for all that is wrong with a file.
 
     Examples:
-        >>> print(name_faults("a.jsonl", ["line 3: no JSON."]))
+        >>> print(name_problems("a.jsonl", ["line 3: no JSON."]))
         a.jsonl, line 3: no JSON.
-        >>> print(name_faults("a.jsonl", ["line 3: no JSON.", "line 5: no JSON."]))
-        a.jsonl has 2 faults:
+        >>> print(name_problems("a.jsonl", ["line 3: no JSON.", "line 5: no JSON."]))
+        a.jsonl has 2 problems:
           line 3: no JSON.
           line 5: no JSON.
     """
-    if len(faults) == 1:
-        return f"{path}, {faults[0]}"
-    more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
-    return "\n  ".join([f"{path} has {len(faults)} faults:", *faults[:_LISTED], *more])
+    if len(problems) == 1:
+        return f"{path}, {problems[0]}"
+    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return "\n  ".join([f"{path} has {len(problems)} problems:", *problems[:_LISTED], *more])
 
 
 def _parse(line: str, folder: Path) -> Question:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error}).") from error
+        raise DataError(f"no JSON ({error}).") from error
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got a {type(record).__name__}.")
+        raise DataError(f"expected a JSON object, got a {type(record).__name__}.")
     return question_from(record, folder)
 
 
@@ -141,26 +142,26 @@ def question_from(record: Mapping[str, Any], folder: Path) -> Question:
     """Check one record of a question file, or of a prompt in a YAML.
 
     Raises:
-        ValueError: naming every field that is missing, unknown or of the wrong type; if markers and
+        DataError: naming every field that is missing, unknown or of the wrong type; if markers and
             images differ in number.
     """
-    faults = []
+    problems = []
     unknown = sorted(set(map(str, record)) - set(_FIELDS))
     if unknown:
-        faults.append(f"unknown field {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
+        problems.append(f"unknown field {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
     if not record.get("question"):
-        faults.append("the field question is missing.")
+        problems.append("the field question is missing.")
     for name, kind in _FIELDS.items():
         missing = name == "question" and not record.get(name)
         if name in record and not missing and not isinstance(record[name], kind):
-            faults.append(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
+            problems.append(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
     if record.get("kind") == "all":
-        faults.append('kind "all" stands for the questions of every kind; call it something else.')
+        problems.append('kind "all" stands for the questions of every kind; call it something else.')
     images = record.get("images", [])
     if isinstance(images, list) and not all(isinstance(image, str) for image in images):
-        faults.append(f"images must be paths, got {images!r}.")
-    if faults:
-        raise ValueError(" ".join(faults))
+        problems.append(f"images must be paths, got {images!r}.")
+    if problems:
+        raise DataError(" ".join(problems))
     fields = {name: record[name] for name in ("question", "answer", "kind") if name in record}
     return Question(images=tuple(folder / image for image in images), **fields)
 
@@ -185,7 +186,7 @@ class QuestionTransform:
         cache_images: how many images' pixels to keep in memory, for data that is small.
 
     Raises:
-        ValueError: if the options do not fit each other, or a directory lacks its file.
+        DataError: if the options do not fit each other, or a directory lacks its file.
     """
 
     def __init__(
@@ -201,9 +202,9 @@ class QuestionTransform:
         cache_images: int = 0,
     ) -> None:
         if layout not in ("marker", "placeholder", "prefix"):
-            raise ValueError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
+            raise DataError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
         if (image_token is None) != (layout == "prefix"):
-            raise ValueError(f"image_token={image_token} does not fit layout={layout!r}.")
+            raise DataError(f"image_token={image_token} does not fit layout={layout!r}.")
         self.tokenizer = TextTokenizer(tokenizer)
         if isinstance(image_transform, ImageTransform):
             self.image_transform = image_transform
@@ -251,7 +252,7 @@ class QuestionTransform:
             with the answer, ``labels`` (list, unshifted, -100 before the answer).
 
         Raises:
-            ValueError: if the answer is wanted and missing, or the sequence is too long.
+            DataError: if the answer is wanted and missing, or the sequence is too long.
         """
         prompt, answer = self.encode(question, with_answer=with_answer)
         tokens = prompt + answer
@@ -278,7 +279,7 @@ class QuestionTransform:
             end of the sequence; none without answer.
 
         Raises:
-            ValueError: if the answer is wanted and missing, or the sequence is too long.
+            DataError: if the answer is wanted and missing, or the sequence is too long.
         """
         prompt = [self.tokenizer.bos_id]
         for index, text in enumerate(question.question.split(_MARKER)):
@@ -288,11 +289,11 @@ class QuestionTransform:
         answer: list[int] = []
         if with_answer:
             if question.answer is None:
-                raise ValueError(f"The question {question.question!r} has no answer.")
+                raise DataError(f"The question {question.question!r} has no answer.")
             answer = [*self.tokenizer.encode(question.answer), self.tokenizer.eos_id]
         num_tokens = len(prompt) + len(answer)
         if self.max_seq_len is not None and num_tokens > self.max_seq_len:
-            raise ValueError(
+            raise DataError(
                 f"The question {question.question!r} is {num_tokens} tokens long with its answer, and "
                 f"max_seq_len is {self.max_seq_len}."
             )
@@ -332,14 +333,14 @@ def check_questions(
         Tokens of the longest answer, the end of the sequence included.
 
     Raises:
-        ValueError: for the first question without answer or too long, naming file and question.
+        DataError: for the first question without answer or too long, naming file and question.
     """
     longest = 0
     for question in questions:
         try:
             longest = max(longest, len(transform.encode(question)[1]))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise DataError(f"{path}: {error}") from error
     return longest
 
 
@@ -352,7 +353,7 @@ class QuestionDataset(Dataset[dict[str, Any]]):
         limit: how many of the file's questions to use, from its start; None: all.
 
     Raises:
-        ValueError: if a line of the file cannot be used, has no answer or is too long, naming it.
+        DataError: if a line of the file cannot be used, has no answer or is too long, naming it.
     """
 
     def __init__(self, transform: QuestionTransform, path: str | Path, limit: int | None = None) -> None:

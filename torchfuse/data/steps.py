@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import QuestionDataset, QuestionTransform
+from torchfuse.errors import DataError
 
 __all__ = ["count_tokens", "optimizer_steps"]
 
@@ -48,7 +49,7 @@ def optimizer_steps(
         ``padded_collate_images`` makes them.
 
     Raises:
-        ValueError: if the questions are too few for one step.
+        DataError: if the questions are too few for one step.
     """
     sampler: DistributedSampler[Any] = DistributedSampler(
         questions, world_size, rank, seed=seed, drop_last=True
@@ -57,7 +58,7 @@ def optimizer_steps(
     an_epoch = len(batches) // batches_per_step
     num_steps = an_epoch * epochs
     if not num_steps:
-        raise ValueError(
+        raise DataError(
             f"{len(questions)} questions are too few for one step of {world_size} x {batch_size} x "
             f"{batches_per_step}."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from torchfuse.errors import DataError
 from torchfuse.io.strict_json import read_json
 
 __all__ = ["TextTokenizer"]
@@ -25,18 +26,18 @@ class TextTokenizer:
             a prompt must not look like its begin.
 
     Raises:
-        ValueError: if a file is missing or an id is not configured.
+        DataError: if a file is missing or an id is not configured.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(f"{path} has no tokenizer.json.")
+            raise DataError(f"{path} has no tokenizer.json.")
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} is no tokenizer: {error}.") from error
+            raise DataError(f"{file} is no tokenizer: {error}.") from error
         config = read_json(path / "config.json")
         more = path / "generation_config.json"
         if more.is_file():
@@ -63,5 +64,5 @@ def _ids(config: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
     value = config.get(name)
     ids = tuple(value) if isinstance(value, list) else (value,)
     if not ids or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{path} does not configure {name}.")
+        raise DataError(f"{path} does not configure {name}.")
     return ids

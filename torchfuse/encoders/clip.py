@@ -22,6 +22,8 @@ from torchtune.modules import (
     VisionTransformer,
 )
 
+from torchfuse.errors import ModelError
+
 __all__ = ["ACTIVATIONS", "ClipVisionEncoder", "clip_vit_l_14_336"]
 
 ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -45,7 +47,7 @@ class ClipVisionEncoder(VisionTransformer):
         keep_cls: whether the class token stays in front of the patch tokens.
 
     Raises:
-        ValueError: if the numbers do not fit each other.
+        ModelError: if the numbers do not fit each other.
 
     Examples:
         >>> encoder = ClipVisionEncoder(
@@ -70,19 +72,19 @@ class ClipVisionEncoder(VisionTransformer):
         keep_cls: bool = False,
     ) -> None:
         sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "hidden_dim": hidden_dim or 1}
-        faults = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
+        problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
         if patch_size < 1 or image_size % max(patch_size, 1):
-            faults.append(f"patch_size={patch_size} must divide image_size={image_size}")
+            problems.append(f"patch_size={patch_size} must divide image_size={image_size}")
         if num_heads < 1 or embed_dim % max(num_heads, 1):
-            faults.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
+            problems.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
         if activation not in ACTIVATIONS:
-            faults.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
+            problems.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
         if not -num_layers - 1 <= feature_layer <= num_layers:
-            faults.append(
+            problems.append(
                 f"feature_layer={feature_layer} must lie between {-num_layers - 1} and {num_layers}"
             )
-        if faults:
-            raise ValueError(f"CLIP vision tower: {'; '.join(faults)}.")
+        if problems:
+            raise ModelError(f"CLIP vision tower: {'; '.join(problems)}.")
         layer = TransformerSelfAttentionLayer(
             attn=MultiHeadAttention(
                 embed_dim=embed_dim,
@@ -138,11 +140,11 @@ class ClipVisionEncoder(VisionTransformer):
             Features ``[b, m * num_tokens, d_e]``, image by image, each in rows of its grid.
 
         Raises:
-            ValueError: if the images are not of the size that the tower was trained with.
+            ModelError: if the images are not of the size that the tower was trained with.
         """
         size = (3, self.image_size, self.image_size)
         if images.dim() not in (4, 5) or images.shape[-3:] != size:
-            raise ValueError(
+            raise ModelError(
                 f"CLIP takes images [b, 3, {self.image_size}, {self.image_size}] (or [b, m, 3, ..] "
                 f"for m images a row), got {list(images.shape)}."
             )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import TransparentWrapper
 
 __all__ = ["FrameEncoder", "frame_features_mask", "hide_padding"]
@@ -35,7 +36,7 @@ def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int =
         The images, with zeros in place of whatever the padded frames held.
 
     Raises:
-        ValueError: if the mask does not fit the images, or rows have too few frames, naming them.
+        ModelError: if the mask does not fit the images, or rows have too few frames, naming them.
 
     Examples:
         >>> frames = torch.tensor([[1.0, float("nan")]])
@@ -44,13 +45,13 @@ def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int =
     """
     if frame_mask is None:
         if images.shape[1] < min_frames:
-            raise ValueError(
+            raise ModelError(
                 f"Every row must have at least {min_frames} frames, got images {list(images.shape)}, "
                 f"which are {images.shape[1]} a row."
             )
         return images
     if frame_mask.dtype != torch.bool or frame_mask.shape != images.shape[:2] or images.dim() < 3:
-        raise ValueError(
+        raise ModelError(
             "frame_mask must be bool (True: the frame is real) with shape [b, f] for images "
             f"[b, f, ...], got {frame_mask.dtype} {list(frame_mask.shape)} for {list(images.shape)}."
         )
@@ -72,14 +73,14 @@ def frame_features_mask(frame_mask: Tensor, num_tokens: int) -> Tensor:
         Bool ``[b, f * num_tokens]``, True: the feature belongs to the row.
 
     Raises:
-        ValueError: for another mask, or a number below one.
+        ModelError: for another mask, or a number below one.
 
     Examples:
         >>> frame_features_mask(torch.tensor([[True, False]]), 3).int().tolist()
         [[1, 1, 1, 0, 0, 0]]
     """
     if frame_mask.dtype != torch.bool or frame_mask.dim() != 2 or num_tokens < 1:
-        raise ValueError(
+        raise ModelError(
             "frame_mask must be bool [b, f] (True: the frame is real) and num_tokens at least 1, got "
             f"{frame_mask.dtype} {list(frame_mask.shape)} and {num_tokens}."
         )
@@ -118,7 +119,7 @@ class FrameEncoder(TransparentWrapper):
         """The wrapped encoder's own example, or a black image of its ``image_size``, in enough frames.
 
         Raises:
-            ValueError: if it says neither.
+            ModelError: if it says neither.
         """
         example: Any = getattr(self.wrapped, "example_input", None)
         tensors = list(example().values()) if callable(example) else []
@@ -128,7 +129,7 @@ class FrameEncoder(TransparentWrapper):
         elif isinstance(size, int):
             image = torch.zeros(1, 3, size, size)
         else:
-            raise ValueError(
+            raise ModelError(
                 f"What {type(self.wrapped).__name__} runs on is not known: pass example_input= with "
                 "images [1, c, h, w], or give it an image_size."
             )
@@ -147,11 +148,11 @@ class FrameEncoder(TransparentWrapper):
             Features ``[b, f * n, d_e]``, frame by frame, of padding too: see ``frame_features_mask``.
 
         Raises:
-            ValueError: if images, mask or features have another shape.
+            ModelError: if images, mask or features have another shape.
         """
         frames = images.unsqueeze(1) if images.dim() == 4 else images
         if frames.dim() != 5:
-            raise ValueError(
+            raise ModelError(
                 "A FrameEncoder takes images [b, f, c, h, w], or [b, c, h, w] for one a row, got "
                 f"{list(images.shape)}."
             )
@@ -161,7 +162,7 @@ class FrameEncoder(TransparentWrapper):
         fits = isinstance(features, Tensor) and features.dim() == 3
         if not fits or features.shape[0] != rows.numel():
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
+            raise ModelError(
                 f"{type(self.wrapped).__name__} must return features [{rows.numel()}, n, d_e], a row "
                 f"for each image, got {got}."
             )
@@ -183,7 +184,7 @@ def _check_counts(frame_mask: Tensor, min_frames: int) -> None:
     if few:
         rows = ", ".join(f"row {row} has {int(frame_mask[row].sum())}" for row in few[:8])
         more = f", and {len(few) - 8} more rows have too few" if len(few) > 8 else ""
-        raise ValueError(
+        raise ModelError(
             f"Every row must have at least {min_frames} of its {frame_mask.shape[1]} frames real (True "
             f"in frame_mask), but {rows}{more}."
         )

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import TransparentWrapper
 
 __all__ = ["AXES", "HfEncoder", "computed_buffers", "special_tokens"]
@@ -62,7 +63,7 @@ class HfEncoder(TransparentWrapper):
         num_special_tokens: number of special tokens, for a tower that is not known here.
 
     Raises:
-        ValueError: if it is no tower, or an argument does not fit it, naming each.
+        ModelError: if it is no tower, or an argument does not fit it, naming each.
 
     Examples:
         >>> from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -88,29 +89,29 @@ class HfEncoder(TransparentWrapper):
         config: Any = getattr(tower, "config", None)
         main = getattr(tower, "main_input_name", None)
         if main not in AXES or hasattr(tower, "decoder") or not hasattr(config, "hidden_size"):
-            raise ValueError(
+            raise ModelError(
                 f"An HfEncoder wraps one vision or audio tower of transformers, which takes one of "
                 f"{', '.join(AXES)} and has config.hidden_size; got a {type(tower).__name__}. Of a "
                 "whole model give the tower alone, such as model.vision_model or model.encoder."
             )
-        special, faults = _special_tokens(config, keep_cls, num_special_tokens)
+        special, problems = _special_tokens(config, keep_cls, num_special_tokens)
         num_layers = int(getattr(config, "num_hidden_layers", 0))
         if feature_layer is not None and not -num_layers - 1 <= feature_layer <= num_layers:
-            faults.append(
+            problems.append(
                 f"feature_layer={feature_layer} must lie between {-num_layers - 1} and {num_layers}, or "
                 "be None for last_hidden_state"
             )
         if feature_layer is None and getattr(config, "add_adapter", False):
             # It stands behind the last layer, and changes the width and the number of features.
-            faults.append("its own adapter (add_adapter) cannot be part of it, give a feature_layer")
+            problems.append("its own adapter (add_adapter) cannot be part of it, give a feature_layer")
         axes = _OTHER_AXES.get(config.model_type, AXES[main])
         sides = _pair(getattr(config, "image_size", None)) if axes == 4 else None
         resized = image_size is not None and sides != (image_size, image_size)
         can_interpolate = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
         if resized and not (sides and (config.model_type in _ANY_SIZE or can_interpolate)):
-            faults.append(f"image_size={image_size} cannot be had, the tower is fixed to {sides}")
-        if faults:
-            raise ValueError(f"{type(tower).__name__} ({config.model_type}): {'; '.join(faults)}.")
+            problems.append(f"image_size={image_size} cannot be had, the tower is fixed to {sides}")
+        if problems:
+            raise ModelError(f"{type(tower).__name__} ({config.model_type}): {'; '.join(problems)}.")
         self.config, self.model_type, self.main_input = config, str(config.model_type), str(main)
         self.feature_layer, self.keep_cls = feature_layer, keep_cls
         self.num_special_tokens, self._axes = special, axes
@@ -150,7 +151,7 @@ class HfEncoder(TransparentWrapper):
         """The smallest input that the tower runs on: a black image, one black patch, or silence.
 
         Raises:
-            ValueError: if it is not known for this tower.
+            ModelError: if it is not known for this tower.
         """
         config = self.config
         shape: list[int] | None = None
@@ -172,7 +173,7 @@ class HfEncoder(TransparentWrapper):
                 length = (length - 1) * stride + kernel
             shape = [length]
         if shape is None:
-            raise ValueError(
+            raise ModelError(
                 f"The smallest input of {self.model_type!r} is not known: pass example_input=."
             )
         return {self.main_input: torch.zeros(1, *shape)}
@@ -190,7 +191,7 @@ class HfEncoder(TransparentWrapper):
             has features too; see ``features_mask``.
 
         Raises:
-            ValueError: if the main input is missing or has the wrong shape, or the tower returns no
+            ModelError: if the main input is missing or has the wrong shape, or the tower returns no
                 features ``[b, n, d_e]``.
         """
         keywords, rows, items = self._per_item(inputs)
@@ -213,7 +214,7 @@ class HfEncoder(TransparentWrapper):
             Bool ``[b, m * n]``, True: may attend; None if the inputs have no such mask.
 
         Raises:
-            ValueError: if it is not known how this tower's mask falls on its features.
+            ModelError: if it is not known how this tower's mask falls on its features.
         """
         keywords, rows, _ = self._per_item(inputs)
         naflex = self.model_type == "siglip2_vision_model"
@@ -225,7 +226,7 @@ class HfEncoder(TransparentWrapper):
         elif hasattr(self.config, "conv_stride"):
             mask = self._mask_behind_convolutions(mask)
         elif not naflex:
-            raise ValueError(f"How a mask falls on the features of {self.model_type!r} is not known.")
+            raise ModelError(f"How a mask falls on the features of {self.model_type!r} is not known.")
         return mask.bool().reshape(rows, -1)
 
     def _per_item(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
@@ -233,7 +234,7 @@ class HfEncoder(TransparentWrapper):
         keywords = dict(inputs)
         if self.main_input == "pixel_values" and "images" in keywords:
             if "pixel_values" in keywords:
-                raise ValueError("Give images or pixel_values, they are the same input.")
+                raise ModelError("Give images or pixel_values, they are the same input.")
             keywords["pixel_values"] = keywords.pop("images")
         main = keywords.get(self.main_input)
         axes = self._axes
@@ -243,13 +244,13 @@ class HfEncoder(TransparentWrapper):
                 if isinstance(main, Tensor)
                 else f"only {', '.join(keywords) or 'nothing'}"
             )
-            raise ValueError(
+            raise ModelError(
                 f"A {self.model_type} tower takes {self.main_input} with {axes} axes, or {axes + 1} for "
                 f"several a row; got {got}."
             )
         any_size = self.model_type in _ANY_SIZE or keywords.get("interpolate_pos_encoding")
         if self.sides and not any_size and main.shape[-2:] != self.sides:
-            raise ValueError(
+            raise ModelError(
                 f"This {self.model_type} tower takes images of {self.sides[0]} x {self.sides[1]}, got "
                 f"{list(main.shape)}. Resize them, or build the encoder with image_size=."
             )
@@ -264,7 +265,7 @@ class HfEncoder(TransparentWrapper):
         else:
             states, num_layers = output.hidden_states, self.config.num_hidden_layers
             if len(states) != num_layers + 1:
-                raise ValueError(
+                raise ModelError(
                     f"The {self.model_type} tower has {num_layers} layers, but returned {len(states)} "
                     "hidden states, so that they cannot be counted. If it drops layers at random, set "
                     "its layerdrop to 0."
@@ -272,7 +273,7 @@ class HfEncoder(TransparentWrapper):
             features = states[self._hidden]
         if not isinstance(features, Tensor) or features.dim() != 3:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"The {self.model_type} tower must give features [b, n, d_e], got {got}.")
+            raise ModelError(f"The {self.model_type} tower must give features [b, n, d_e], got {got}.")
         return features
 
     def _mask_behind_convolutions(self, mask: Tensor) -> Tensor:

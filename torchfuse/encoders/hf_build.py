@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from torchfuse.encoders.hf import AXES, HfEncoder, computed_buffers
+from torchfuse.errors import CheckpointError
 from torchfuse.io.strict_json import read_json
 
 __all__ = ["hf_encoder", "saved_names", "tower_config"]
@@ -57,7 +58,7 @@ def hf_encoder(
 
     Raises:
         ImportError: if transformers is not installed.
-        ValueError: if there is no such tower, or an argument does not fit it.
+        CheckpointError: if there is no such tower, or an argument does not fit it.
 
     Examples:
         >>> from transformers import Dinov2Config
@@ -76,9 +77,9 @@ def hf_encoder(
     elif type(config) in transformers.MODEL_MAPPING:
         tower_class = transformers.MODEL_MAPPING[type(config)]
     else:
-        raise ValueError(f"transformers has no tower for the configuration of a {kind!r}.")
+        raise CheckpointError(f"transformers has no tower for the configuration of a {kind!r}.")
     if getattr(tower_class, "main_input_name", None) not in AXES:
-        raise ValueError(f"A {kind!r} ({tower_class.__name__}) is no vision or audio tower.")
+        raise CheckpointError(f"A {kind!r} ({tower_class.__name__}) is no vision or audio tower.")
     for name in {"layerdrop", "encoder_layerdrop"} & vars(config).keys():
         setattr(config, name, 0.0)  # all ranks run the same layers, and hidden states can be counted
     pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
@@ -105,7 +106,7 @@ def tower_config(path_or_config: Any) -> Any:
 
     Raises:
         ImportError: if transformers is not installed.
-        ValueError: if it is no such thing, or there are several towers.
+        CheckpointError: if it is no such thing, or there are several towers.
 
     Examples:
         >>> from transformers import CLIPConfig
@@ -117,26 +118,30 @@ def tower_config(path_or_config: Any) -> Any:
     if isinstance(config, str | Path):
         path = Path(config)
         if not path.is_dir():
-            raise ValueError(f"{path} is not a directory, and nothing is downloaded; give a local one.")
+            raise CheckpointError(
+                f"{path} is not a directory, and nothing is downloaded; give a local one."
+            )
         config, source = read_json(path / "config.json"), str(path / "config.json")
     if isinstance(config, Mapping):
         said = _without_foreign_code(dict(config))
         kind = said.get("model_type")
         if kind not in transformers.CONFIG_MAPPING:
-            raise ValueError(f"{source}: transformers knows no model_type {kind!r}.")
+            raise CheckpointError(f"{source}: transformers knows no model_type {kind!r}.")
         try:
             config = transformers.CONFIG_MAPPING[kind].from_dict(said)
         except Exception as error:  # each configuration checks itself in its own way
             reason = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"{source} is no {kind} configuration: {reason}.") from error
+            raise CheckpointError(f"{source} is no {kind} configuration: {reason}.") from error
     if not isinstance(config, transformers.PreTrainedConfig):
-        raise ValueError(
+        raise CheckpointError(
             "A tower is built from a directory or a configuration of transformers, got a "
             f"{type(config).__name__}."
         )
     towers = [name for name in ("vision_config", "audio_config") if getattr(config, name, None)]
     if len(towers) > 1:
-        raise ValueError(f"A {config.model_type!r} has {' and '.join(towers)}: give one of the two.")
+        raise CheckpointError(
+            f"A {config.model_type!r} has {' and '.join(towers)}: give one of the two."
+        )
     return getattr(config, towers[0]) if towers else config
 
 
@@ -146,7 +151,7 @@ def saved_names(tower: nn.Module) -> dict[str, str]:
     Since its version 5 transformers renames on the way in and out, so that old files keep their names.
 
     Raises:
-        ValueError: for a tensor that is not renamed only, but stored otherwise.
+        CheckpointError: for a tensor that is not renamed only, but stored otherwise.
     """
     state = tower.state_dict()
     names = dict.fromkeys(state, "")
@@ -158,7 +163,7 @@ def saved_names(tower: nn.Module) -> dict[str, str]:
     saved = revert_weight_conversion(tower, state)
     names |= {mine[id(tensor)]: key for key, tensor in saved.items() if id(tensor) in mine}
     if otherwise := [name for name, key in names.items() if not key]:
-        raise ValueError(
+        raise CheckpointError(
             f"transformers stores {', '.join(otherwise[:8])} of a {type(tower).__name__} otherwise; such"
             " a tower cannot be loaded here."
         )

@@ -27,7 +27,8 @@ from torchtune.modules import (
 )
 
 from torchfuse.encoders.clip import ACTIVATIONS
-from torchfuse.encoders.mllama_tiles import AspectRatios, ratio_faults
+from torchfuse.encoders.mllama_tiles import AspectRatios, ratio_problems
+from torchfuse.errors import ModelError
 from torchfuse.params import register_fusion_module
 
 __all__ = ["MllamaVisionEncoder"]
@@ -62,7 +63,7 @@ class MllamaVisionEncoder(nn.Module):
             with 8, and torchtune's tower has 1.
 
     Raises:
-        ValueError: if the numbers do not fit each other.
+        ModelError: if the numbers do not fit each other.
 
     Examples:
         >>> encoder = MllamaVisionEncoder(
@@ -104,21 +105,21 @@ class MllamaVisionEncoder(nn.Module):
             "in_channels": in_channels,
             "pad_tokens_to": pad_tokens_to,
         }
-        faults = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
+        problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
         if num_global_layers < 0:
-            faults.append(f"num_global_layers={num_global_layers} must be at least 0")
+            problems.append(f"num_global_layers={num_global_layers} must be at least 0")
         if patch_size < 1 or image_size < 1 or image_size % max(patch_size, 1):
-            faults.append(f"patch_size={patch_size} must divide image_size={image_size}")
+            problems.append(f"patch_size={patch_size} must divide image_size={image_size}")
         if num_heads < 1 or embed_dim % max(num_heads, 1):
-            faults.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
+            problems.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
         if activation not in ACTIVATIONS:
-            faults.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
+            problems.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
         outside = [i for i in intermediate_layers if not -num_layers <= i < num_layers]
         if outside:
-            faults.append(f"intermediate_layers {outside} must lie in [{-num_layers}, {num_layers})")
-        faults += ratio_faults(supported_aspect_ratios, max_num_tiles)
-        if faults:
-            raise ValueError(f"Mllama vision tower: {'; '.join(faults)}.")
+            problems.append(f"intermediate_layers {outside} must lie in [{-num_layers}, {num_layers})")
+        problems += ratio_problems(supported_aspect_ratios, max_num_tiles)
+        if problems:
+            raise ModelError(f"Mllama vision tower: {'; '.join(problems)}.")
         self.image_size, self.in_channels = image_size, in_channels
         self.feature_dim = decoder_dim
         self.max_num_tiles = max_num_tiles
@@ -194,7 +195,7 @@ class MllamaVisionEncoder(nn.Module):
             tiles too: the encoder mask hides them (``encoder_mask_of_tiles``).
 
         Raises:
-            ValueError: for shapes that do not fit, and, on the CPU, for an aspect ratio that is not
+            ModelError: for shapes that do not fit, and, on the CPU, for an aspect ratio that is not
                 supported or has more tiles than ``images``. Elsewhere looking would wait for the
                 device, so there the device asserts it.
         """
@@ -242,31 +243,31 @@ class MllamaVisionEncoder(nn.Module):
             return
         wrong = given[~fits].tolist()
         if wrong:
-            raise ValueError(f"Mllama vision tower: {wrong} {problem}.")
+            raise ModelError(f"Mllama vision tower: {wrong} {problem}.")
 
     def _check_shapes(
         self, images: Tensor, ratio: Tensor | None, ids: Tensor | None, mask: Tensor | None
     ) -> None:
         shape, tile = list(images.shape), [self.in_channels, self.image_size, self.image_size]
         if images.dim() != 6 or shape[3:] != tile or not 1 <= shape[2] <= self.max_num_tiles:
-            raise ValueError(
+            raise ModelError(
                 f"The Mllama vision tower takes images [b, m, t, {', '.join(map(str, tile))}] with t "
                 f"from 1 to {self.max_num_tiles} tiles an image, got {shape}."
             )
-        faults = []
+        problems = []
         if ratio is not None and ids is not None:
-            faults.append("aspect_ratio and aspect_ratio_ids say the same; give one of them")
+            problems.append("aspect_ratio and aspect_ratio_ids say the same; give one of them")
         if ratio is None and ids is None and (shape[2] > 1 or (1, 1) not in self.aspect_ratios):
-            faults.append(f"give aspect_ratio [b, m, 2], without which {shape[2]} tiles are ambiguous")
+            problems.append(f"give aspect_ratio [b, m, 2], without which {shape[2]} tiles are ambiguous")
         for name, given, wanted in (
             ("aspect_ratio", ratio, [*shape[:2], 2]),
             ("aspect_ratio_ids", ids, shape[:2]),
             ("aspect_ratio_mask", mask, shape[:3]),
         ):
             if given is not None and list(given.shape) != wanted:
-                faults.append(f"{name} must have shape {wanted}, got {list(given.shape)}")
-        if faults:
-            raise ValueError(f"Mllama vision tower, images {shape}: {'; '.join(faults)}.")
+                problems.append(f"{name} must have shape {wanted}, got {list(given.shape)}")
+        if problems:
+            raise ModelError(f"Mllama vision tower, images {shape}: {'; '.join(problems)}.")
 
 
 class TiledVisionTransformer(VisionTransformer):

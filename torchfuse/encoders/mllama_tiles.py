@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["AspectRatios", "encoder_mask_of_tiles", "grid_to_table", "ratio_faults", "table_to_grid"]
+from torchfuse.errors import ModelError
+
+__all__ = ["AspectRatios", "encoder_mask_of_tiles", "grid_to_table", "ratio_problems", "table_to_grid"]
 
 AspectRatios = Sequence[Sequence[int]]
 
@@ -32,7 +34,7 @@ def encoder_mask_of_tiles(
         An ``encoder_mask``, bool ``[b, s, m * max_num_tiles * tokens_per_tile]``, True: may attend.
 
     Raises:
-        ValueError: for a mask of another shape, or with more tiles than ``max_num_tiles``.
+        ModelError: for a mask of another shape, or with more tiles than ``max_num_tiles``.
 
     Examples:
         >>> encoder_mask_of_tiles(torch.tensor([[[[1, 0]], [[0, 0]]]]), tokens_per_tile=2).int()
@@ -41,7 +43,7 @@ def encoder_mask_of_tiles(
     """
     t = cross_attention_mask.shape[-1]
     if cross_attention_mask.dim() != 4 or t > (max_num_tiles or t):
-        raise ValueError(
+        raise ModelError(
             f"cross_attention_mask must be [b, s, m, t] with t up to {max_num_tiles or 'any number'}, "
             f"got {list(cross_attention_mask.shape)}."
         )
@@ -62,7 +64,7 @@ def grid_to_table(grid: Tensor, aspect_ratios: AspectRatios, max_num_tiles: int)
         0).
 
     Raises:
-        ValueError: if an aspect ratio does not fit the grid or ``max_num_tiles``.
+        ModelError: if an aspect ratio does not fit the grid or ``max_num_tiles``.
 
     Examples:
         >>> grid = torch.arange(4.0).view(2, 2, 1, 1)
@@ -72,13 +74,15 @@ def grid_to_table(grid: Tensor, aspect_ratios: AspectRatios, max_num_tiles: int)
                 [0., 1.],
                 [0., 2.]])
     """
-    faults = ratio_faults(aspect_ratios, max_num_tiles)
+    problems = ratio_problems(aspect_ratios, max_num_tiles)
     if grid.dim() != 4 or grid.shape[0] != grid.shape[1]:
-        faults.append(f"the grid must be [t, t, n, d], got {list(grid.shape)}")
+        problems.append(f"the grid must be [t, t, n, d], got {list(grid.shape)}")
     elif max((max(ratio) for ratio in aspect_ratios), default=0) > grid.shape[0]:
-        faults.append(f"a grid of {grid.shape[0]} x {grid.shape[0]} tiles has no place for all of them")
-    if faults:
-        raise ValueError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(faults)}.")
+        problems.append(
+            f"a grid of {grid.shape[0]} x {grid.shape[0]} tiles has no place for all of them"
+        )
+    if problems:
+        raise ModelError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(problems)}.")
     table = grid.new_zeros(len(aspect_ratios) + 1, max_num_tiles, *grid.shape[2:])
     for index, (h, w) in enumerate(aspect_ratios, start=1):
         table[index, : h * w] = grid[:h, :w].flatten(0, 1)
@@ -97,7 +101,7 @@ def table_to_grid(table: Tensor, aspect_ratios: AspectRatios) -> Tensor:
         reaches.
 
     Raises:
-        ValueError: if a grid cannot hold the table: aspect ratios that share a tile disagree on it,
+        ModelError: if a grid cannot hold the table: aspect ratios that share a tile disagree on it,
             or padding tiles or the padding image have values other than zero.
 
     Examples:
@@ -107,21 +111,21 @@ def table_to_grid(table: Tensor, aspect_ratios: AspectRatios) -> Tensor:
                 [0., 0.]])
     """
     if table.dim() != 4 or table.shape[0] != len(aspect_ratios) + 1:
-        raise ValueError(
+        raise ModelError(
             f"The table of {len(aspect_ratios)} aspect ratios must be [{len(aspect_ratios) + 1}, t, n, "
             f"d], got {list(table.shape)}."
         )
     t = table.shape[1]
-    faults = ratio_faults(aspect_ratios, t)
-    if faults:
-        raise ValueError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(faults)}.")
+    problems = ratio_problems(aspect_ratios, t)
+    if problems:
+        raise ModelError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(problems)}.")
     grid = table.new_zeros(t, t, *table.shape[2:])
     for index, (h, w) in enumerate(aspect_ratios, start=1):
         grid[:h, :w] = table[index, : h * w].unflatten(0, (h, w))
     back = grid_to_table(grid, aspect_ratios, t)
     lost = [index for index in range(len(table)) if not torch.equal(back[index], table[index])]
     if lost:
-        raise ValueError(
+        raise ModelError(
             f"A grid cannot hold rows {lost} of this table: aspect ratios {list(aspect_ratios)}, rows 1 "
             f"to {len(aspect_ratios)}, must agree on the tiles that they share, and tiles beyond h * w, "
             "and row 0, must be zero. Keep transformers' form."
@@ -129,11 +133,11 @@ def table_to_grid(table: Tensor, aspect_ratios: AspectRatios) -> Tensor:
     return grid
 
 
-def ratio_faults(aspect_ratios: AspectRatios, max_num_tiles: int) -> list[str]:
+def ratio_problems(aspect_ratios: AspectRatios, max_num_tiles: int) -> list[str]:
     """What is wrong with aspect ratios."""
     ratios = [tuple(ratio) for ratio in aspect_ratios]
     bad = [r for r in ratios if len(r) != 2 or min(r) < 1 or r[0] * r[1] > max_num_tiles]
-    faults = [f"aspect ratios {bad} must be (h, w) with 1 to {max_num_tiles} tiles"] if bad else []
+    problems = [f"aspect ratios {bad} must be (h, w) with 1 to {max_num_tiles} tiles"] if bad else []
     if len(set(ratios)) < len(ratios):
-        faults.append(f"aspect ratios {ratios} must all be different")
-    return faults if ratios else ["at least one aspect ratio is needed"]
+        problems.append(f"aspect ratios {ratios} must all be different")
+    return problems if ratios else ["at least one aspect ratio is needed"]

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from torch import nn
 
 from torchfuse.encoders.stub import RandomEncoder
+from torchfuse.errors import ConfigError
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
@@ -36,12 +37,12 @@ def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
     """Make a class or a function that returns an encoder available to ``build_encoder`` by name.
 
     Raises:
-        ValueError: if there is one of that name.
+        ConfigError: if there is one of that name.
     """
 
     def register(builder: _Builder) -> _Builder:
         if name in _REGISTRY:
-            raise ValueError(f"There is an encoder {name!r} already: {_REGISTRY[name].__qualname__}.")
+            raise ConfigError(f"There is an encoder {name!r} already: {_REGISTRY[name].__qualname__}.")
         _REGISTRY[name] = builder
         return builder
 
@@ -68,26 +69,26 @@ def build_encoder(name: str, **options: Any) -> nn.Module:
         has (None where that depends on the input).
 
     Raises:
-        ValueError: for an unknown name or option, or an encoder that does not say its numbers.
+        ConfigError: for an unknown name or option, or an encoder that does not say its numbers.
 
     Examples:
         >>> build_encoder("random", num_tokens=5, feature_dim=7).num_tokens
         5
     """
     if name not in _REGISTRY:
-        raise ValueError(f"Unknown encoder {name!r}; there are {', '.join(encoder_names())}.")
+        raise ConfigError(f"Unknown encoder {name!r}; there are {', '.join(encoder_names())}.")
     what = f"encoder {name!r}"
     encoder = call_with_options(_REGISTRY[name], what=what, options=options)
-    faults = []
+    problems = []
     for attribute in ("feature_dim", "num_tokens"):
         value = getattr(encoder, attribute, "nothing")
         unknown = attribute == "num_tokens" and value is None
         if not unknown and (type(value) is not int or value < 1):
-            faults.append(f"{attribute} must be an integer of at least 1, it is {value!r}")
-    if faults or not isinstance(encoder, nn.Module):
-        faults = faults or ["it must be an nn.Module"]
-        raise ValueError(
-            f"{what}, a {type(encoder).__name__}, must say what its features are: {'; '.join(faults)} "
+            problems.append(f"{attribute} must be an integer of at least 1, it is {value!r}")
+    if problems or not isinstance(encoder, nn.Module):
+        problems = problems or ["it must be an nn.Module"]
+        raise ConfigError(
+            f"{what}, a {type(encoder).__name__}, must say what its features are: {'; '.join(problems)} "
             "(num_tokens may be None where it depends on the input)."
         )
     return encoder
@@ -108,7 +109,7 @@ def pixels_keyword(encoder: nn.Module) -> str:
         encoder: any encoder.
 
     Raises:
-        ValueError: if there is no telling.
+        ConfigError: if there is no telling.
 
     Examples:
         >>> pixels_keyword(RandomEncoder(5, 7)), pixels_keyword(nn.Linear(3, 5))
@@ -121,7 +122,7 @@ def pixels_keyword(encoder: nn.Module) -> str:
         names = [name for name in inner.example_input() if name in _PIXELS]
     found = next((name for name in _PIXELS if name in names), next(iter(names), None))
     if found is None:
-        raise ValueError(
+        raise ConfigError(
             f"Which keyword of {type(inner).__name__} takes pixels is not known: let its forward name "
             f"{' or '.join(_PIXELS)}."
         )
@@ -166,7 +167,7 @@ def _siglip2(
     # Checkpoints of SigLIP 2 with images of one size call themselves SigLIP: the tower is the same.
     config = tower_config(path)
     if config.model_type not in _SIGLIP:
-        raise ValueError(
+        raise ConfigError(
             f"encoder 'siglip2': {path} holds a {config.model_type!r}, and must hold one of "
             f"{', '.join(_SIGLIP)}. The encoder 'hf' takes any tower."
         )

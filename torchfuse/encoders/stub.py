@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
+
 __all__ = ["RandomEncoder"]
 
 _MASK = 0xFFFFFFFF  # 32 bits
@@ -31,7 +33,7 @@ class RandomEncoder(nn.Module):
         image_size: side of the square images that it takes, in pixels. None: images of any size.
 
     Raises:
-        ValueError: if a number is out of range.
+        ModelError: if a number is out of range.
 
     Examples:
         >>> encoder = RandomEncoder(5, 7, seed=3)
@@ -46,15 +48,15 @@ class RandomEncoder(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"num_tokens": num_tokens, "feature_dim": feature_dim, "image_size": image_size}
-        faults = [
+        problems = [
             f"{name}={number} must be at least 1"
             for name, number in numbers.items()
             if number is not None and number < 1
         ]
         if not 0 <= seed <= _MASK:
-            faults.append(f"seed={seed} must lie between 0 and {_MASK}")
-        if faults:
-            raise ValueError(f"RandomEncoder: {'; '.join(faults)}.")
+            problems.append(f"seed={seed} must lie between 0 and {_MASK}")
+        if problems:
+            raise ModelError(f"RandomEncoder: {'; '.join(problems)}.")
         self.num_tokens, self.feature_dim = num_tokens, feature_dim
         self.seed, self.image_size = seed, image_size
 
@@ -75,12 +77,12 @@ class RandomEncoder(nn.Module):
             Features ``[b, m * num_tokens, feature_dim]``, image by image, in the dtype of the images.
 
         Raises:
-            ValueError: for another shape, or images of another size than was asked for.
+            ModelError: for another shape, or images of another size than was asked for.
         """
         size = self.image_size
         if images.dim() not in (4, 5) or (size is not None and images.shape[-2:] != (size, size)):
             side = "h, w" if size is None else f"{size}, {size}"
-            raise ValueError(
+            raise ModelError(
                 f"RandomEncoder takes images [b, c, {side}] (or [b, m, c, {side}] for m images a row), "
                 f"got {list(images.shape)}."
             )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import unwrap
 
 __all__ = ["Caches", "slots_of"]
@@ -32,7 +33,7 @@ class Caches:
         max_features: encoder tokens of one turn at most.
 
     Raises:
-        ValueError: if as much does not fit, or the caches hold a sequence.
+        ModelError: if as much does not fit, or the caches hold a sequence.
     """
 
     def __init__(self, model: Any, *, batch_size: int, max_tokens: int, max_features: int) -> None:
@@ -41,16 +42,16 @@ class Caches:
         extra = 0 if strategy is None else strategy.extra_tokens(max_features)
         most, limit = slots_of(model)
         self._found = bool(model.caches_are_setup())
-        faults = []
+        problems = []
         if max_tokens + extra > most:
-            faults.append(
+            problems.append(
                 f"{max_tokens} tokens of text and {extra} encoder tokens are more than the {limit} of "
                 f"{most}"
             )
         if self._found:
-            faults += self._misfits(batch_size, max_features)
-        if faults:
-            raise ValueError(f"{'; '.join(faults)}.")
+            problems += self._misfits(batch_size, max_features)
+        if problems:
+            raise ModelError(f"{'; '.join(problems)}.")
         self.slots = most if self._found else max_tokens + extra
         if not self._found:
             self._set_up(batch_size, max(max_features, 1))
@@ -58,16 +59,16 @@ class Caches:
     def _misfits(self, batch_size: int, max_features: int) -> list[str]:
         caches: list[Any] = [getattr(module, "kv_cache", None) for module in self.model.modules()]
         caches = [cache for cache in caches if cache is not None]
-        faults = []
+        problems = []
         if rows := {cache.k_cache.shape[0] for cache in caches} - {batch_size}:
-            faults.append(f"the caches hold {sorted(rows)[0]} rows, not {batch_size}")
+            problems.append(f"the caches hold {sorted(rows)[0]} rows, not {batch_size}")
         holds_features = [cache for cache in caches if hasattr(cache, "is_filled")]
         if any(cache.max_seq_len < max_features for cache in holds_features):
             slots = holds_features[0].max_seq_len
-            faults.append(f"the caches hold {slots} encoder tokens, not {max_features}")
+            problems.append(f"the caches hold {slots} encoder tokens, not {max_features}")
         if any(cache.is_filled if hasattr(cache, "is_filled") else cache.size for cache in caches):
-            faults.append("the caches hold a sequence already; reset_caches() empties them")
-        return faults
+            problems.append("the caches hold a sequence already; reset_caches() empties them")
+        return problems
 
     def _set_up(self, rows: int, features: int) -> None:
         table: Tensor = next(self.model.tok_embeddings.parameters())

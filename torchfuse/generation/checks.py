@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torchfuse.generation.sampling import Generators, Sampling
 from torchfuse.naming import unwrap
 
-__all__ = ["Scores", "answer_faults", "num_features", "stop_table", "vocab_size"]
+__all__ = ["Scores", "answer_problems", "num_features", "stop_table", "vocab_size"]
 
 Scores = Literal["logits", "log_probs"] | None
 
 _NEVER: Final = -1  # no token has this id
 
 
-def answer_faults(
+def answer_problems(
     model: nn.Module,
     tokens: Tensor,
     max_new_tokens: int,
@@ -28,25 +28,25 @@ def answer_faults(
     scores: Scores,
 ) -> list[str]:
     """What is out of range, in words; room for it is the caches' to say."""
-    faults = []
+    problems = []
     if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
-        faults.append(f"tokens must be ids [b, s], got {tokens.dtype} {list(tokens.shape)}")
+        problems.append(f"tokens must be ids [b, s], got {tokens.dtype} {list(tokens.shape)}")
     if max_new_tokens < 1:
-        faults.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    faults += sampling.faults()
+        problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    problems += sampling.problems()
     if scores not in (None, "logits", "log_probs"):
-        faults.append(f'scores must be "logits" or "log_probs", got {scores!r}')
+        problems.append(f'scores must be "logits" or "log_probs", got {scores!r}')
     by_row = [stop for stop in stop_tokens if not isinstance(stop, int)]
     if by_row and (len(by_row) != len(stop_tokens) or len(by_row) != tokens.shape[0]):
-        faults.append(f"stop_tokens by row must be {tokens.shape[0]} lists, got {stop_tokens}")
+        problems.append(f"stop_tokens by row must be {tokens.shape[0]} lists, got {stop_tokens}")
     else:
         vocab, ids = vocab_size(model), [i for row in by_row for i in row] if by_row else stop_tokens
         outside = [i for i in ids if not 0 <= i < vocab]
         if outside:
-            faults.append(f"stop_tokens {outside} must lie in [0, {vocab}), what the head scores")
+            problems.append(f"stop_tokens {outside} must lie in [0, {vocab}), what the head scores")
     if isinstance(generator, Sequence) and len(generator) != tokens.shape[0]:
-        faults.append(f"generators by row must be {tokens.shape[0]}, got {len(generator)}")
-    return faults
+        problems.append(f"generators by row must be {tokens.shape[0]}, got {len(generator)}")
+    return problems
 
 
 def num_features(embeds: Tensor | Mapping[str, Tensor] | None) -> int:

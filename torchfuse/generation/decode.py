@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.generation.caches import slots_of
-from torchfuse.generation.checks import Scores, answer_faults, num_features
+from torchfuse.generation.checks import Scores, answer_problems, num_features
 from torchfuse.generation.sampling import Generators, Sampling
 from torchfuse.generation.session import Session
 from torchfuse.generation.steps import bucket
@@ -69,15 +70,15 @@ def generate(
         that and ``[b, n, v]``.
 
     Raises:
-        ValueError: if the arguments are out of range or the sequence does not fit the model; nothing but
+        ModelError: if the arguments are out of range or the sequence does not fit the model; nothing but
             the encoders has run then.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    faults = answer_faults(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
+    problems = answer_problems(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
     if encoder_input is not None and encoder_embeds is not None:
-        faults.append("give encoder_input or encoder_embeds, not both")
-    if faults:
-        raise ValueError(f"generate: {'; '.join(faults)}.")
+        problems.append("give encoder_input or encoder_embeds, not both")
+    if problems:
+        raise ModelError(f"generate: {'; '.join(problems)}.")
     fused: Any = model
     strategy = getattr(unwrap(model), "strategy", None)
     if strategy is not None:
@@ -129,7 +130,7 @@ def _room(model: Any, prompt: int, features: int, new: int, compiled: bool) -> i
     slots, limit = slots_of(model)
     most = slots - extra
     if prompt + new > most:
-        raise ValueError(
+        raise ModelError(
             f"{prompt} prompt tokens, {extra} encoder tokens and {new} new ones are more than the "
             f"{limit} of {slots}."
         )

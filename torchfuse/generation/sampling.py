@@ -30,18 +30,18 @@ class Sampling:
     top_p: float | None = None
     repetition_penalty: float = 1.0
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What is out of range, in words."""
-        faults = []
+        problems = []
         if not 0 <= self.temperature < float("inf"):
-            faults.append(f"temperature must be at least 0, got {self.temperature}")
+            problems.append(f"temperature must be at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            faults.append(f"top_k must be at least 1, got {self.top_k}")
+            problems.append(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            faults.append(f"top_p must lie in (0, 1], got {self.top_p}")
+            problems.append(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 < self.repetition_penalty < float("inf"):
-            faults.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        return faults
+            problems.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        return problems
 
 
 def sample(

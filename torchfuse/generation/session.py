@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.data.masks import left_padding
+from torchfuse.errors import ModelError
 from torchfuse.generation.caches import Caches
-from torchfuse.generation.checks import Scores, answer_faults, num_features, stop_table, vocab_size
+from torchfuse.generation.checks import Scores, answer_problems, num_features, stop_table, vocab_size
 from torchfuse.generation.sampling import Generators, Sampling, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, read_prompt
 from torchfuse.naming import unwrap
@@ -45,7 +46,7 @@ class Session:
             the lengths of ``bucket``, so that few graphs serve all.
 
     Raises:
-        ValueError: if the model or its caches cannot hold as much, or the caches hold a sequence.
+        ModelError: if the model or its caches cannot hold as much, or the caches hold a sequence.
 
     Examples:
         >>> from torchtune.models.llama3_2 import llama3_2
@@ -135,16 +136,16 @@ class Session:
             New tokens ``[b, n]``, and scores ``[b, n, v]`` if asked for.
 
         Raises:
-            ValueError: if it does not fit into what is left of the session.
+            ModelError: if it does not fit into what is left of the session.
         """
         sampling = sampling or Sampling()
-        faults = answer_faults(
+        problems = answer_problems(
             self.model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores
         )
-        if not faults:  # otherwise there may be no rows and columns to speak of
-            faults = self._misfits(tokens, max_new_tokens, num_features(encoder_embeds))
-        if faults:
-            raise ValueError(f"answer: {'; '.join(faults)}.")
+        if not problems:  # otherwise there may be no rows and columns to speak of
+            problems = self._misfits(tokens, max_new_tokens, num_features(encoder_embeds))
+        if problems:
+            raise ModelError(f"answer: {'; '.join(problems)}.")
         padding = self._padding(tokens, max_new_tokens)
         stop = stop_table(stop_tokens, tokens)
         logits = self._read(tokens, padding, encoder_embeds, encoder_mask, sampling)
@@ -181,17 +182,17 @@ class Session:
         """What is too large for what is left of the session, in words."""
         rows, left = self._valid.shape[0], self.max_tokens - self.length
         length = tokens.shape[1] + int(self._unread is not None)
-        faults = []
+        problems = []
         if tokens.shape[0] != rows or length > left - (max_new_tokens - 1):  # the last is never read
-            faults.append(
+            problems.append(
                 f"this session has {rows} rows and room for {left} more tokens of text, got "
                 f"{tokens.shape[0]} rows of {length} with {max_new_tokens} new ones to come"
             )
         if self._keeps_features and features > self.max_features:
-            faults.append(
+            problems.append(
                 f"this session has room for {self.max_features} encoder tokens a turn, got {features}"
             )
-        return faults
+        return problems
 
     def _padding(self, tokens: Tensor, max_new_tokens: int) -> int:
         """By how much a prompt that fits is padded on the left."""

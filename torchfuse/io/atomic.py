@@ -18,6 +18,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
+from torchfuse.errors import CheckpointError
+
 __all__ = ["holds_only_a_checkpoint", "write_directory", "write_whole"]
 
 _AT_FDCWD: Final = -100
@@ -76,8 +78,8 @@ def write_directory(
             is in it. None: if it ``holds_only_a_checkpoint``.
 
     Raises:
-        ValueError: if a file is in this place, or a directory that may not be replaced. Nothing has been
-            written then.
+        CheckpointError: if a file is in this place, or a directory that may not be replaced. Nothing
+            has been written then.
     """
     place = Path(os.path.realpath(path))
     _check_replaceable(place, may_replace or holds_only_a_checkpoint)
@@ -118,11 +120,11 @@ def _check_replaceable(place: Path, may_replace: Callable[[Path], bool]) -> None
     if not os.path.lexists(place):
         return
     if not place.is_dir():
-        raise ValueError(f"{place} is a file; a checkpoint is a directory.")
+        raise CheckpointError(f"{place} is a file; a checkpoint is a directory.")
     held = sorted(os.listdir(place))
     if held and not may_replace(place):
         some = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
-        raise ValueError(
+        raise CheckpointError(
             f"{place} is not replaced, because it may hold more than a checkpoint ({some}); nothing was "
             "written. Give a new directory, or remove this one first."
         )

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchfuse.errors import CheckpointError
 from torchfuse.io.strict_json import parse, read_json, regular_file
 
 __all__ = ["Checkpoint", "CheckpointDirectory"]
@@ -122,25 +123,25 @@ class CheckpointDirectory(Checkpoint):
             ``model.safetensors.index.json``.
 
     Raises:
-        ValueError: if it is no such directory, naming what is wrong with it.
+        CheckpointError: if it is no such directory, naming what is wrong with it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files = ExitStack()
         if not os.path.isdir(self.path):
-            raise ValueError(f"{self.path} is not a directory; give a Hugging Face checkpoint.")
+            raise CheckpointError(f"{self.path} is not a directory; give a Hugging Face checkpoint.")
         if not os.path.lexists(self.path / "config.json"):
-            raise ValueError(f"{self.path} is not a checkpoint: it has no config.json.")
+            raise CheckpointError(f"{self.path} is not a checkpoint: it has no config.json.")
         self.config = read_json(self.path / "config.json")
         self._readers: dict[str, Any] = {}
         self._shapes, self._dtypes = {}, {}
-        faults: list[str] = []
+        problems: list[str] = []
         try:
             for file, names in self._layout().items():
-                faults += self._open(file, names)
-            if faults:
-                raise ValueError(_listed(faults))
+                problems += self._open(file, names)
+            if problems:
+                raise CheckpointError(_listed(problems))
         except BaseException:
             self.close()
             raise
@@ -159,33 +160,33 @@ class CheckpointDirectory(Checkpoint):
                 if others
                 else ""
             )
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.path} is not a checkpoint: it has neither {_ONE_FILE} nor {_INDEX}.{hint}"
             )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map.")
+            raise CheckpointError(f"{index} has no weight_map.")
         layout: dict[str, list[str] | None] = {}
-        faults = []
+        problems = []
         for name, file in weight_map.items():
             if not _is_plain_name(file):
-                faults.append(f"{index} puts {name} in {file!r}, which is no file beside it.")
+                problems.append(f"{index} puts {name} in {file!r}, which is no file beside it.")
                 continue
             names = layout.setdefault(file, [])
             assert names is not None
             names.append(name)
-        faults += [
+        problems += [
             f"{self.path} is incomplete: {file} is missing."
             for file in layout
             if not os.path.lexists(self.path / file)
         ]
-        if not faults and one_file and _ONE_FILE not in layout:
-            faults = [
+        if not problems and one_file and _ONE_FILE not in layout:
+            problems = [
                 f"{self.path} has both {_ONE_FILE} and {_INDEX}, which does not name it, and readers "
                 "differ about which counts: remove the one that is out of date."
             ]
-        if faults:
-            raise ValueError(_listed(faults))
+        if problems:
+            raise CheckpointError(_listed(problems))
         return layout
 
     def _open(self, file: str, names: list[str] | None) -> list[str]:
@@ -196,23 +197,23 @@ class CheckpointDirectory(Checkpoint):
             reader = self._files.enter_context(safe_open(real, framework="pt"))
             _check_header(real)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
+            raise CheckpointError(f"{path} is damaged: {error}.") from error
         held = sorted(reader.keys())
         if names is not None and set(held) != set(names):
             wrong = sorted(set(held) ^ set(names))
             return [f"{path} and {_INDEX} disagree about {len(wrong)} tensors, such as {wrong[0]}."]
-        faults = []
+        problems = []
         for name in held:
             entry = reader.get_slice(name)
             shape, kind = tuple(entry.get_shape()), entry.get_dtype()
             if kind not in _DTYPES:
-                faults.append(f"{path} holds {name} as {kind}, which torch cannot compute with.")
+                problems.append(f"{path} holds {name} as {kind}, which torch cannot compute with.")
             elif math.prod(max(size, 1) for size in shape) > torch.iinfo(torch.int64).max:
-                faults.append(f"{path} holds {name} in the shape {list(shape)}, which cannot be.")
+                problems.append(f"{path} holds {name} in the shape {list(shape)}, which cannot be.")
             else:
                 self._shapes[name], self._dtypes[name] = shape, _DTYPES[kind]
                 self._readers[name] = reader
-        return faults
+        return problems
 
     def read(self, name: str) -> Tensor:
         return self._readers[name].get_tensor(name)
@@ -224,9 +225,9 @@ class CheckpointDirectory(Checkpoint):
         return self
 
 
-def _listed(faults: list[str]) -> str:
-    more = [f"... and {len(faults) - 8} more."] if len(faults) > 8 else []
-    return "\n".join(faults[:8] + more)
+def _listed(problems: list[str]) -> str:
+    more = [f"... and {len(problems) - 8} more."] if len(problems) > 8 else []
+    return "\n".join(problems[:8] + more)
 
 
 def _is_plain_name(file: Any) -> bool:

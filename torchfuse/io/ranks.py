@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
+from torchfuse.errors import CheckpointError
+
 __all__ = ["agree", "coordination_group", "from_rank_zero", "is_rank_zero"]
 
 _T = TypeVar("_T")
@@ -54,25 +56,25 @@ def from_rank_zero(group: Any, make: Callable[[], _T]) -> _T:
     return box[0]
 
 
-def agree(group: Any, faults: list[str], headline: str, same: Any = None) -> None:
-    """One error on every rank if there is a fault on any.
+def agree(group: Any, problems: list[str], headline: str, same: Any = None) -> None:
+    """One error on every rank if there is a problem on any.
 
     Args:
         group: what ``coordination_group`` returned.
-        faults: what is wrong on this rank.
+        problems: what is wrong on this rank.
         headline: first line of the error.
         same: a value that must be equal on all ranks.
 
     Raises:
-        ValueError: with the faults of all ranks, each once.
+        CheckpointError: with the problems of all ranks, each once.
     """
-    everywhere = [(faults, same)]
+    everywhere = [(problems, same)]
     if group is not None:
         everywhere = [([], None)] * distributed.get_world_size(group)
-        distributed.all_gather_object(everywhere, (faults, same), group=group)
+        distributed.all_gather_object(everywhere, (problems, same), group=group)
     if any(other != everywhere[0][1] for _, other in everywhere):
-        faults = [f"the ranks disagree: {', '.join(repr(other) for _, other in everywhere)}"]
-        everywhere.append((faults, None))
-    collected = dict.fromkeys(fault for theirs, _ in everywhere for fault in theirs)
+        problems = [f"the ranks disagree: {', '.join(repr(other) for _, other in everywhere)}"]
+        everywhere.append((problems, None))
+    collected = dict.fromkeys(problem for theirs, _ in everywhere for problem in theirs)
     if collected:
-        raise ValueError("\n  ".join([headline, *collected]))
+        raise CheckpointError("\n  ".join([headline, *collected]))

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint
 from torchfuse.io.strict_json import read_json, regular_file
 
@@ -30,13 +31,15 @@ class CheckpointFile(Checkpoint):
         path: a file that ends in ``.pt``, ``.pth`` or ``.bin``.
 
     Raises:
-        ValueError: if it is no such file, damaged, or holds anything but a table of plain tensors.
+        CheckpointError: if it is no such file, damaged, or holds anything but a table of plain tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.suffix not in _PICKLES:
-            raise ValueError(f"{self.path} must be a file that ends in one of {', '.join(_PICKLES)}.")
+            raise CheckpointError(
+                f"{self.path} must be a file that ends in one of {', '.join(_PICKLES)}."
+            )
         real = regular_file(self.path.parent, self.path.name)
         beside = (self.path.parent / name for name in ("params.json", "config.json"))
         self.config = next((read_json(file) for file in beside if os.path.lexists(file)), {})
@@ -45,14 +48,14 @@ class CheckpointFile(Checkpoint):
             f"{name!r} ({why})" for name, t in self._tensors.items() if (why := _not_plain(name, t))
         ]
         if wrong:
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.path} must hold plain tensors by name and nothing else, got "
                 f"{', '.join(wrong[:8])}{' and more' if len(wrong) > 8 else ''}."
             )
         storages = [tensor.untyped_storage() for tensor in self._tensors.values()]
         placed = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
         if [placed[place] for place in sorted(placed)] != sizes:
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.path} is damaged: its tensors do not fill what the file has for them."
             )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
@@ -74,14 +77,14 @@ def _unpickle(real: Path, path: Path) -> tuple[dict[Any, Any], list[int]]:
         with zipfile.ZipFile(real) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("it is compressed, which torch.save never does")
+            raise CheckpointError("it is compressed, which torch.save never does")
         content = torch.load(str(real), map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # what a hostile pickle raises is up to its author
         # Of torch's own text only this: the rest advises to read the file without protection.
         found = re.search(r"(?i)unsupported [^\n]{1,120}", str(error))
         known = isinstance(error, ValueError | OSError | zipfile.BadZipFile)
         reason = str(error) if known else found[0] if found else type(error).__name__
-        raise ValueError(
+        raise CheckpointError(
             f"{path} cannot be read as tensors ({reason}). It must be what torch.save wrote from a "
             "state dict; a pickle that holds other things is not read, because it could run code."
         ) from error
@@ -89,10 +92,10 @@ def _unpickle(real: Path, path: Path) -> tuple[dict[Any, Any], list[int]]:
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         if set(content) != {"model"}:
             others = ", ".join(sorted(repr(key) for key in content if key != "model"))
-            raise ValueError(f"{path} holds more than a model: {others[:300]}.")
+            raise CheckpointError(f"{path} holds more than a model: {others[:300]}.")
         content = content["model"]
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} must hold tensors by name, got a {type(content).__name__}.")
+        raise CheckpointError(f"{path} must hold tensors by name, got a {type(content).__name__}.")
     return content, sizes
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.encoding import EncoderOwner, encoder_names
 from torchfuse.models.strategy import ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
@@ -46,7 +47,7 @@ class FusedModel(DecoderSurface, EncoderOwner):
             smallest size that it accepts. None: its ``example_input()`` is asked.
 
     Raises:
-        ValueError: if names do not agree, ``"participate"`` has no example input, the decoder is a
+        ModelError: if names do not agree, ``"participate"`` has no example input, the decoder is a
             fused model already, or its layers are not those that the strategy wants.
     """
 
@@ -141,7 +142,7 @@ class FusedModel(DecoderSurface, EncoderOwner):
             logits, where the decoder was asked for those.
 
         Raises:
-            ValueError: if inputs do not fit the model or each other.
+            ModelError: if inputs do not fit the model or each other.
         """
         cached = self.caches_are_enabled()
         if mask is None and not cached and self.caches_are_setup():
@@ -149,13 +150,13 @@ class FusedModel(DecoderSurface, EncoderOwner):
             s = tokens.shape[1]
             mask = torch.ones(1, s, s, dtype=torch.bool, device=tokens.device).tril()
         if cached and self.training and torch.is_grad_enabled():
-            raise ValueError(
+            raise ModelError(
                 "Caches are for inference: keys and values kept from an earlier call have no gradient, "
                 "so training through them would be wrong. Call model.eval(), or run under "
                 "torch.no_grad(); torchtune.modules.delete_kv_caches(model) removes the caches."
             )
         if cached and (mask is None or input_pos is None):
-            raise ValueError(
+            raise ModelError(
                 "Caches are set up, so mask ([b, s, slots], True: may attend) and input_pos must be "
                 "given; torchtune.modules.delete_kv_caches(model) removes the caches."
             )
@@ -199,13 +200,13 @@ class FusedModel(DecoderSurface, EncoderOwner):
 
     def _check_embeds(self, embeds: Tensor) -> None:
         if embeds.shape[1] > self.max_seq_len:
-            raise ValueError(
+            raise ModelError(
                 f"The sequence is {embeds.shape[1]} tokens long with those of the encoder, and the "
                 f"decoder's max_seq_len is {self.max_seq_len}. Shorten the text or use fewer encoder "
                 "tokens."
             )
         if hasattr(self.decoder, "unshard"):
-            raise ValueError(
+            raise ModelError(
                 "The decoder is sharded as a module of its own, but this architecture runs its layers "
                 "from the fused model. Call fully_shard on the layers and on the fused model instead."
             )
@@ -216,10 +217,10 @@ ModalityStrategy.model_class = FusedModel
 
 
 def refuse_fused(decoder: nn.Module) -> None:
-    """Raise a ``ValueError`` if the decoder is a fused model, whose encoders would get lost."""
+    """Raise a ``ModelError`` if the decoder is a fused model, whose encoders would get lost."""
     model = model_behind(decoder)
     if isinstance(model, FusedModel):
-        raise ValueError(
+        raise ModelError(
             f"The decoder is a {type(model).__name__}, fused already. Fuse the plain decoder with all "
             "encoders at once: encoder={name: module}."
         )

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torchtune.models.llama3_2 import llama3_2, llama3_2_1b
 
 from torchfuse.encoders.clip import ClipVisionEncoder, clip_vit_l_14_336
+from torchfuse.errors import ConfigError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
 from torchfuse.options import passes_options_to
@@ -106,7 +107,7 @@ def llama_clip(
         **fuse_options: see ``torchfuse.fuse``.
 
     Raises:
-        ValueError: if the numbers do not fit each other.
+        ConfigError: if the numbers do not fit each other.
     """
     sizes = {
         "vocab_size": vocab_size,
@@ -117,8 +118,8 @@ def llama_clip(
         "max_seq_len": max_seq_len,
         "intermediate_dim": intermediate_dim,
     }
-    if faults := [f"{name}={value}" for name, value in sizes.items() if value < 1]:
-        raise ValueError(f"A decoder's sizes must be at least 1, got {', '.join(faults)}.")
+    if problems := [f"{name}={value}" for name, value in sizes.items() if value < 1]:
+        raise ConfigError(f"A decoder's sizes must be at least 1, got {', '.join(problems)}.")
     decoder = llama3_2(
         **sizes,
         rope_base=rope_base,

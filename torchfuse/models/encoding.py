@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.types import EncoderFeatures, EncoderInput, EncoderMask, OnMissing
 
 __all__ = ["EncoderOwner", "encoder_names"]
@@ -25,15 +26,15 @@ def encoder_names(encoder: nn.Module | Mapping[str, nn.Module]) -> list[str]:
     """The names of encoders as a model knows them; ``["encoder"]`` for one without a name.
 
     Raises:
-        ValueError: if there is none, or a name cannot be part of a parameter's.
+        ModelError: if there is none, or a name cannot be part of a parameter's.
     """
     if not isinstance(encoder, Mapping | nn.ModuleDict):
         return [_UNNAMED]
     if not encoder:
-        raise ValueError("A fused model needs at least one encoder, got an empty mapping.")
+        raise ModelError("A fused model needs at least one encoder, got an empty mapping.")
     bad = [n for n in encoder if not n or "." in n or hasattr(nn.ModuleDict, n)]
     if bad:
-        raise ValueError(
+        raise ModelError(
             "Names of encoders become parts of parameter names: they must not be empty, hold a dot "
             f"or be a method of nn.ModuleDict. Got {', '.join(map(repr, bad))}."
         )
@@ -61,7 +62,7 @@ class EncoderOwner(nn.Module):
         if isinstance(encoder, Mapping | nn.ModuleDict):
             self._own_by_name(dict(encoder.items()), adapter)
         elif isinstance(adapter, Mapping):
-            raise ValueError("One encoder without a name takes one adapter, got several by name.")
+            raise ModelError("One encoder without a name takes one adapter, got several by name.")
         else:
             self.encoder = encoder
             self.adapter = adapter
@@ -71,10 +72,10 @@ class EncoderOwner(nn.Module):
         """Say what happens to the encoders in a batch without input for them, see ``FusedModel``.
 
         Raises:
-            ValueError: if it is neither ``"skip"`` nor ``"participate"``, or there is no example input.
+            ModelError: if it is neither ``"skip"`` nor ``"participate"``, or there is no example input.
         """
         if on_missing not in ("skip", "participate"):
-            raise ValueError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
+            raise ModelError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
         if on_missing == "participate":
             for name in self.encoder_names:
                 self._example_input(name)
@@ -88,7 +89,7 @@ class EncoderOwner(nn.Module):
         encoder_names(encoders)
         adapters = dict(adapter.items()) if isinstance(adapter, Mapping | nn.ModuleDict) else {}
         if adapter is not None and adapters.keys() != encoders.keys():
-            raise ValueError(
+            raise ModelError(
                 f"Adapters must have the names of the encoders, {', '.join(encoders)}; got "
                 f"{', '.join(adapters) or type(adapter).__name__}."
             )
@@ -130,7 +131,7 @@ class EncoderOwner(nn.Module):
             Features ``[b, n, d]`` in the decoder's width and dtype; by name when encoders have names.
 
         Raises:
-            ValueError: for an unknown name, or features that are no ``[b, n, d_e]``.
+            ModelError: for an unknown name, or features that are no ``[b, n, d_e]``.
         """
         embeds = {name: self._encode(name, kw) for name, kw in self._by_name(encoder_input).items()}
         return embeds if self._named else embeds[_UNNAMED]
@@ -141,13 +142,13 @@ class EncoderOwner(nn.Module):
             return {_UNNAMED: given}
         names = self.encoder_names
         if not isinstance(given, Mapping):
-            raise ValueError(
+            raise ModelError(
                 f"This model has the encoders {', '.join(names)}: give what is for them by name, got "
                 f"a {type(given).__name__}."
             )
         unknown = [name for name in given if name not in names]
         if unknown:
-            raise ValueError(f"No encoder named {', '.join(unknown)}; there are {', '.join(names)}.")
+            raise ModelError(f"No encoder named {', '.join(unknown)}; there are {', '.join(names)}.")
         return {name: given[name] for name in names if given.get(name) is not None}
 
     def _features(
@@ -162,7 +163,7 @@ class EncoderOwner(nn.Module):
     ) -> dict[str, EncoderFeatures]:
         """The features of a batch by encoder, in the order of the encoders on every rank."""
         if encoder_input is not None and encoder_embeds is not None:
-            raise ValueError("Give encoder_input or encoder_embeds, not both.")
+            raise ModelError("Give encoder_input or encoder_embeds, not both.")
         inputs = {} if encoder_input is None else self._by_name(encoder_input)
         ready = {} if encoder_embeds is None else self._by_name(encoder_embeds)
         embeds: dict[str, Tensor] = {}
@@ -188,7 +189,7 @@ class EncoderOwner(nn.Module):
         lengths = {name: e.shape[1] for name, e in embeds.items()}
         if isinstance(encoder_mask, Tensor):
             if encoder_mask.shape[-1] != sum(lengths.values()):
-                raise ValueError(
+                raise ModelError(
                     f"encoder_mask covers {encoder_mask.shape[-1]} features, but there are "
                     + " + ".join(f"{n} of {name!r}" for name, n in lengths.items())
                     + "."
@@ -196,13 +197,13 @@ class EncoderOwner(nn.Module):
             split = encoder_mask.split(list(lengths.values()), dim=-1)
             masks = dict(zip(lengths, split, strict=True))
         elif not self._named:
-            raise ValueError("One encoder without a name takes one encoder_mask, got a mapping.")
+            raise ModelError("One encoder without a name takes one encoder_mask, got a mapping.")
         else:
             masks = {name: m for name, m in self._by_name(encoder_mask).items() if name in embeds}
         for name, mask in masks.items():
             shapes = ([*tokens.shape, lengths[name]], [tokens.shape[0], lengths[name]])
             if mask.dtype != torch.bool or list(mask.shape) not in shapes:
-                raise ValueError(
+                raise ModelError(
                     f"The encoder_mask of {name!r} must be bool (True: may attend) with shape "
                     f"{shapes[0]} or {shapes[1]}, got {mask.dtype} {list(mask.shape)}."
                 )
@@ -210,7 +211,7 @@ class EncoderOwner(nn.Module):
 
     def _encode(self, name: str, encoder_input: Any) -> Tensor:
         if not isinstance(encoder_input, Mapping):
-            raise ValueError(
+            raise ModelError(
                 f"The input of {name!r} must be a mapping of the encoder's keywords, got a "
                 f"{type(encoder_input).__name__}."
             )
@@ -222,7 +223,7 @@ class EncoderOwner(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             features = encoder(**keywords)
         if not isinstance(features, Tensor):
-            raise ValueError(
+            raise ModelError(
                 f"The encoder {name!r} ({type(encoder).__name__}) must return features [b, n, d_e], "
                 f"got a {type(features).__name__}. Wrap it in a module that picks the tensor."
             )
@@ -238,7 +239,7 @@ class EncoderOwner(nn.Module):
         fits = isinstance(features, Tensor) and features.dim() in (2, 3) and features.shape[-1] == width
         if not fits:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
+            raise ModelError(
                 f"The features of {name!r} must have shape [b, n, {width}] when they reach the "
                 f"decoder, got {got}. Is an adapter missing?"
             )
@@ -252,7 +253,7 @@ class EncoderOwner(nn.Module):
         if example is None:
             ask = getattr(encoder, "example_input", None)
             if not callable(ask):
-                raise ValueError(
+                raise ModelError(
                     f'on_missing="participate" needs an input to run {name!r} on when a batch has '
                     f"none: pass example_input=, or give {type(encoder).__name__} a method "
                     "example_input()."

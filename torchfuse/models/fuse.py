@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel, refuse_fused
 from torchfuse.models.encoding import encoder_names
 from torchfuse.models.strategy import ModalityStrategy, build_modality_strategy
@@ -85,7 +86,7 @@ def fuse(
         architecture builds.
 
     Raises:
-        ValueError: for anything that does not fit; decoder and encoder are as they were then.
+        ModelError: for anything that does not fit; decoder and encoder are as they were then.
 
     Examples:
         >>> from torch import nn
@@ -110,7 +111,7 @@ def fuse(
         name: _adapter(specs[name], name, encoders[name], widths[name], embedding) for name in encoders
     }
     if len({spec is None for spec in adapters.values()}) > 1:
-        raise ValueError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
+        raise ModelError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
     put_layers_in_place = strategy.plan(decoder, names, every=every)
     fused_embedding = None
     if fusion_vocab_size:
@@ -153,7 +154,7 @@ def fuse(
 def _encoders(given: Any) -> dict[str, nn.Module]:
     encoders = given if isinstance(given, Mapping) else {"": given}
     if wrong := [value for value in encoders.values() if not isinstance(value, nn.Module)]:
-        raise ValueError(
+        raise ModelError(
             "encoder must be a module that returns features [b, n, d_e], or a mapping of names to such; "
             f"got {', '.join(map(repr, wrong))}."
         )
@@ -164,7 +165,7 @@ def _strategy(arch: str | ModalityStrategy, options: Mapping[str, Any]) -> Modal
     if not isinstance(arch, ModalityStrategy):
         return build_modality_strategy(arch, **options)
     if options:
-        raise ValueError(
+        raise ModelError(
             f"{', '.join(options)} cannot be given beside a {type(arch).__name__}, which has its "
             "options already; a name of an architecture takes them."
         )
@@ -179,12 +180,12 @@ def _token_embedding(decoder: nn.Module) -> nn.Embedding:
     if not isinstance(embedding, nn.Embedding) or not isinstance(
         getattr(decoder, "layers", None), nn.ModuleList
     ):
-        raise ValueError(
+        raise ModelError(
             "fuse needs a decoder with tok_embeddings (an nn.Embedding) and layers (an "
             f"nn.ModuleList), as torchtune's TransformerDecoder has; got a {type(decoder).__name__}."
         )
     if any(getattr(module, "kv_cache", None) is not None for module in decoder.modules()):
-        raise ValueError(
+        raise ModelError(
             "The decoder has caches, which new layers would lack. Remove them first "
             "(torchtune.modules.delete_kv_caches), fuse, and set them up on the fused model."
         )
@@ -195,7 +196,7 @@ def _by_name(given: Any, encoders: Mapping[str, nn.Module], what: str) -> dict[s
     if not isinstance(given, Mapping):
         return dict.fromkeys(encoders, given)
     if given.keys() != encoders.keys():
-        raise ValueError(
+        raise ModelError(
             f"{what} must have the names of the encoders, "
             f"{', '.join(encoders) if '' not in encoders else 'of which there is one without a name'}; "
             f"got {', '.join(map(str, given))}."
@@ -218,7 +219,7 @@ def _adapter(
         _check_widths(spec, name, width, embedding.embedding_dim)
         return spec
     if width is None:
-        raise ValueError(
+        raise ModelError(
             f"The width of the features of {name or 'the encoder'!r} is not known: "
             f"{type(encoder).__name__} has no feature_dim, embed_dim or config.hidden_size. Pass "
             "encoder_dim=."
@@ -232,15 +233,15 @@ def _adapter(
 def _check_widths(adapter: nn.Module, name: str, encoder_dim: int | None, embed_dim: int) -> None:
     wanted = {"in_dim": ("the encoder's features", encoder_dim), "out_dim": ("the decoder", embed_dim)}
     own = {side: getattr(unwrap(adapter), side, None) for side in wanted}
-    faults = [
+    problems = [
         f"its {side} is {own[side]}, the width of {whose} {width}"
         for side, (whose, width) in wanted.items()
         if isinstance(own[side], int) and width is not None and own[side] != width
     ]
-    if faults:
+    if problems:
         of = f" of {name!r}" if name else ""
         who = f"The adapter{of} ({type(adapter).__name__})"
-        raise ValueError(f"{who} does not fit: {'; '.join(faults)}.")
+        raise ModelError(f"{who} does not fit: {'; '.join(problems)}.")
 
 
 def _feature_dim(encoder: nn.Module) -> int | None:
@@ -270,18 +271,18 @@ def _fused_head(
     from torchtune.modules import TiedLinear
 
     if fused is None:
-        raise ValueError(
+        raise ModelError(
             "fusion_head scores new tokens, of which there are none: give fusion_vocab_size."
         )
     if type(head) is TiedLinear and head.tied_module is embedding:
         return TiedFusionLinear(fused)
     if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
-        raise ValueError(
+        raise ModelError(
             "fusion_head needs a decoder whose output is an nn.Linear with a weight of its own, or "
             f"torchtune's TiedLinear over tok_embeddings; got a {type(head).__name__}."
         )
     if head.weight.shape[0] != fused.vocab_size:
-        raise ValueError(
+        raise ModelError(
             f"fusion_head scores new tokens at their ids, but the head scores {head.weight.shape[0]} "
             f"tokens and the embedding has {fused.vocab_size}. Cut or pad one of them first."
         )

@@ -15,6 +15,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from torchfuse.errors import ModelError
 from torchfuse.models.cached_attention import CachedAttention
 from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
 from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, Start
@@ -101,12 +102,12 @@ def mot_layer(
         keys_and_values_only: see ``MoTLayer.from_pretrained``.
 
     Raises:
-        ValueError: if the layer or its attention computes something of its own, which would not be done
+        ModelError: if the layer or its attention computes something of its own, which would not be done
             to the other modalities; if its weights are quantized other than by QLoRA's NF4.
     """
     inner: Any = unwrap(layer)
     attn = getattr(inner, "attn", None)
-    faults = [
+    problems = [
         f"a {type(module).__name__} is not torchtune's {name}, so what it computes is not known here"
         for module, known, name in (
             (inner, (TransformerSelfAttentionLayer,), "TransformerSelfAttentionLayer"),
@@ -114,11 +115,11 @@ def mot_layer(
         )
         if type(module) not in known
     ]
-    faults += [
+    problems += [
         f"{name} is quantized ({kind}): fuse first, then quantize"
         for name, parameter in inner.named_parameters()
         if (kind := quantized_dtype(parameter)) not in (None, "nf4")
     ]
-    if faults:
-        raise ValueError(f"It cannot be shared by modalities: {'; '.join(faults)}.")
+    if problems:
+        raise ModelError(f"It cannot be shared by modalities: {'; '.join(problems)}.")
     return MoTLayer.from_pretrained(layer, names, start=start, keys_and_values_only=keys_and_values_only)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
+from torchfuse.errors import ModelError
+
 __all__ = ["CountsTokens", "check_lengths"]
 
 _Value = TypeVar("_Value")
@@ -47,7 +49,7 @@ def check_lengths(
         The length of the longest sequence; None if an encoder's number of features is not known.
 
     Raises:
-        ValueError: if the decoder is too short, with every number; if a number is out of range; if an
+        ModelError: if the decoder is too short, with every number; if a number is out of range; if an
             adapter cannot take such features, or would take a clip for one large image.
 
     Examples:
@@ -55,13 +57,12 @@ def check_lengths(
         56
         >>> check_lengths(max_seq_len=64, text_len=20, num_tokens=25, num_frames=4)
         Traceback (most recent call last):
-        ValueError: max_seq_len 64 is shorter than 4 frames x 25 tokens + 20 text tokens = 120. Raise \
-max_seq_len, shorten the text, or use fewer frames or an adapter that pools.
+        torchfuse.errors.ModelError: max_seq_len 64 is shorter than 4 frames x 25 tokens + 20 ...
     """
     tokens = dict(num_tokens) if isinstance(num_tokens, Mapping) else {_ONE: num_tokens}
     frames = _by_name(num_frames, tokens, "num_frames")
     adapters = _by_name(adapter, tokens, "adapter")
-    faults = [
+    problems = [
         f"{what}={number} must be at least {least}"
         for what, number, least in [
             ("max_seq_len", max_seq_len, 1),
@@ -71,8 +72,8 @@ max_seq_len, shorten the text, or use fewer frames or an adapter that pools.
         ]
         if number < least
     ]
-    if faults:
-        raise ValueError(f"Lengths: {'; '.join(faults)}.")
+    if problems:
+        raise ModelError(f"Lengths: {'; '.join(problems)}.")
     total, parts, unknown = text_len, [], False
     for name, num in tokens.items():
         if num is None:
@@ -88,7 +89,7 @@ max_seq_len, shorten the text, or use fewer frames or an adapter that pools.
     if total > max_seq_len:
         remedy = ", shorten the text, or use fewer frames or an adapter that pools"
         needed = " + ".join([*parts, f"{text_len} text tokens"])
-        raise ValueError(
+        raise ModelError(
             f"max_seq_len {max_seq_len} is shorter than {needed} = {total}"
             f"{' and more' if unknown else ''}. Raise max_seq_len"
             f"{remedy if parts else ' or shorten the text'}."
@@ -103,11 +104,11 @@ def _behind(adapter: CountsTokens | None, num: int, frames: int, name: str) -> i
     try:
         each, all_frames = adapter.output_num_tokens(num), adapter.output_num_tokens(frames * num)
     except ValueError as error:
-        raise ValueError(
+        raise ModelError(
             f"{frames} {_noun(frames)} x {num} tokens{_of(name)} do not suit the adapter. {error}"
         ) from error
     if all_frames != frames * each:
-        raise ValueError(
+        raise ModelError(
             f"The adapter{_of(name)} makes {each} tokens of a frame's {num}, but {all_frames} of the "
             f"{frames * num} of {frames} frames, not {frames * each}: it takes the clip for one image. "
             "Give it the side of a frame's grid (grid=)."
@@ -120,7 +121,7 @@ def _by_name(given: Any, tokens: Mapping[str, int | None], what: str) -> dict[st
         return dict.fromkeys(tokens, given)
     if given.keys() != tokens.keys():
         names = ", ".join(tokens) if _ONE not in tokens else "none, for one encoder without a name"
-        raise ValueError(f"{what} must have the names of the encoders, {names}; got {', '.join(given)}.")
+        raise ModelError(f"{what} must have the names of the encoders, {names}; got {', '.join(given)}.")
     return dict(given)
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
+from torchfuse.errors import ConfigError
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.options import call_with_options
 
@@ -57,11 +58,11 @@ class ModalityStrategy(ABC):
             every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: the architecture's own.
 
         Raises:
-            ValueError: if the decoder cannot be fused, or not so; here, where no layer is, for any
+            ConfigError: if the decoder cannot be fused, or not so; here, where no layer is, for any
                 ``every``.
         """
         if every is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"every={every} cannot be given: {type(self).__name__} fuses no layer of the decoder."
             )
         return lambda: None
@@ -78,7 +79,7 @@ class ModalityStrategy(ABC):
             num_frames: frames of a clip, or images a row.
 
         Raises:
-            ValueError: if an encoder does not say how many features an image has, and it matters.
+            ConfigError: if an encoder does not say how many features an image has, and it matters.
         """
         if not self.special_tokens() and not self.extra_tokens(1):
             return 0
@@ -90,10 +91,10 @@ class ModalityStrategy(ABC):
         return ()
 
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
-        """Raise a ``ValueError`` if the options do not fit the encoders of these names."""
+        """Raise a ``ConfigError`` if the options do not fit the encoders of these names."""
 
     def check_decoder(self, decoder: nn.Module, encoders: Sequence[str]) -> None:  # noqa: B027
-        """Raise a ``ValueError`` if a decoder lacks what ``plan`` would have put in place."""
+        """Raise a ``ConfigError`` if a decoder lacks what ``plan`` would have put in place."""
 
     def check_prompt(  # noqa: B027  # most have nothing to check
         self,
@@ -101,7 +102,7 @@ class ModalityStrategy(ABC):
         tokens: Tensor,
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
     ) -> None:
-        """Raise a ``ValueError`` if a prompt cannot have the features that a mask gives it.
+        """Raise a ``ConfigError`` if a prompt cannot have the features that a mask gives it.
 
         Args:
             names: of the encoders.
@@ -164,20 +165,20 @@ def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _Strategy
         arch: the name.
 
     Raises:
-        ValueError: if that is no name, or there is an architecture of that name; if the class is no
+        ConfigError: if that is no name, or there is an architecture of that name; if the class is no
             ``ModalityStrategy``, lacks a method, has options that cannot be read, or has another name.
     """
     if not isinstance(arch, str) or not arch:
-        raise ValueError(
+        raise ConfigError(
             "An architecture needs a name, a string that is not empty: "
             f'@register_modality_strategy("mine"). Got {arch!r}.'
         )
 
     def register(cls: _StrategyType) -> _StrategyType:
         if arch in _REGISTRY:
-            raise ValueError(f"There is an architecture {arch!r} already: {_REGISTRY[arch].__name__}.")
-        if faults := list(_class_faults(cls)):
-            raise ValueError(f"{cls!r} cannot be the architecture {arch!r}: {'; '.join(faults)}.")
+            raise ConfigError(f"There is an architecture {arch!r} already: {_REGISTRY[arch].__name__}.")
+        if problems := list(_class_problems(cls)):
+            raise ConfigError(f"{cls!r} cannot be the architecture {arch!r}: {'; '.join(problems)}.")
         if "__dataclass_fields__" not in vars(cls):
             dataclass(frozen=True)(cls)  # in place
         cls.arch = arch
@@ -187,7 +188,7 @@ def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _Strategy
     return register
 
 
-def _class_faults(cls: Any) -> Iterator[str]:
+def _class_problems(cls: Any) -> Iterator[str]:
     if not isinstance(cls, type) or not issubclass(cls, ModalityStrategy):
         yield "it must be a class below ModalityStrategy"
         return
@@ -212,12 +213,12 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
         **options: the architecture's options.
 
     Raises:
-        ValueError: for an unknown architecture or option, naming those there are.
+        ConfigError: for an unknown architecture or option, naming those there are.
     """
     if not isinstance(arch, str) or arch not in _REGISTRY:
         hint = "" if isinstance(arch, str) else " (a name, or for fuse a strategy with its options)"
         known = ", ".join(sorted(_REGISTRY))
-        raise ValueError(f"Unknown architecture {arch!r}{hint}; there are {known}.")
+        raise ConfigError(f"Unknown architecture {arch!r}{hint}; there are {known}.")
     return call_with_options(_REGISTRY[arch], what=f"architecture {arch!r}", options=options)
 
 
@@ -231,15 +232,15 @@ def _features_of_an_image(model: StrategyModel, name: str) -> int:
         silent = f"adapter of {name!r} ({type(adapter).__name__}) has no output_num_tokens"
         if not known:
             silent = f"encoder {name!r} ({type(encoder).__name__}) does not say num_tokens"
-        raise ValueError(f"How many features an image has is not known: the {silent}.")
+        raise ConfigError(f"How many features an image has is not known: the {silent}.")
     return num if adapter is None else int(count(num))
 
 
 def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
-    """Raise a ``ValueError`` unless every encoder gave a row of features for each row of tokens."""
+    """Raise a ``ConfigError`` unless every encoder gave a row of features for each row of tokens."""
     for name, given in features.items():
         if given.present and given.embeds.shape[0] != tokens.shape[0]:
-            raise ValueError(
+            raise ConfigError(
                 f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
                 f"{tokens.shape[0]}. There must be a row of features [b, n, d] for each row of text: "
                 "pad rows with fewer images, and mask the padding by encoder_mask."

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from torchfuse.modules.experts.routing import Routing, take_part
+from torchfuse.modules.experts.routing import Routing, keep_in_graph
 
 __all__ = [
     "EncoderFeatures",
@@ -45,7 +45,7 @@ class EncoderFeatures:
     def __post_init__(self) -> None:
         if self.embeds.shape[:2].numel():
             return
-        stand_in = take_part(self.embeds.new_zeros(1, 1, self.embeds.shape[-1]), self.embeds)
+        stand_in = keep_in_graph(self.embeds.new_zeros(1, 1, self.embeds.shape[-1]), self.embeds)
         for name, value in (("embeds", stand_in), ("mask", None), ("present", False)):
             object.__setattr__(self, name, value)
 

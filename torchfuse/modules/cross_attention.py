@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.grouped_attention import grouped_attention
 from torchfuse.modules.kv_cache import EncoderKVCache
 
@@ -50,7 +51,7 @@ class CrossAttention(nn.Module):
         attn_dropout: probability of dropping an attention weight in training.
 
     Raises:
-        ValueError: if ``num_kv_heads`` does not divide ``num_heads``, or only one norm is given.
+        ModelError: if ``num_kv_heads`` does not divide ``num_heads``, or only one norm is given.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}.")
+            raise ModelError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}.")
         if (q_norm is None) != (k_norm is None):
-            raise ValueError("q_norm and k_norm are given together or not at all.")
+            raise ModelError("q_norm and k_norm are given together or not at all.")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -150,7 +151,7 @@ class CrossAttention(nn.Module):
             ``[b, s, d]``.
 
         Raises:
-            ValueError: if ``y`` is None and nothing is cached.
+            ModelError: if ``y`` is None and nothing is cached.
         """
         if mask is None:
             mask = self.effective_mask(y, None)
@@ -167,7 +168,7 @@ class CrossAttention(nn.Module):
         cache = self._enabled_cache
         if y is None:
             if cache is None or not cache.is_filled:
-                raise ValueError("There is nothing to attend to: y is None and no cache is filled.")
+                raise ModelError("There is nothing to attend to: y is None and no cache is filled.")
             return cache.k_cache, cache.v_cache
         k = self._heads(self.k_proj(y), self.num_kv_heads, self.k_norm)
         v = self._heads(self.v_proj(y), self.num_kv_heads, None)
@@ -229,10 +230,10 @@ class GatedCrossAttentionLayer(nn.Module):
             decoder_max_seq_len: of no use to this layer.
 
         Raises:
-            ValueError: if ``encoder_max_seq_len`` is None.
+            ModelError: if ``encoder_max_seq_len`` is None.
         """
         if encoder_max_seq_len is None:
-            raise ValueError(
+            raise ModelError(
                 "A cross-attention layer needs encoder_max_seq_len, the number of encoder tokens to "
                 "keep. Set up the caches through the fused model, or pass it."
             )
@@ -273,7 +274,7 @@ class GatedCrossAttentionLayer(nn.Module):
             ``[b, s, d]``.
 
         Raises:
-            ValueError: if the mask is no bool tensor of that shape.
+            ModelError: if the mask is no bool tensor of that shape.
         """
         if encoder_input is None and not self.attn.has_cached_features:
             return x
@@ -293,7 +294,7 @@ class GatedCrossAttentionLayer(nn.Module):
 
     def _check_mask(self, x: Tensor, features: Tensor | None, mask: Tensor) -> None:
         if mask.dtype != torch.bool:
-            raise ValueError(
+            raise ModelError(
                 f"encoder_mask must be bool (True: may attend), got {mask.dtype}. An additive mask "
                 "converts with `mask == 0`."
             )
@@ -307,7 +308,7 @@ class GatedCrossAttentionLayer(nn.Module):
             num_features = f"at most {cache.max_seq_len}"
         rows = mask.dim() == 3 and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == x.shape[1]
         if not rows or not fits:
-            raise ValueError(
+            raise ModelError(
                 f"encoder_mask must have shape [{x.shape[0]}, {x.shape[1]}, {num_features}] (rows, "
                 f"text tokens, encoder tokens), got {list(mask.shape)}."
             )

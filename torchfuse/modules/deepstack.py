@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.modules.experts.routing import Routing, take_part
+from torchfuse.errors import ModelError
+from torchfuse.modules.experts.routing import Routing, keep_in_graph
 from torchfuse.modules.fusion_wrapper import FusionWrapper
 from torchfuse.naming import unwrap
 
@@ -54,7 +55,7 @@ class DeepStackLayer(FusionWrapper):
         hidden_dim: width inside the maps; ``dim`` unless given.
 
     Raises:
-        ValueError: if there is no modality, or a name of the layer would be hidden.
+        ModelError: if there is no modality, or a name of the layer would be hidden.
     """
 
     fusion_layer: nn.ModuleDict
@@ -64,7 +65,7 @@ class DeepStackLayer(FusionWrapper):
     ) -> None:
         super().__init__()
         if not modalities:
-            raise ValueError("A DeepStackLayer needs the name of a modality, got none.")
+            raise ModelError("A DeepStackLayer needs the name of a modality, got none.")
         weight = next(p for p in layer.parameters() if p.is_floating_point())
         with weight.device:
             maps = {name: FeatureMap(dim, hidden_dim or dim) for name in modalities}
@@ -99,7 +100,7 @@ class DeepStackLayer(FusionWrapper):
             }
             h = routing.merge(routing.text(h), parts)
         for name, stand_in in routing.stand_ins.items():
-            h = take_part(h, self.fusion_layer[name](stand_in))
+            h = keep_in_graph(h, self.fusion_layer[name](stand_in))
         return h
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, **lengths: int | None) -> None:

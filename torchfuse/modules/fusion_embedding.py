@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.new_rows import (
     RowInit,
     append_rows,
@@ -43,7 +44,7 @@ class FusionEmbedding(nn.Embedding):
         dtype: dtype of both tables.
 
     Raises:
-        ValueError: if a size is not positive.
+        ModelError: if a size is not positive.
 
     Examples:
         >>> embedding = FusionEmbedding(vocab_size=11, fusion_vocab_size=2, embed_dim=3)
@@ -102,7 +103,7 @@ class FusionEmbedding(nn.Embedding):
                 A tensor ``[num_new, d]``: these values.
 
         Raises:
-            ValueError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
+            ModelError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
                 of the right shape, or the embedding does something that a second table would break
                 (a subclass with its own forward, ``max_norm``, ``scale_grad_by_freq``, hooks).
 
@@ -137,7 +138,7 @@ class FusionEmbedding(nn.Embedding):
             The module itself.
 
         Raises:
-            ValueError: as in ``from_pretrained``; nothing has changed then.
+            ModelError: as in ``from_pretrained``; nothing has changed then.
         """
         append_rows(self, self.fusion_embedding, num_new, init)
         self.fusion_embedding.num_embeddings += num_new
@@ -155,7 +156,7 @@ class FusionEmbedding(nn.Embedding):
             init: as in ``from_pretrained``.
 
         Raises:
-            ValueError: as in ``from_pretrained``; nothing has changed then.
+            ModelError: as in ``from_pretrained``; nothing has changed then.
         """
         reset_rows(self, self.fusion_embedding, init)
 
@@ -183,7 +184,7 @@ class FusionEmbedding(nn.Embedding):
             Embeddings, the shape of ``input`` and ``d`` behind it, in the pretrained table's dtype.
 
         Raises:
-            ValueError: for an id outside both tables, on the CPU. On an accelerator the check would
+            ModelError: for an id outside both tables, on the CPU. On an accelerator the check would
                 wait for the device at every call, and a compiled or exported graph has nowhere to
                 raise from: there such an id meets torch's own bounds assertion, as with
                 ``nn.Embedding``.
@@ -204,7 +205,7 @@ class FusionEmbedding(nn.Embedding):
             return
         low, high = (int(bound) for bound in torch.aminmax(input))
         if low < 0 or high >= self.num_embeddings:
-            raise ValueError(
+            raise ModelError(
                 f"Token ids must lie in [0, {self.num_embeddings}): {self.vocab_size} pretrained "
                 f"tokens and {self.fusion_vocab_size} new ones. Got ids from {low} to {high}. Was the "
                 "tokenizer given more special tokens than the model (fusion_vocab_size)?"
@@ -225,18 +226,18 @@ def _plain(weight: Tensor, padding_idx: int | None, sparse: bool) -> nn.Embeddin
 
 def _refuse_what_would_break(embedding: nn.Embedding) -> None:
     if isinstance(embedding, FusionEmbedding):
-        raise ValueError("This is a FusionEmbedding already; add tokens to it with expand(n).")
+        raise ModelError("This is a FusionEmbedding already; add tokens to it with expand(n).")
     if type(embedding).forward is not nn.Embedding.forward:
-        raise ValueError(
+        raise ModelError(
             f"{type(embedding).__name__} has a forward of its own, which a second table beside it "
             "would bypass. Give the plain nn.Embedding."
         )
-    faults = []
+    problems = []
     if embedding.max_norm is not None:
-        faults.append(f"max_norm={embedding.max_norm}")
+        problems.append(f"max_norm={embedding.max_norm}")
     if embedding.scale_grad_by_freq:
-        faults.append("scale_grad_by_freq=True")
+        problems.append("scale_grad_by_freq=True")
     if embedding._forward_hooks or embedding._forward_pre_hooks:
-        faults.append("forward hooks (is it sharded already? add tokens first)")
-    if faults:
-        raise ValueError(f"New tokens cannot be added beside an embedding with {', '.join(faults)}.")
+        problems.append("forward hooks (is it sharded already? add tokens first)")
+    if problems:
+        raise ModelError(f"New tokens cannot be added beside an embedding with {', '.join(problems)}.")

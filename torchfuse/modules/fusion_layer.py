@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.fusion_wrapper import FusionWrapper
 
 __all__ = ["FusionLayer"]
@@ -32,7 +33,7 @@ class FusionLayer(FusionWrapper):
         fusion_first: whether the new layer runs before the pretrained one.
 
     Raises:
-        ValueError: if ``layer`` has a member whose name would be hidden, such as ``fusion_layer``
+        ModelError: if ``layer`` has a member whose name would be hidden, such as ``fusion_layer``
             (a ``FusionLayer`` in a ``FusionLayer`` among them).
 
     Examples:
@@ -83,7 +84,7 @@ class FusionLayer(FusionWrapper):
             decoder_max_seq_len: slots for tokens, for self-attention.
 
         Raises:
-            ValueError: if one of the layers has no way to set up a cache; nothing is set up then.
+            ModelError: if one of the layers has no way to set up a cache; nothing is set up then.
         """
         set_ups = [self._cache_method(m, "setup_caches", "setup_cache") for m in self._both()]
         for set_up in reversed(set_ups):  # the new layer first: it is the one that may refuse
@@ -145,7 +146,7 @@ class FusionLayer(FusionWrapper):
             method = getattr(module, name, None)
             if callable(method):
                 return method
-        raise ValueError(
+        raise ModelError(
             f"{type(module).__name__} has none of the methods {', '.join(spellings)}, which a layer "
             "must have to decode with caches. Give it one; where nothing is kept between steps it "
             "may do nothing."

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.new_rows import (
     RowInit,
@@ -46,7 +47,7 @@ class FusionLinear(nn.Linear):
         dtype: dtype of both heads.
 
     Raises:
-        ValueError: if a size is not positive.
+        ModelError: if a size is not positive.
 
     Examples:
         >>> head = FusionLinear(embed_dim=3, vocab_size=11, fusion_vocab_size=2)
@@ -101,7 +102,7 @@ class FusionLinear(nn.Linear):
                 values. A bias goes along; beside given rows it is the mean.
 
         Raises:
-            ValueError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
+            ModelError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
                 of the right shape, or the head does something that a second one would break (a
                 subclass with its own forward, hooks, a weight that is sharded, quantized or computed).
 
@@ -137,7 +138,7 @@ class FusionLinear(nn.Linear):
             The module itself.
 
         Raises:
-            ValueError: as in ``from_pretrained``; nothing has changed then.
+            ModelError: as in ``from_pretrained``; nothing has changed then.
         """
         append_rows(self, self.fusion_linear, num_new, init)
         self.fusion_linear.out_features += num_new
@@ -155,7 +156,7 @@ class FusionLinear(nn.Linear):
             init: as in ``from_pretrained``.
 
         Raises:
-            ValueError: as in ``from_pretrained``; nothing has changed then.
+            ModelError: as in ``from_pretrained``; nothing has changed then.
         """
         reset_rows(self, self.fusion_linear, init)
 
@@ -205,7 +206,7 @@ class TiedFusionLinear:
         tied_module: the embedding.
 
     Raises:
-        ValueError: if it is no ``FusionEmbedding``.
+        ModelError: if it is no ``FusionEmbedding``.
 
     Examples:
         >>> embedding = FusionEmbedding(vocab_size=11, fusion_vocab_size=2, embed_dim=3)
@@ -215,7 +216,7 @@ class TiedFusionLinear:
 
     def __init__(self, tied_module: FusionEmbedding) -> None:
         if not isinstance(tied_module, FusionEmbedding):
-            raise ValueError(
+            raise ModelError(
                 "TiedFusionLinear needs a FusionEmbedding, whose tables it scores with; got a "
                 f"{type(tied_module).__name__}. FusionEmbedding.from_pretrained makes one."
             )
@@ -238,17 +239,17 @@ class TiedFusionLinear:
 
 def _refuse_what_would_break(linear: nn.Module) -> None:
     if isinstance(linear, FusionLinear):
-        raise ValueError("This is a FusionLinear already; add tokens to it with expand(n).")
+        raise ModelError("This is a FusionLinear already; add tokens to it with expand(n).")
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        raise ValueError(
+        raise ModelError(
             f"New rows stand beside a plain nn.Linear; a {type(linear).__name__} has a forward of its "
             "own, which they would bypass."
         )
-    faults = []
+    problems = []
     if type(linear.weight) is not nn.Parameter:
         kind = type(linear.weight).__name__
-        faults.append(f"a {kind} as weight (is it sharded or quantized already? add tokens first)")
+        problems.append(f"a {kind} as weight (is it sharded or quantized already? add tokens first)")
     if linear._forward_hooks or linear._forward_pre_hooks:
-        faults.append("forward hooks, which would be lost")
-    if faults:
-        raise ValueError(f"New tokens cannot be added beside a head with {', '.join(faults)}.")
+        problems.append("forward hooks, which would be lost")
+    if problems:
+        raise ModelError(f"New tokens cannot be added beside a head with {', '.join(problems)}.")

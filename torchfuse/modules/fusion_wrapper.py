@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import TransparentWrapper, canonical_name
 
 __all__ = ["FusionWrapper"]
@@ -19,12 +20,12 @@ class FusionWrapper(TransparentWrapper):
         return [f"fusion_layer.{canonical_name(n)}" for n, _ in self.fusion_layer.named_parameters()]
 
     def refuse_sharded(self) -> None:
-        """Raise a ``ValueError`` if the wrapped module is sharded as a module of its own.
+        """Raise a ``ModelError`` if the wrapped module is sharded as a module of its own.
 
         For wrappers that run its parts and not the module itself: nothing would gather its weights.
         """
         if hasattr(self.wrapped, "unshard"):
-            raise ValueError(
+            raise ModelError(
                 f"The layer inside this {type(self).__name__} is sharded as a module of its own, but "
                 "the wrapper runs its parts, so its weights would never be gathered. Shard with "
                 "torchfuse.training.sharding.shard, or call fully_shard on the wrapper instead."

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
+
 __all__ = ["EncoderKVCache", "KVCache"]
 
 
@@ -70,11 +72,11 @@ class KVCache(nn.Module):
             All keys and all values, ``[b, h, max_seq_len, d]``.
 
         Raises:
-            ValueError: if rows or length do not fit the cache at all.
+            ModelError: if rows or length do not fit the cache at all.
         """
         rows, _, length, _ = keys.shape
         if rows != self.k_cache.shape[0] or length > self.k_cache.shape[2]:
-            raise ValueError(
+            raise ModelError(
                 f"The cache holds {self.k_cache.shape[0]} rows of up to {self.k_cache.shape[2]} tokens, "
                 f"got {rows} rows of {length}. Set up the caches with this batch_size and "
                 "decoder_max_seq_len."
@@ -147,11 +149,11 @@ class EncoderKVCache(nn.Module):
             All keys and all values, ``[b, h, max_seq_len, d]``; ``valid`` says which slots count.
 
         Raises:
-            ValueError: if the batch or the length does not fit; the cache is as it was then.
+            ModelError: if the batch or the length does not fit; the cache is as it was then.
         """
         batch_size, _, num_tokens, _ = keys.shape
         if batch_size != self.k_cache.shape[0] or num_tokens > self.max_seq_len:
-            raise ValueError(
+            raise ModelError(
                 f"The encoder cache holds {self.k_cache.shape[0]} rows of up to {self.max_seq_len} "
                 f"encoder tokens, got {batch_size} rows of {num_tokens}. Set up the caches with this "
                 f"batch_size and encoder_max_seq_len of at least {num_tokens}."

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
+
 __all__ = [
     "RowInit",
     "append_rows",
@@ -35,21 +37,21 @@ def check_sizes(owner: str, **sizes: int) -> None:
         sizes: the sizes by name.
 
     Raises:
-        ValueError: if one is not positive.
+        ModelError: if one is not positive.
     """
     bad = [f"{name}={size}" for name, size in sizes.items() if size < 1]
     if bad:
-        raise ValueError(f"{owner} needs positive sizes, got {', '.join(bad)}.")
+        raise ModelError(f"{owner} needs positive sizes, got {', '.join(bad)}.")
 
 
 def check_num_new(num_new: int) -> None:
     """Refuse to add less than one token.
 
     Raises:
-        ValueError: if ``num_new`` is not positive.
+        ModelError: if ``num_new`` is not positive.
     """
     if num_new < 1:
-        raise ValueError(f"num_new must be at least 1, got {num_new}.")
+        raise ModelError(f"num_new must be at least 1, got {num_new}.")
 
 
 @torch.no_grad()
@@ -68,7 +70,7 @@ def first_rows(pretrained: nn.Module, num_new: int, init: RowInit) -> dict[str, 
         the pretrained ones.
 
     Raises:
-        ValueError: if ``init`` is neither a known name nor a tensor of the right shape.
+        ModelError: if ``init`` is neither a known name nor a tensor of the right shape.
 
     Examples:
         >>> rows = first_rows(nn.Linear(3, 11), 2, "mean")
@@ -95,7 +97,7 @@ def append_rows(pretrained: nn.Module, new: nn.Module, num_new: int, init: RowIn
         init: as in ``first_rows``.
 
     Raises:
-        ValueError: if ``num_new`` is not positive, or as ``first_rows``; nothing has changed then.
+        ModelError: if ``num_new`` is not positive, or as ``first_rows``; nothing has changed then.
     """
     check_num_new(num_new)
     for name, more in first_rows(pretrained, num_new, init).items():
@@ -113,7 +115,7 @@ def reset_rows(pretrained: nn.Module, new: nn.Module, init: RowInit) -> None:
         init: as in ``first_rows``.
 
     Raises:
-        ValueError: as ``first_rows``; nothing has changed then.
+        ModelError: as ``first_rows``; nothing has changed then.
     """
     for name, values in first_rows(pretrained, _num_rows(new), init).items():
         getattr(new, name).copy_(values)
@@ -165,10 +167,10 @@ def _rows(table: Tensor, num_new: int, init: RowInit) -> Tensor:
     shape = (num_new, table.shape[1])
     if isinstance(init, Tensor):
         if init.shape != shape:
-            raise ValueError(f"init must have shape {list(shape)}, got {list(init.shape)}.")
+            raise ModelError(f"init must have shape {list(shape)}, got {list(init.shape)}.")
         return init.detach().to(table).clone()
     if init not in ("mean", "normal"):
-        raise ValueError(f'init must be "mean", "normal" or a tensor {list(shape)}, got {init!r}.')
+        raise ModelError(f'init must be "mean", "normal" or a tensor {list(shape)}, got {init!r}.')
     # In fp32 without an fp32 copy of the table, which may be gigabytes.
     mean = table.mean(dim=0, dtype=torch.float32)
     rows = mean.expand(shape)

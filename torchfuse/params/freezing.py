@@ -17,6 +17,7 @@ from typing import Final, cast
 
 from torch import nn
 
+from torchfuse.errors import ConfigError
 from torchfuse.naming import canonical_name, unwrap
 from torchfuse.params.parts import parts_of
 from torchfuse.params.storage import quantized_dtype
@@ -42,28 +43,28 @@ class FreezeSpec:
         frozen: True freezes, False lets train.
 
     Raises:
-        ValueError: if ``module`` can be no name and no pattern, or ``frozen`` is no bool.
+        ConfigError: if ``module`` can be no name and no pattern, or ``frozen`` is no bool.
 
     Examples:
         >>> FreezeSpec("encoder.layers.*.norm", frozen=True)
         FreezeSpec(module='encoder.layers.*.norm', frozen=True)
         >>> FreezeSpec("encoder.", frozen=True)
         Traceback (most recent call last):
-        ValueError: FreezeSpec: module 'encoder.' has an empty component; write a name such as ...
+        torchfuse.errors.ConfigError: FreezeSpec: module 'encoder.' has an empty component; ...
     """
 
     module: str
     frozen: bool
 
     def __post_init__(self) -> None:
-        faults, frozen = list(_pattern_faults(self.module)), cast(object, self.frozen)
+        problems, frozen = list(_pattern_problems(self.module)), cast(object, self.frozen)
         if not isinstance(frozen, bool):
-            faults.append(f"frozen must be true (freeze) or false (let train), got {frozen!r}")
-        if faults:
-            raise ValueError(f"FreezeSpec: {'; '.join(faults)}.")
+            problems.append(f"frozen must be true (freeze) or false (let train), got {frozen!r}")
+        if problems:
+            raise ConfigError(f"FreezeSpec: {'; '.join(problems)}.")
 
 
-def _pattern_faults(pattern: object) -> Iterator[str]:
+def _pattern_problems(pattern: object) -> Iterator[str]:
     example = 'write a name such as "encoder", "encoder.layers.11" or "decoder.layers.*.attn"'
     if not isinstance(pattern, str):
         yield f"module must be a string, got {pattern!r}; {example}"
@@ -84,7 +85,7 @@ def freeze_params(model: nn.Module, *modules: str, frozen: bool = True) -> None:
         frozen: False lets them train instead.
 
     Raises:
-        ValueError: as ``apply_freeze_specs``, and if there are no modules.
+        ConfigError: as ``apply_freeze_specs``, and if there are no modules.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
@@ -93,7 +94,7 @@ def freeze_params(model: nn.Module, *modules: str, frozen: bool = True) -> None:
         ['1.weight']
     """
     if not modules:
-        raise ValueError('Nothing to freeze: name at least one part or module, such as "encoder".')
+        raise ConfigError('Nothing to freeze: name at least one part or module, such as "encoder".')
     apply_freeze_specs(model, [FreezeSpec(module, frozen) for module in modules])
 
 
@@ -108,7 +109,7 @@ def apply_freeze_specs(model: nn.Module, specs: Iterable[FreezeSpec]) -> None:
         specs: a later one overrides an earlier one.
 
     Raises:
-        ValueError: naming each spec that matches no parameter and what there was to match, and what is
+        ConfigError: naming each spec that matches no parameter and what there was to match, and what is
             to train but cannot; nothing has changed then.
 
     Examples:
@@ -117,9 +118,9 @@ def apply_freeze_specs(model: nn.Module, specs: Iterable[FreezeSpec]) -> None:
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['1.bias']
     """
-    mask, faults = freeze_mask(model, specs)
-    if faults:
-        raise ValueError(f"The model cannot be frozen so; nothing has changed: {'; '.join(faults)}.")
+    mask, problems = freeze_mask(model, specs)
+    if problems:
+        raise ConfigError(f"The model cannot be frozen so; nothing has changed: {'; '.join(problems)}.")
     set_requires_grad(model, mask)
 
 
@@ -135,20 +136,20 @@ def freeze_mask(model: nn.Module, specs: Iterable[FreezeSpec]) -> tuple[dict[str
     """
     names = _Names(model)
     mask: dict[str, bool] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for spec in specs:
         matched = names.matched(spec.module)
         if not matched:
-            faults.append(f"{spec.module!r} matches no parameter; {names.near(spec.module)}")
+            problems.append(f"{spec.module!r} matches no parameter; {names.near(spec.module)}")
         mask |= dict.fromkeys(matched, not spec.frozen)
     unable = [name for name, trains in mask.items() if trains and not _can_train(names.parameters[name])]
     if unable:
         more = f" and {len(unable) - 8} more" if len(unable) > 8 else ""
-        faults.append(
+        problems.append(
             f"quantized weights and integers cannot train, leave them frozen: "
             f"{', '.join(unable[:8])}{more}"
         )
-    return mask, faults
+    return mask, problems
 
 
 def _can_train(parameter: nn.Parameter) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.params.freezing import FreezeSpec
 from torchfuse.params.parts import partition
 from torchfuse.params.schedule import FreezeSchedule
@@ -37,7 +38,7 @@ def param_groups(
         ``{"name", "params", "param_names", "lr", "weight_decay"}`` for each part that trains.
 
     Raises:
-        ValueError: if nothing trains, a part that trains has no learning rate, a mapping names a part
+        ModelError: if nothing trains, a part that trains has no learning rate, a mapping names a part
             that does not train, or a stage does not fit the model.
 
     Examples:
@@ -54,13 +55,13 @@ def param_groups(
     }
     trainable = {part: parameters for part, parameters in trainable.items() if parameters}
     if not trainable:
-        raise ValueError("No parameter trains; choose what does with set_trainable.")
+        raise ModelError("No parameter trains; choose what does with set_trainable.")
     for what, values in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(values, Mapping):
             unknown = sorted(set(values) - set(trainable))
             lacking = sorted(set(trainable) - set(values)) if what == "lr" else []
             if unknown or lacking:
-                raise ValueError(
+                raise ModelError(
                     f"{what} must name the parts that train, {', '.join(trainable)}; "
                     f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(lacking) or 'none'}."
                 )

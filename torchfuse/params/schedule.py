@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from torchfuse.errors import ConfigError
 from torchfuse.naming import named_parameters, unwrap
 from torchfuse.params.freezing import FreezeSpec, freeze_mask
 from torchfuse.params.stages import FreezeStage, effective_freeze, in_order
@@ -32,7 +33,7 @@ class FreezeSchedule:
             ever changed.
 
     Raises:
-        ValueError: if two stages start at one step.
+        ConfigError: if two stages start at one step.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
@@ -61,15 +62,15 @@ class FreezeSchedule:
             model: a fused model, or any module.
 
         Raises:
-            ValueError: naming every spec of every stage that does not fit, as ``apply_freeze_specs``.
+            ConfigError: naming every spec of every stage that does not fit, as ``apply_freeze_specs``.
         """
-        faults = [
-            f"stage at step {stage.start_step}: {fault}"
+        problems = [
+            f"stage at step {stage.start_step}: {problem}"
             for stage in self.stages
-            for fault in freeze_mask(model, stage.specs)[1]
+            for problem in freeze_mask(model, stage.specs)[1]
         ]
-        if faults:
-            raise ValueError(f"The freeze stages do not fit the model: {'; '.join(faults)}.")
+        if problems:
+            raise ConfigError(f"The freeze stages do not fit the model: {'; '.join(problems)}.")
 
     def apply(self, model: nn.Module, step: int) -> bool:
         """Let train what is to train at a step; call it between optimizer steps, before each.
@@ -85,7 +86,7 @@ class FreezeSchedule:
             Whether any parameter began or ceased to train.
 
         Raises:
-            ValueError: if any stage, later ones too, does not fit the model; nothing has changed then.
+            ConfigError: if any stage, later ones too, does not fit the model; nothing has changed then.
         """
         specs = effective_freeze(self.stages, step)
         inner = unwrap(model)
@@ -109,7 +110,7 @@ class FreezeSchedule:
             model: a fused model, or any module.
 
         Raises:
-            ValueError: as ``check``, and if at the beginning of a stage nothing trains.
+            ConfigError: as ``check``, and if at the beginning of a stage nothing trains.
         """
         self.check(model)
         trains = {name: p.requires_grad for name, p in named_parameters(model)}
@@ -122,7 +123,7 @@ class FreezeSchedule:
             if self.stages and not then:
                 idle.append(step)
         if idle:
-            raise ValueError(
+            raise ConfigError(
                 f"Nothing trains from step {', '.join(map(str, idle))} on: a spec with frozen=False "
                 "must name what does."
             )

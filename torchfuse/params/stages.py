@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from torchfuse.errors import ConfigError
 from torchfuse.params.freezing import FreezeSpec
 
 __all__ = [
@@ -34,7 +35,7 @@ class FreezeStage:
         specs: in their order, a later one overrides an earlier one.
 
     Raises:
-        ValueError: if ``start_step`` is no such number, or ``specs`` is empty or holds anything else.
+        ConfigError: if ``start_step`` is no such number, or ``specs`` is empty or holds anything else.
 
     Examples:
         >>> FreezeStage(500, (FreezeSpec("encoder.layers.11", frozen=False),)).start_step
@@ -45,18 +46,18 @@ class FreezeStage:
     specs: tuple[FreezeSpec, ...]
 
     def __post_init__(self) -> None:
-        faults = []
+        problems = []
         if type(self.start_step) is not int or self.start_step < 0:
-            faults.append(f"start_step must be a whole number from 0 on, got {self.start_step!r}")
+            problems.append(f"start_step must be a whole number from 0 on, got {self.start_step!r}")
         specs: Any = self.specs
         if not isinstance(specs, tuple | list) or not specs:
-            faults.append(f"specs must be a sequence of at least one FreezeSpec, got {specs!r}")
+            problems.append(f"specs must be a sequence of at least one FreezeSpec, got {specs!r}")
         else:
             foreign = [spec for spec in specs if not isinstance(spec, FreezeSpec)]
-            faults += [f"specs must hold FreezeSpecs, got {spec!r}" for spec in foreign]
+            problems += [f"specs must hold FreezeSpecs, got {spec!r}" for spec in foreign]
             object.__setattr__(self, "specs", tuple(specs))
-        if faults:
-            raise ValueError(f"FreezeStage: {'; '.join(faults)}.")
+        if problems:
+            raise ConfigError(f"FreezeStage: {'; '.join(problems)}.")
 
 
 def in_order(given: Iterable[FreezeSpec | FreezeStage]) -> tuple[FreezeStage, ...]:
@@ -66,21 +67,21 @@ def in_order(given: Iterable[FreezeSpec | FreezeStage]) -> tuple[FreezeStage, ..
         given: stages and specs in any order.
 
     Raises:
-        ValueError: if two stages start at one step, or something else is among them.
+        ConfigError: if two stages start at one step, or something else is among them.
     """
     items = list(given)
     loose = tuple(item for item in items if isinstance(item, FreezeSpec))
     stages = [item for item in items if isinstance(item, FreezeStage)]
     steps = [stage.start_step for stage in stages]
     foreign = [item for item in items if not isinstance(item, FreezeSpec | FreezeStage)]
-    faults = [f"expected FreezeStages, got {item!r}" for item in foreign]
-    faults += [
+    problems = [f"expected FreezeStages, got {item!r}" for item in foreign]
+    problems += [
         f"{steps.count(step)} stages start at step {step}; make them one"
         for step in sorted(set(steps))
         if steps.count(step) > 1
     ]
-    if faults:
-        raise ValueError(f"Freeze stages: {'; '.join(faults)}.")
+    if problems:
+        raise ConfigError(f"Freeze stages: {'; '.join(problems)}.")
     if loose:
         first = next((stage.specs for stage in stages if stage.start_step == 0), ())
         stages = [FreezeStage(0, loose + first), *(stage for stage in stages if stage.start_step)]
@@ -95,7 +96,7 @@ def effective_freeze(stages: Iterable[FreezeSpec | FreezeStage], step: int) -> t
         step: how many optimizer steps have been taken.
 
     Raises:
-        ValueError: if two stages start at one step, or ``step`` is no whole number from 0 on.
+        ConfigError: if two stages start at one step, or ``step`` is no whole number from 0 on.
 
     Examples:
         >>> stages = [
@@ -108,7 +109,7 @@ def effective_freeze(stages: Iterable[FreezeSpec | FreezeStage], step: int) -> t
         [True, False]
     """
     if type(step) is not int or step < 0:
-        raise ValueError(f"step must be a whole number from 0 on, got {step!r}.")
+        raise ConfigError(f"step must be a whole number from 0 on, got {step!r}.")
     return tuple(spec for s in in_order(stages) if s.start_step <= step for spec in s.specs)
 
 
@@ -121,7 +122,7 @@ def canonical_freeze_meta(stages: Iterable[FreezeSpec | FreezeStage]) -> list[di
         stages: as for ``effective_freeze``.
 
     Raises:
-        ValueError: if two stages start at one step.
+        ConfigError: if two stages start at one step.
 
     Examples:
         >>> canonical_freeze_meta([FreezeSpec("encoder", True)])
@@ -143,7 +144,7 @@ def read_freeze_meta(meta: Any) -> tuple[FreezeStage, ...]:
         meta: a list of ``{"start_step": ..., "specs": [{"module": ..., "frozen": ...}]}``.
 
     Raises:
-        ValueError: naming everything in it that is something else.
+        ConfigError: naming everything in it that is something else.
 
     Examples:
         >>> meta = [{"start_step": 3, "specs": [{"module": "encoder", "frozen": False}]}]
@@ -151,26 +152,27 @@ def read_freeze_meta(meta: Any) -> tuple[FreezeStage, ...]:
         True
     """
     if not isinstance(meta, list | tuple):
-        raise ValueError(f"Freeze stages must be a list, got {meta!r}.")
-    faults: list[str] = []
+        raise ConfigError(f"Freeze stages must be a list, got {meta!r}.")
+    problems: list[str] = []
     stages = []
     for index, stage in enumerate(meta):
         where = f"stage {index}"
         if wrong := _wrong_keys(stage, _STAGE_KEYS, where):
-            faults.append(wrong)
+            problems.append(wrong)
             continue
         listed = stage["specs"] if isinstance(stage["specs"], list | tuple) else []
         specs: Any = [
-            _build(FreezeSpec, s, _SPEC_KEYS, f"{where}, spec {i}", faults) for i, s in enumerate(listed)
+            _build(FreezeSpec, s, _SPEC_KEYS, f"{where}, spec {i}", problems)
+            for i, s in enumerate(listed)
         ]
         if None not in specs:
             given = {
                 "start_step": stage["start_step"],
                 "specs": tuple(specs) if specs else stage["specs"],
             }
-            stages.append(_build(FreezeStage, given, _STAGE_KEYS, where, faults))
-    if faults:
-        raise ValueError(f"Freeze stages: {'; '.join(faults)}.")
+            stages.append(_build(FreezeStage, given, _STAGE_KEYS, where, problems))
+    if problems:
+        raise ConfigError(f"Freeze stages: {'; '.join(problems)}.")
     return in_order(stages)
 
 
@@ -183,12 +185,12 @@ def _wrong_keys(given: Any, keys: tuple[str, ...], where: str) -> str | None:
     return f"{where} must have the keys {' and '.join(keys)}, got {got}"
 
 
-def _build(kind: Any, given: Any, keys: tuple[str, ...], where: str, faults: list[str]) -> Any:
+def _build(kind: Any, given: Any, keys: tuple[str, ...], where: str, problems: list[str]) -> Any:
     wrong = _wrong_keys(given, keys, where)
     if wrong is None:
         try:
             return kind(**given)
         except ValueError as error:
             wrong = f"{where}: {str(error).rstrip('.')}"
-    faults.append(wrong)
+    problems.append(wrong)
     return None

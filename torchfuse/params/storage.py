@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["dtype_name", "held_bytes", "quantized_dtype"]
+__all__ = ["dtype_name", "storage_nbytes", "quantized_dtype"]
 
 
 def quantized_dtype(tensor: Any) -> str | None:
@@ -32,9 +32,9 @@ def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def held_bytes(tensor: Any) -> int:
+def storage_nbytes(tensor: Any) -> int:
     """The size of a tensor as it is held; of a quantized one that of what it is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return int(tensor.nbytes)
     held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return sum(held_bytes(inner) for inner in held if inner is not None)
+    return sum(storage_nbytes(inner) for inner in held if inner is not None)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import canonical_name, named_parameters, unwrap
 
 __all__ = ["fusion_buffers", "fusion_ids", "get_fusion_params", "register_fusion_module"]
@@ -47,7 +48,7 @@ def get_fusion_params(model: nn.Module) -> dict[str, nn.Parameter]:
         model: any module with parts that have ``fusion_params()``.
 
     Raises:
-        ValueError: if a ``fusion_params()`` names a parameter that its module does not have.
+        ModelError: if a ``fusion_params()`` names a parameter that its module does not have.
     """
     fusion = fusion_ids(model)
     return {name: p for name, p in named_parameters(model) if id(p) in fusion}
@@ -60,7 +61,7 @@ def fusion_ids(model: nn.Module) -> set[int]:
         model: any module with parts that have ``fusion_params()``.
 
     Raises:
-        ValueError: as ``get_fusion_params``.
+        ModelError: as ``get_fusion_params``.
     """
     found: set[int] = set()
     for name, module in model.named_modules():
@@ -70,7 +71,7 @@ def fusion_ids(model: nn.Module) -> set[int]:
         named = [canonical_name(n) for n in module.fusion_params()]
         unknown = [n for n in named if n not in own]
         if unknown:
-            raise ValueError(
+            raise ModelError(
                 f"fusion_params() of {type(module).__name__} {canonical_name(name)!r} names "
                 f"{', '.join(unknown)}, which it does not have; it has {', '.join(own) or 'none'}."
             )

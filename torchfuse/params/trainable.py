@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import distributed, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import named_parameters, unwrap
 from torchfuse.params.parts import partition
 from torchfuse.params.storage import quantized_dtype
@@ -36,7 +37,7 @@ def set_trainable(
         fusion: whether what fusion added trains, wherever it stands.
 
     Raises:
-        ValueError: if something is to train that the model does not have, or that is quantized; nothing
+        ModelError: if something is to train that the model does not have, or that is quantized; nothing
             has changed then.
 
     Examples:
@@ -56,13 +57,13 @@ def set_trainable(
     ]
     if quantized:
         more = f" and {len(quantized) - 8} more" if len(quantized) > 8 else ""
-        raise ValueError(
+        raise ModelError(
             f"Quantized weights cannot train: {', '.join(quantized[:8])}{more}. Leave their part frozen."
         )
     empty = [part for part, train in wanted.items() if train and not groups.get(part)]
     if empty:
         there = ", ".join(part for part, parameters in groups.items() if parameters)
-        raise ValueError(
+        raise ModelError(
             f"Nothing to train in {', '.join(empty)}: the model has no such parameters. "
             f"It has {there or 'none at all'}."
         )
@@ -119,10 +120,10 @@ def _wanted(
         }
         unknown = sorted(set(encoder) - set(by_name))
         if unknown:
-            raise ValueError(
+            raise ModelError(
                 f"No encoder named {', '.join(unknown)}; there are {', '.join(by_name) or 'none'}."
             )
         return wanted | {part: bool(encoder.get(name, False)) for name, part in by_name.items()}
     if encoder and not encoders:
-        raise ValueError("The encoder is to train, but the model has none.")
+        raise ModelError("The encoder is to train, but the model has none.")
     return wanted | dict.fromkeys(encoders, encoder)

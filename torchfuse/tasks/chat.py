@@ -8,6 +8,7 @@ from typing import Final
 
 from torchfuse.data.images import open_image
 from torchfuse.data.questions import Question
+from torchfuse.errors import DataError
 from torchfuse.tasks.conversation import Conversation
 
 __all__ = ["HELP", "chat"]
@@ -58,14 +59,14 @@ def _question(text: str, images: list[Path]) -> Question:
     try:
         return Question(text, tuple(images))
     except ValueError as error:
-        raise ValueError(f"{error}; /image adds one, and without any mark images come first") from error
+        raise DataError(f"{error}; /image adds one, and without any mark images come first") from error
 
 
 def _image(argument: str) -> Path:
     """The path that was typed, quoted or not, of an image that opens."""
     typed = argument.strip().strip("'\"")
     if not typed:
-        raise ValueError("/image needs the path of an image")
+        raise DataError("/image needs the path of an image")
     path = Path(typed).expanduser()
     open_image(path)
     return path

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.data.questions import Question
+from torchfuse.errors import DataError
 from torchfuse.naming import unwrap
-from torchfuse.tasks.prompt_settings import Asking, encode_images
+from torchfuse.tasks.prompt_settings import PromptSettings, encode_images
 from torchfuse.tasks.prompts import encode_turn
 from torchfuse.tasks.report import Report, TimedSession
 from torchfuse.tasks.text_stream import TextStream
@@ -41,7 +42,7 @@ class Conversation:
     def __init__(
         self,
         model: nn.Module,
-        asking: Asking,
+        asking: PromptSettings,
         *,
         max_tokens: int,
         max_images: int = 0,
@@ -84,7 +85,7 @@ class Conversation:
             The answer.
 
         Raises:
-            ValueError: if the question cannot be encoded or does not fit any more; the conversation is
+            DataError: if the question cannot be encoded or does not fit any more; the conversation is
                 as it was then, and can go on.
         """
         prompt = self._encode(question)
@@ -125,22 +126,22 @@ class Conversation:
         return encode_turn(asking.transform, asking.template, question, first=first, system=self.system)
 
     def _check_room(self, prompt: list[int], question: Question) -> None:
-        """Raise a ``ValueError`` unless a turn fits in what is left."""
+        """Raise a ``DataError`` unless a turn fits in what is left."""
         used = 0 if self._session is None else self._session.length
         left, new = self.max_tokens - used, self.asking.max_new_tokens
         # The last token of an answer is read with the next turn.
         length = len(prompt) + bool(self.tokens)
-        faults = []
+        problems = []
         if length + new - 1 > left:
-            faults.append(
+            problems.append(
                 f"{length} tokens and an answer of up to {new} do not fit into the {max(left, 0)} that "
                 f"are left of {self.max_tokens}"
             )
         images = len(self.images) + len(question.images)
         if images > self.max_images:
-            faults.append(f"it would be {images} images, and there is room for {self.max_images}")
-        if faults:
-            raise ValueError(f"This turn does not fit any more: {'; '.join(faults)}.")
+            problems.append(f"it would be {images} images, and there is room for {self.max_images}")
+        if problems:
+            raise DataError(f"This turn does not fit any more: {'; '.join(problems)}.")
 
     def _open(self) -> TimedSession:
         if self._session is None:

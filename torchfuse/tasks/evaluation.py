@@ -16,34 +16,35 @@ from tqdm import tqdm
 
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import Question, QuestionTransform
+from torchfuse.errors import DataError
 from torchfuse.generation import generate
 from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load
 from torchfuse.params import get_fusion_params
 from torchfuse.training.record import TrainingRecord
 
 __all__ = [
-    "Answered",
+    "Prediction",
     "accuracy",
     "accuracy_by_kind",
     "accuracy_table",
     "answer_questions",
     "answer_record",
     "costs_in_words",
-    "examine",
-    "exchange_images",
+    "evaluate",
+    "swap_images",
     "training_costs",
 ]
 
 
 @dataclass(frozen=True)
-class Answered:
+class Prediction:
     """A question and what the model said."""
 
     question: Question
     said: str
 
     @property
-    def is_right(self) -> bool:
+    def is_correct(self) -> bool:
         """Whether the model said the answer, word for word."""
         return self.question.answer is not None and self.said.split() == self.question.answer.split()
 
@@ -56,7 +57,7 @@ def answer_questions(
     batch_size: int = 64,
     max_new_tokens: int = 8,
     desc: str = "answer",
-) -> list[Answered]:
+) -> list[Prediction]:
     """Ask a model questions and take its likeliest answers.
 
     Args:
@@ -90,27 +91,27 @@ def answer_questions(
             pad_id=transform.pad_id,
         )
         new = tokens[:, batch["tokens"].shape[1] :].tolist()
-        answered += [Answered(q, transform.decode(row)) for q, row in zip(asked, new, strict=True)]
+        answered += [Prediction(q, transform.decode(row)) for q, row in zip(asked, new, strict=True)]
     return answered
 
 
-def accuracy(answered: Sequence[Answered]) -> dict[str, float]:
+def accuracy(answered: Sequence[Prediction]) -> dict[str, float]:
     """The share of right answers by kind of question, and over ``"all"`` of them.
 
     Raises:
-        ValueError: if a question has no answer to compare with.
+        DataError: if a question has no answer to compare with.
     """
     unknown = sum(one.question.answer is None for one in answered)
     if unknown or not answered:
-        raise ValueError(f"{unknown} of {len(answered)} questions have no answer to compare with.")
-    by_kind: dict[str, list[Answered]] = {}
+        raise DataError(f"{unknown} of {len(answered)} questions have no answer to compare with.")
+    by_kind: dict[str, list[Prediction]] = {}
     for one in answered:
         by_kind.setdefault(one.question.kind, []).append(one)
     groups = {**by_kind, "all": list(answered)}
-    return {kind: sum(a.is_right for a in group) / len(group) for kind, group in groups.items()}
+    return {kind: sum(a.is_correct for a in group) / len(group) for kind, group in groups.items()}
 
 
-def accuracy_by_kind(answered: Sequence[Answered]) -> dict[str, float]:
+def accuracy_by_kind(answered: Sequence[Prediction]) -> dict[str, float]:
     """As ``accuracy``, by kind of question alone, and to four digits."""
     return {kind: round(share, 4) for kind, share in accuracy(answered).items() if kind != "all"}
 
@@ -138,12 +139,12 @@ def accuracy_table(shares: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def answer_record(answered: Answered, folder: str | Path) -> str:
+def answer_record(answered: Prediction, folder: str | Path) -> str:
     """A question and its answer as a line of JSON, images relative to the folder it shall stand in.
 
     Examples:
         >>> asked = Question("<image> which digit ?", (Path("a/images/7.png"),), "seven")
-        >>> print(answer_record(Answered(asked, "one"), "a/run"))  # doctest: +NORMALIZE_WHITESPACE
+        >>> print(answer_record(Prediction(asked, "one"), "a/run"))  # doctest: +NORMALIZE_WHITESPACE
         {"kind": "question", "question": "<image> which digit ?", "images": ["../images/7.png"],
          "answer": "seven", "said": "one"}
     """
@@ -159,7 +160,7 @@ def answer_record(answered: Answered, folder: str | Path) -> str:
     )
 
 
-def exchange_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+def swap_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
     """Show each question the images of another one with as many; leave out what has no such other.
 
     A model that looks at its images gets most of these wrong: the check that features reach the answer.
@@ -169,7 +170,7 @@ def exchange_images(questions: Sequence[Question], seed: int = 0) -> list[Questi
         seed: of the order in which images are handed on.
 
     Raises:
-        ValueError: if no question has an other with as many images.
+        DataError: if no question has an other with as many images.
     """
     by_number: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
@@ -183,19 +184,19 @@ def exchange_images(questions: Sequence[Question], seed: int = 0) -> list[Questi
         for index, other in zip(indices, indices[1:] + indices[:1], strict=True):
             exchanged[index] = replace(questions[index], images=questions[other].images)
     if not exchanged:
-        raise ValueError("No two questions have the same number of images, so none can be exchanged.")
+        raise DataError("No two questions have the same number of images, so none can be exchanged.")
     return [exchanged[index] for index in sorted(exchanged)]
 
 
-def examine(
-    ask: Callable[[list[Question]], list[Answered]], questions: Sequence[Question], seed: int = 0
-) -> tuple[list[Answered], dict[str, dict[str, float]]]:
+def evaluate(
+    ask: Callable[[list[Question]], list[Prediction]], questions: Sequence[Question], seed: int = 0
+) -> tuple[list[Prediction], dict[str, dict[str, float]]]:
     """Ask a trained model questions, and once more with the images of others.
 
     Args:
         ask: asks the model.
         questions: questions with answers.
-        seed: see ``exchange_images``.
+        seed: see ``swap_images``.
 
     Returns:
         What the model said, and accuracy by kind of question ``"after"`` training (over ``"all"``, too)
@@ -208,7 +209,7 @@ def examine(
     numbers = Counter(len(question.images) for question in questions)
     if seeing := [q for q in questions if q.images and numbers[len(q.images)] > 1]:
         # Without "all", which would be of other questions than the other.
-        shares["images_exchanged"] = accuracy_by_kind(ask(exchange_images(seeing, seed)))
+        shares["images_exchanged"] = accuracy_by_kind(ask(swap_images(seeing, seed)))
     return answered, shares
 
 

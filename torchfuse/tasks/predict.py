@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import Question
-from torchfuse.tasks.prompt_settings import Asking, encode_images, slots_for
+from torchfuse.tasks.prompt_settings import PromptSettings, encode_images, slots_for
 from torchfuse.tasks.report import Report, TimedSession
 
 __all__ = ["answer_in_batches"]
@@ -26,7 +26,7 @@ __all__ = ["answer_in_batches"]
 @torch.no_grad()
 def answer_in_batches(
     model: nn.Module,
-    asking: Asking,
+    asking: PromptSettings,
     questions: Sequence[Question],
     *,
     batch_size: int,
@@ -48,7 +48,7 @@ def answer_in_batches(
         The answers, in the order of the questions.
 
     Raises:
-        ValueError: if a question and its answer do not fit the model; nothing has been answered then.
+        DataError: if a question and its answer do not fit the model; nothing has been answered then.
     """
     if not questions:
         return []
@@ -110,7 +110,7 @@ def _pad(
 
 def _answer(
     session: TimedSession,
-    asking: Asking,
+    asking: PromptSettings,
     batch: dict[str, Any],
     features: Tensor | None,
     indices: Sequence[int],

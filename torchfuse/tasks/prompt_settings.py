@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.data.questions import QuestionTransform, name_faults
+from torchfuse.data.questions import QuestionTransform, name_problems
+from torchfuse.errors import ConfigError
 from torchfuse.generation.checks import vocab_size
 from torchfuse.generation.sampling import Sampling
 from torchfuse.generation.steps import bucket
@@ -18,11 +19,11 @@ from torchfuse.naming import unwrap
 from torchfuse.tasks.prompts import Template
 from torchfuse.tasks.report import Report
 
-__all__ = ["Asking", "encode_images", "feature_faults", "room_for_text", "slots_for"]
+__all__ = ["PromptSettings", "encode_images", "feature_problems", "room_for_text", "slots_for"]
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptSettings:
     """How questions are put and answers made.
 
     Attributes:
@@ -49,19 +50,19 @@ class Asking:
         """Ids that end an answer."""
         return self.transform.stop_tokens if self.stop_tokens is None else tuple(self.stop_tokens)
 
-    def faults(self, model: nn.Module | None = None) -> list[str]:
+    def problems(self, model: nn.Module | None = None) -> list[str]:
         """What is out of range, in words; with the model, what does not fit it either."""
-        faults = self.sampling.faults() + self.template.faults()
+        problems = self.sampling.problems() + self.template.problems()
         if self.max_new_tokens < 1:
-            faults.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if negative := [stop for stop in self.stops if stop < 0]:
-            faults.append(f"stop_tokens {negative} are no ids")
+            problems.append(f"stop_tokens {negative} are no ids")
         if model is not None:
             vocab = vocab_size(model)
             if beyond := [stop for stop in self.stops if stop >= vocab]:
-                faults.append(f"stop_tokens {beyond} must lie in [0, {vocab}), what the head scores")
-            faults += feature_faults(model, self.transform)
-        return faults
+                problems.append(f"stop_tokens {beyond} must lie in [0, {vocab}), what the head scores")
+            problems += feature_problems(model, self.transform)
+        return problems
 
     def until_stop(self, tokens: Sequence[int]) -> list[int]:
         """An answer up to the first token that ends it, with that token."""
@@ -79,30 +80,30 @@ class Asking:
         return torch.Generator(device).manual_seed(self.seed + index)
 
 
-def feature_faults(model: nn.Module, transform: QuestionTransform) -> list[str]:
+def feature_problems(model: nn.Module, transform: QuestionTransform) -> list[str]:
     """How what a transform makes of images differs from what the model does with them, in words."""
     owner: Any = unwrap(model)
     strategy = getattr(owner, "strategy", None)
     if strategy is None:
         return []
-    faults = []
+    problems = []
     token, rows = transform.image_token, owner.tok_embeddings.num_embeddings
     special, in_front = strategy.special_tokens(), strategy.extra_tokens(1) > 0
     if (token is None) != in_front:
         wanted, got = ("null (layout prefix)", token) if in_front else ("an id that marks images", None)
-        faults.append(f"image_token must be {wanted} for this model, got {token if in_front else got}")
+        problems.append(f"image_token must be {wanted} for this model, got {token if in_front else got}")
     elif token is not None and special and token not in special:
-        faults.append(f"image_token is {token}, but in this model features replace {special}")
+        problems.append(f"image_token is {token}, but in this model features replace {special}")
     elif token is not None and token >= rows and not special:
-        faults.append(f"image_token is {token}, but the model embeds ids below {rows}")
+        problems.append(f"image_token is {token}, but the model embeds ids below {rows}")
     for name in owner.encoder_names:
         number = _features_per_image(owner, name)
         if number is not None and number != transform.features_per_image:
-            faults.append(
+            problems.append(
                 f"features_per_image is {transform.features_per_image}, but {name!r} makes {number} of "
                 "an image"
             )
-    return faults
+    return problems
 
 
 def _features_per_image(model: Any, name: str) -> int | None:
@@ -146,7 +147,7 @@ def room_for_text(model: Any, num_features: int) -> int:
 
 def slots_for(
     model: nn.Module,
-    asking: Asking,
+    asking: PromptSettings,
     encoded: Sequence[Sequence[Sequence[int]]],
     max_images: int,
     *,
@@ -162,9 +163,9 @@ def slots_for(
         path: the file that the prompts come from, for the message.
 
     Raises:
-        ValueError: naming each prompt that does not fit the model.
+        ConfigError: naming each prompt that does not fit the model.
     """
-    slots, faults, new = [0], [], asking.max_new_tokens
+    slots, problems, new = [0], [], asking.max_new_tokens
     room = room_for_text(model, max_images * asking.transform.features_per_image)
     for number, turns in enumerate(encoded, 1):
         used = 0
@@ -177,11 +178,11 @@ def slots_for(
         slots.append(used + 1)
         if used + 1 > room:
             padded = "padded to lengths that share a graph, " if asking.compile else ""
-            faults.append(
+            problems.append(
                 f"prompt {number}: {sum(map(len, turns))} tokens in {len(turns)} turns, {padded}and an "
                 f"answer of up to {new} to each are {used + 1}, and {room} fit into the model's "
                 f"max_seq_len of {model.max_seq_len} beside {max_images} images."
             )
-    if faults:
-        raise ValueError(name_faults(path, faults))
+    if problems:
+        raise ConfigError(name_problems(path, problems))
     return max(slots)

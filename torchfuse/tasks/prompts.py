@@ -15,10 +15,11 @@ from typing import Any, Final
 from torchfuse.data.questions import (
     Question,
     QuestionTransform,
-    image_faults,
-    name_faults,
+    image_problems,
+    name_problems,
     question_from,
 )
+from torchfuse.errors import DataError
 
 __all__ = ["Prompt", "Template", "encode_turn", "encode_turns", "prompts_from"]
 
@@ -59,7 +60,7 @@ class Template:
     system: str = "{text}\n"
     question: str = "{text}"
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What is wrong with it, in words."""
         return [
             f"template.{name} must hold {_TEXT} once and no {_MARKER}, got {value!r}"
@@ -89,13 +90,13 @@ def prompts_from(records: Any, path: Path) -> list[Prompt]:
         path: the YAML; paths of images are relative to it.
 
     Raises:
-        ValueError: naming the file and everything that is wrong with it.
+        DataError: naming the file and everything that is wrong with it.
     """
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records) or not records:
-        raise ValueError(
+        raise DataError(
             f"{path} must hold a list of prompts, each with a question, or with turns that have one."
         )
-    prompts, faults = [], []
+    prompts, problems = [], []
     checked: dict[Path, str] = {}
     for number, record in enumerate(records, 1):
         turns: list[Question] = []
@@ -103,14 +104,16 @@ def prompts_from(records: Any, path: Path) -> list[Prompt]:
             try:
                 question = question_from(turn, path.parent)
             except ValueError as error:
-                faults.append(f"prompt {number}{where}: {error}")
+                problems.append(f"prompt {number}{where}: {error}")
                 continue
-            faults += [f"prompt {number}{where}: {fault}" for fault in image_faults(question, checked)]
+            problems += [
+                f"prompt {number}{where}: {problem}" for problem in image_problems(question, checked)
+            ]
             turns.append(question)
-        faults += [f"prompt {number}: {fault}" for fault in _conversation_faults(record)]
+        problems += [f"prompt {number}: {problem}" for problem in _conversation_problems(record)]
         prompts.append(Prompt(tuple(turns), record.get("system")))
-    if faults:
-        raise ValueError(name_faults(path, faults))
+    if problems:
+        raise DataError(name_problems(path, problems))
     return prompts
 
 
@@ -124,22 +127,22 @@ def _turns(record: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
                 yield f", turn {index}", turn
 
 
-def _conversation_faults(record: Mapping[Any, Any]) -> list[str]:
+def _conversation_problems(record: Mapping[Any, Any]) -> list[str]:
     if not set(record) & set(_KEYS):
         return []
-    faults = []
+    problems = []
     unknown = sorted(map(str, set(record) - set(_KEYS)))
     if unknown:
-        faults.append(
+        problems.append(
             f"unknown key {', '.join(unknown)}; a conversation has {', '.join(_KEYS)}, and its turns "
             "have question, images."
         )
     turns, system = record.get("turns"), record.get("system")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        faults.append(f"turns must be a list of questions with their images, got {turns!r}.")
+        problems.append(f"turns must be a list of questions with their images, got {turns!r}.")
     if "system" in record and (not isinstance(system, str) or not system or _MARKER in system):
-        faults.append(f"system must be a text without {_MARKER}, got {system!r}.")
-    return faults
+        problems.append(f"system must be a text without {_MARKER}, got {system!r}.")
+    return problems
 
 
 def encode_turn(
@@ -153,11 +156,11 @@ def encode_turn(
     """The ids of one turn, up to where its answer begins; the first has the sequence's begin.
 
     Raises:
-        ValueError: if the turn has no text at all, is too long for the transform, or brings images where
+        DataError: if the turn has no text at all, is too long for the transform, or brings images where
             they cannot stand.
     """
     if not first and question.images and transform.image_token is None:
-        raise ValueError(
+        raise DataError(
             'with layout "prefix" images stand in front of the sequence, so only the first turn can '
             f"bring any, got {len(question.images)} with {question.question!r}"
         )
@@ -165,7 +168,7 @@ def encode_turn(
     tokens, _ = transform.encode(replace(question, question=text), with_answer=False)
     tokens = tokens if first else tokens[1:]
     if not tokens:
-        raise ValueError(f"{question.question!r} is no token to the tokenizer")
+        raise DataError(f"{question.question!r} is no token to the tokenizer")
     return tokens
 
 
@@ -187,9 +190,9 @@ def encode_turns(
         what: what the file calls a prompt.
 
     Raises:
-        ValueError: naming every turn that cannot be encoded.
+        DataError: naming every turn that cannot be encoded.
     """
-    encoded, faults = [], []
+    encoded, problems = [], []
     for number, prompt in enumerate(prompts, 1):
         turns = []
         for index, question in enumerate(prompt.turns):
@@ -199,10 +202,10 @@ def encode_turns(
                     transform, template, question, first=not index, system=prompt.system
                 )
             except ValueError as error:
-                faults.append(f"{where}: {str(error).rstrip('.')}.")
+                problems.append(f"{where}: {str(error).rstrip('.')}.")
             else:
                 turns.append(tokens)
         encoded.append(turns)
-    if faults:
-        raise ValueError(name_faults(path, faults))
+    if problems:
+        raise DataError(name_problems(path, problems))
     return encoded

@@ -23,7 +23,7 @@ from torchfuse.generation.session import Session
 from torchfuse.modules.fusion_layer import FusionLayer
 from torchfuse.modules.kv_cache import EncoderKVCache
 from torchfuse.naming import unwrap
-from torchfuse.params import held_bytes
+from torchfuse.params import storage_nbytes
 
 __all__ = ["Report", "TimedSession", "clock", "peak_memory", "step_bytes"]
 
@@ -196,7 +196,7 @@ def step_bytes(model: nn.Module) -> int:
         if cache is not None and getattr(cache, "is_filled", True):
             total += cache.k_cache.nbytes + cache.v_cache.nbytes
     skipped = {id(p) for module in unread if module is not None for p in module.parameters()}
-    return total + sum(held_bytes(p) for p in decoder.parameters() if id(p) not in skipped)
+    return total + sum(storage_nbytes(p) for p in decoder.parameters() if id(p) not in skipped)
 
 
 def _reads_features(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torchfuse.checkpoint.build import from_pretrained
 from torchfuse.checkpoint.load import load_pretrained
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.questions import QuestionTransform
+from torchfuse.errors import CheckpointError
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 from torchfuse.training.config import build, read_config, read_yaml
@@ -36,7 +37,7 @@ def build_model(
         where: what stands in front of the sections' names in messages.
 
     Raises:
-        ValueError: if a section is not what it should be, or something does not fit.
+        CheckpointError: if a section is not what it should be, or something does not fit.
     """
     from torchtune import training
 
@@ -59,7 +60,7 @@ def check_images(
             ``preprocessor_config.json``, mean and deviation are compared too.
 
     Raises:
-        ValueError: naming each number that differs.
+        CheckpointError: naming each number that differs.
     """
     owner: Any = unwrap(model)
     for name in owner.encoder_names:
@@ -88,15 +89,15 @@ def read_run(path: str | Path) -> Loadable:
         path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
 
     Raises:
-        ValueError: if the run is not what it should be; when the model is loaded, if a checkpoint that
-            it names is not.
+        CheckpointError: if the run is not what it should be; when the model is loaded, if a checkpoint
+            that it names is not.
     """
     file = Path(path) / "config.yaml"
     given = read_config(file, "every finetuning run writes one")
     config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
     sections = ("model", "pretrained", "transform")
     if not all(isinstance(config.get(s), dict) for s in sections):
-        raise ValueError(f"{file} lacks one of the sections {', '.join(sections)}.")
+        raise CheckpointError(f"{file} lacks one of the sections {', '.join(sections)}.")
     where = f"{file}, "
     transform: QuestionTransform = build(
         config["transform"], what=f"{where}transform", kind=QuestionTransform
@@ -121,12 +122,12 @@ def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> Loadabl
         transform: the section of a configuration that names and describes the transform.
 
     Raises:
-        ValueError: if one of them is not what it should be; when the model is loaded, if the directory
-            does not hold what it says.
+        CheckpointError: if one of them is not what it should be; when the model is loaded, if the
+            directory does not hold what it says.
     """
     built: QuestionTransform = build(transform, what="transform", kind=QuestionTransform)
     if not Path(path).is_dir():
-        raise ValueError(f"model: {path} is not a directory.")
+        raise CheckpointError(f"model: {path} is not a directory.")
 
     def load(device: str, dtype: str) -> nn.Module:
         place, precision = device_and_dtype(device, dtype)
@@ -149,7 +150,7 @@ def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Q
         The model, and the transform that it was trained with.
 
     Raises:
-        ValueError: if the run, or a checkpoint that it names, is not what it should be.
+        CheckpointError: if the run, or a checkpoint that it names, is not what it should be.
     """
     run = read_run(path)
     return run.load(device, dtype), run.transform

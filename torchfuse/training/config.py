@@ -15,6 +15,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from torchfuse.errors import ConfigError
 from torchfuse.options import call_with_options
 
 __all__ = ["build", "read_config", "read_yaml", "recipe", "typed"]
@@ -31,15 +32,15 @@ def read_yaml(path: str | Path, hint: str, *, load: Callable[[TextIO], Any] = ya
         load: what reads the open file.
 
     Raises:
-        ValueError: if it cannot be read or is no YAML, naming it.
+        ConfigError: if it cannot be read or is no YAML, naming it.
     """
     try:
         with Path(path).open(encoding="utf-8") as file:
             return load(file)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror or error}): {hint}.") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}): {hint}.") from error
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} is no YAML: {_one_line(error)}.") from error
+        raise ConfigError(f"{path} is no YAML: {_one_line(error)}.") from error
 
 
 def read_config(path: str | Path, hint: str) -> DictConfig:
@@ -50,13 +51,13 @@ def read_config(path: str | Path, hint: str) -> DictConfig:
         hint: what the file is, for whoever gave the wrong one.
 
     Raises:
-        ValueError: if it is no such file, naming it.
+        ConfigError: if it is no such file, naming it.
     """
     config = read_yaml(path, hint, load=OmegaConf.load)
     if not isinstance(config, DictConfig):
-        raise ValueError(f"{path} must hold keys with values, got a list: {hint}.")
+        raise ConfigError(f"{path} must hold keys with values, got a list: {hint}.")
     if wrong := [key for key in config if not isinstance(key, str)]:
-        raise ValueError(f"{path}: a key must be a string, got {wrong[0]!r}.")
+        raise ConfigError(f"{path}: a key must be a string, got {wrong[0]!r}.")
     return config
 
 
@@ -68,16 +69,16 @@ def typed(given: DictConfig, schema: type[_Schema]) -> _Schema:
         schema: a dataclass; fields without a value must be given, nested dataclasses are sections.
 
     Raises:
-        ValueError: naming every key that does not exist, is missing or has a value of the wrong type.
+        ConfigError: naming every key that does not exist, is missing or has a value of the wrong type.
     """
     config = OmegaConf.structured(schema)
-    faults = list(_merge(config, OmegaConf.to_container(given, resolve=False)))
+    problems = list(_merge(config, OmegaConf.to_container(given, resolve=False)))
     try:
-        if not faults:
+        if not problems:
             return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # in an interpolation
-        faults = [f"Configuration key {error.full_key!r}: {_first_line(error)}."]
-    raise ValueError(" ".join(faults))
+        problems = [f"Configuration key {error.full_key!r}: {_first_line(error)}."]
+    raise ConfigError(" ".join(problems))
 
 
 def _merge(config: DictConfig, given: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
@@ -113,20 +114,20 @@ def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
         kind: what the component must make.
 
     Raises:
-        ValueError: if there is no such component, it does not take the keywords, or it makes something
+        ConfigError: if there is no such component, it does not take the keywords, or it makes something
             else.
     """
     options = dict(section) if isinstance(section, Mapping) else {"_component_": section}
     path = options.pop("_component_", None)
     if not isinstance(path, str):
-        raise ValueError(f"{what} must name its _component_, a dotted path; got {path!r}.")
+        raise ConfigError(f"{what} must name its _component_, a dotted path; got {path!r}.")
     try:
         component = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{what}: there is no component {path!r} ({error}).") from error
+        raise ConfigError(f"{what}: there is no component {path!r} ({error}).") from error
     built = call_with_options(component, *args, what=f"{what} ({path})", options=options)
     if not isinstance(built, kind):
-        raise ValueError(f"{what} ({path}) must make a {kind.__name__}, got a {type(built).__name__}.")
+        raise ConfigError(f"{what} ({path}) must make a {kind.__name__}, got a {type(built).__name__}.")
     return built
 
 
@@ -173,14 +174,14 @@ def _given(description: str | None, flags: Mapping[str, str]) -> DictConfig:
     arguments, overrides = parser.parse_known_args()
     overrides += [f"{flag}=true" for flag in flags if getattr(arguments, flag)]
     config = read_config(arguments.config, "--config takes the YAML of a recipe")
-    faults = []
+    problems = []
     for override in overrides:
         try:
             _override(config, [override])
         except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError(" ".join(faults))
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(" ".join(problems))
     return _override(config, overrides)
 
 
@@ -192,7 +193,7 @@ def _override(config: DictConfig, overrides: list[str]) -> DictConfig:
     try:
         return _merge_yaml_and_cli_args(Namespace(**values), overrides)
     except (ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"Override {' '.join(overrides)}: {_one_line(error)}.") from error
+        raise ConfigError(f"Override {' '.join(overrides)}: {_one_line(error)}.") from error
 
 
 def _first_line(error: OmegaConfBaseException) -> str:

@@ -6,6 +6,8 @@ from typing import Final
 
 import torch
 
+from torchfuse.errors import ConfigError
+
 __all__ = ["device_and_dtype"]
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,7 +21,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         dtype: ``"fp32"`` or ``"bf16"``. There is no ``"fp16"``: it overflows without a loss scaler.
 
     Raises:
-        ValueError: if there is no such device here, or no such dtype.
+        ConfigError: if there is no such device here, or no such dtype.
 
     Examples:
         >>> device_and_dtype("cpu", "bf16")
@@ -28,13 +30,13 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     from torchtune.utils import get_device
 
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is none: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"device {device!r} is none: {str(error).splitlines()[0]}.") from error
     if kind != "cpu":
         backend = getattr(torch, kind, None)
         if backend is None or not backend.is_available():
-            raise ValueError(f"device {device!r} is not to be had on this machine.")
+            raise ConfigError(f"device {device!r} is not to be had on this machine.")
     return get_device(device), _DTYPES[dtype]

@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import unwrap
 from torchfuse.params import fusion_buffers, get_fusion_params, parts_of
 
@@ -29,13 +30,13 @@ def shard(model: nn.Module, **options: Any) -> None:
         **options: for ``torch.distributed.fsdp.fully_shard``, such as ``mesh`` and ``mp_policy``.
 
     Raises:
-        ValueError: if there is no layer to shard, or a batch without images would stop the ranks.
+        ModelError: if there is no layer to shard, or a batch without images would stop the ranks.
     """
     layers = [layer for part in parts_of(model).values() for layer in _layers(part)]
     if not layers:
-        raise ValueError("There is no layer to shard: no part of the model has an nn.ModuleList.")
+        raise ModelError("There is no layer to shard: no part of the model has an nn.ModuleList.")
     if getattr(unwrap(model), "on_missing", "participate") != "participate":
-        raise ValueError(
+        raise ModelError(
             'A sharded model needs on_missing="participate": without it a rank whose batch has no image '
             "runs fewer modules than the others, and all wait for ever."
         )

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from torchfuse import fuse, fusion_state_dict, get_fusion_params
 from torchfuse.checkpoint.artifact.fingerprint import (
-    TensorPrint,
+    TensorFingerprint,
     compare,
     explain,
     fingerprint,
@@ -62,7 +62,7 @@ def prints(tensor):
 def test_the_same_values_in_other_dtypes():
     x = torch.randn(7, 13)
     whole = prints(x)
-    assert whole["x"] == TensorPrint([7, 13], "float32", values(x))
+    assert whole["x"] == TensorFingerprint([7, 13], "float32", values(x))
     assert compare(whole, prints(x.bfloat16())) == {}
     assert compare(prints(x.bfloat16()), prints(x.bfloat16().float())) == {}
     assert compare(whole, prints(x.bfloat16() + 1)) == {

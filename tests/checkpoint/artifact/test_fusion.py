@@ -305,7 +305,7 @@ def test_another_base_is_reported_when_not_strict(tmp_path):
     assert all(torch.equal(t, fusion_state_dict(model)[n]) for n, t in fusion_state_dict(other).items())
 
 
-def test_all_faults_are_one_error_and_only_the_first_tensors_are_listed(tmp_path):
+def test_all_problems_are_one_error_and_only_the_first_tensors_are_listed(tmp_path):
     save_fusion(learned(), tmp_path)
     model = fuse(tiny_decoder(seed=5), TinyEncoder(), every=3, fusion_vocab_size=2)
     message = refused(model, tmp_path, "missing: decoder.layers.2.fusion_layer", "and 15 more")

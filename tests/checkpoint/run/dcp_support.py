@@ -66,11 +66,11 @@ def differences(before, after):
     ]
 
 
-def refused(path, model, optimizer, *faults):
-    """One error with every fault; everything is as it was."""
+def refused(path, model, optimizer, *problems):
+    """One error with every problem; everything is as it was."""
     before = contents(model, optimizer)
-    with pytest.raises(ValueError, match=re.escape(str(faults[0]))) as caught:
+    with pytest.raises(ValueError, match=re.escape(str(problems[0]))) as caught:
         load_checkpoint(path, model, optimizer)
-    for fault in faults:
-        assert fault in str(caught.value)
+    for problem in problems:
+        assert problem in str(caught.value)
     assert not differences(before, contents(model, optimizer))

@@ -355,7 +355,7 @@ def test_all_that_cannot_be_saved_is_said_at_once(tmp_path):
     extra = {"a": {3: 1}, "b": (1,), "c": torch.ones(1), "d": loop}
     with pytest.raises(ValueError, match="nothing was written") as caught:
         save_checkpoint(tmp_path / "new", model, optimizer, step=-1, extra=extra)
-    for fault in (
+    for problem in (
         "_extra_state is a dict: a checkpoint of a model holds tensors only",
         "model.1.weight is on the meta device",
         "step must be a whole number from 0 on, not -1",
@@ -365,7 +365,7 @@ def test_all_that_cannot_be_saved_is_said_at_once(tmp_path):
         "nested too deeply, or within itself",
         "optimizer state 'old_dirs' of 0.weight is a list",
     ):
-        assert fault in str(caught.value)
+        assert problem in str(caught.value)
     with pytest.raises(ValueError, match="extra must be a mapping, not a list"):
         save_checkpoint(tmp_path / "new", nn.Linear(3, 5), step=0, extra=[1])
     with pytest.raises(ValueError, match="the optimizer holds 2 parameters that are not the model's"):

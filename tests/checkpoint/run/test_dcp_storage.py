@@ -138,13 +138,13 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "fault"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
-def test_an_index_that_lies_is_refused(saved, change, fault):
+@pytest.mark.parametrize(("change", "problem"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
+def test_an_index_that_lies_is_refused(saved, change, problem):
     data = saved / "__0_0.distcp"
     (saved.parent / "step_1.distcp").write_bytes(data.read_bytes())
     (saved / "link").symlink_to(saved.parent / "step_1.distcp")
     rewrite(saved, change)
-    refused(saved, *trained(5), f"{saved / '.metadata'} is damaged", fault)
+    refused(saved, *trained(5), f"{saved / '.metadata'} is damaged", problem)
 
 
 def test_no_pickle_among_the_tensors_is_run(saved, tmp_path):

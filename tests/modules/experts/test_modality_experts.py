@@ -32,7 +32,7 @@ def moma(layer=None, *, seed=5, noise=False, **options):
     torch.manual_seed(seed)
     options = ExpertOptions(noise=noise, **NUMBERS | options)
     layer = MoMaLayer(layer or pretrained(), list(SLOTS), options)
-    with torch.no_grad():  # what begins at zero would hide faults
+    with torch.no_grad():  # what begins at zero would hide problems
         for name, p in layer.named_parameters():
             if ".text." in name and "w2" in name:
                 p.normal_(std=0.2)
@@ -502,7 +502,7 @@ def test_numbers_out_of_range_are_all_named():
             auxiliary_dim=0,
             auxiliary_loss_weight=-1.0,
         )
-    for fault in (
+    for problem in (
         "num_experts of 'image' must be at least 1, got 0",
         "num_text_experts must be at least 1, got 0",
         "auxiliary_dim must be at least 1, got 0",
@@ -510,7 +510,7 @@ def test_numbers_out_of_range_are_all_named():
         "start must be 'warm' or 'zero', got 'cold'",
         "auxiliary_loss_weight must be 0 or more, got -1.0",
     ):
-        assert fault in str(info.value)
+        assert problem in str(info.value)
     with pytest.raises(ValueError, match=r"num_experts must be at least 1, got -3"):
         ExpertOptions(num_experts=-3)
     with pytest.raises(ValueError, match="weight must be 0 or more, got nan"):
@@ -528,8 +528,8 @@ def test_layers_that_cannot_serve_are_refused():
         MoMaLayer(nn.Linear(3, 3), ["image"])
     with pytest.raises(ValueError) as info:
         MoMaLayer(nn.Linear(3, 3), [], ExpertOptions(num_experts={"audio": 2}))
-    for fault in ("no modality beside text", "names of the modalities, ; got audio", "it lacks"):
-        assert fault in str(info.value)
+    for problem in ("no modality beside text", "names of the modalities, ; got audio", "it lacks"):
+        assert problem in str(info.value)
     with pytest.raises(ValueError, match=r"fusion_layer would be hidden"):
         MoMaLayer(moma(), ["image"])
     layer = pretrained()

@@ -19,7 +19,7 @@ from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import model_behind, unwrap
 from torchfuse.params import FreezeSpec, FreezeStage, canonical_freeze_meta, partition
 
-__all__ = ["adapter_faults", "describe_fusion", "description_faults"]
+__all__ = ["adapter_problems", "describe_fusion", "description_problems"]
 
 _FORMAT: Final = 1
 
@@ -54,7 +54,7 @@ def describe_fusion(
     }
 
 
-def description_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
+def description_problems(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
     """How a model was fused otherwise than a description says, in words.
 
     The base is not compared here (see ``fingerprint``). An option that is None on either side is as
@@ -65,48 +65,48 @@ def description_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]
         model: a fused model.
     """
     ours = _kind(model)
-    faults = [
+    problems = [
         f"{name} {theirs.get(name)!r}, the model's is {ours[name]!r}"
         for name in ("format", "architecture")
         if theirs.get(name) != ours[name]
     ]
-    if faults:
-        return faults
+    if problems:
+        return problems
     options = theirs["options"] if isinstance(theirs.get("options"), dict) else {}
     here = json.loads(json.dumps(ours["options"]))  # as a file holds them
-    faults = [
+    problems = [
         f"{name} {options[name]!r}, the model's is {here[name]!r}"
         for name in here
         if name in options and options[name] != here[name] and None not in (options[name], here[name])
     ]
     head = theirs.get("fusion_head", ours["fusion_head"])
     if head != ours["fusion_head"]:
-        faults.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
-    return faults + adapter_faults(theirs, model)
+        problems.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
+    return problems + adapter_problems(theirs, model)
 
 
-def adapter_faults(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
+def adapter_problems(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
     """How a model's adapters are others than a description says, in words.
 
     Adapters that no registry knows have their shapes alone, which are not compared here.
 
     Args:
-        theirs: as for ``description_faults``.
+        theirs: as for ``description_problems``.
         model: a fused model.
     """
     described = theirs.get("adapters")
     there: dict[str, Any] = described if isinstance(described, dict) else {}
-    faults = []
+    problems = []
     for name, here in json.loads(json.dumps(_adapters(model))).items():
         known = there.get(name) if here is not None else None
         if known is None:
             continue
-        faults += [
+        problems += [
             f"{key} {known[key]!r} of the adapter of {name!r}, the model's is {here.get(key)!r}"
             for key in known
             if known[key] != here.get(key) and None not in (known[key], here.get(key, ""))
         ]
-    return faults
+    return problems
 
 
 def _adapters(model: nn.Module) -> dict[str, dict[str, Any] | None]:

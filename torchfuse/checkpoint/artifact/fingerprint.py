@@ -22,7 +22,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchfuse.naming import canonical_name, named_parameters, unwrap
 from torchfuse.params import fusion_buffers, get_fusion_params
 
-__all__ = ["TensorPrint", "compare", "explain", "fingerprint", "pretrained_tensors", "read_fingerprint"]
+__all__ = [
+    "TensorFingerprint",
+    "compare",
+    "explain",
+    "fingerprint",
+    "pretrained_tensors",
+    "read_fingerprint",
+]
 
 _SAMPLES: Final = 64
 _LISTED: Final = 8
@@ -32,7 +39,7 @@ _INTERCHANGEABLE: Final = {"float32", "bfloat16"}
 _NOT_HELD: Final = -1  # below every bit pattern
 
 
-class TensorPrint(NamedTuple):
+class TensorFingerprint(NamedTuple):
     """What a tensor is known by; ``values`` is None where they cannot be read."""
 
     shape: list[int]
@@ -65,7 +72,7 @@ def pretrained_tensors(model: nn.Module, without: Collection[str] = ()) -> dict[
 
 
 @torch.no_grad()
-def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorFingerprint]:
     """What each tensor is known by.
 
     At most 64 values of each are read, evenly spread from the first to the last. Values of tensors on
@@ -88,7 +95,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
     sharded = [sample for name, sample in samples.items() if isinstance(tensors[name], DTensor)]
     values = dict(zip(samples, _on_every_rank(list(samples.values()), sharded), strict=True))
     return {
-        name: TensorPrint(
+        name: TensorFingerprint(
             shape=list(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             values=_hash(values[name]) if name in values else None,
@@ -97,16 +104,18 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
     }
 
 
-def read_fingerprint(described: Mapping[str, Any]) -> dict[str, TensorPrint]:
+def read_fingerprint(described: Mapping[str, Any]) -> dict[str, TensorFingerprint]:
     """A fingerprint from what JSON made of it.
 
     Raises:
         TypeError: if it is none.
     """
-    return {str(name): TensorPrint(**fields) for name, fields in described.items()}
+    return {str(name): TensorFingerprint(**fields) for name, fields in described.items()}
 
 
-def compare(theirs: Mapping[str, TensorPrint], ours: Mapping[str, TensorPrint]) -> dict[str, str]:
+def compare(
+    theirs: Mapping[str, TensorFingerprint], ours: Mapping[str, TensorFingerprint]
+) -> dict[str, str]:
     """How the base that an artifact was made over differs from a model's.
 
     Values are compared where both could be read, and either both dtypes are the same or one is fp32 and
@@ -142,7 +151,7 @@ def explain(differences: Mapping[str, str]) -> list[str]:
     return [*lines, f"base: and {more} more"] if more > 0 else lines
 
 
-def _are_comparable(one: TensorPrint, other: TensorPrint) -> bool:
+def _are_comparable(one: TensorFingerprint, other: TensorFingerprint) -> bool:
     dtypes = {one.dtype, other.dtype}
     return None not in (one.values, other.values) and (len(dtypes) == 1 or dtypes == _INTERCHANGEABLE)
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchfuse.checkpoint.artifact.description import describe_fusion, description_faults
+from torchfuse.checkpoint.artifact.description import describe_fusion, description_problems
 from torchfuse.checkpoint.artifact.fingerprint import (
-    TensorPrint,
+    TensorFingerprint,
     compare,
     explain,
     fingerprint,
@@ -31,6 +31,7 @@ from torchfuse.checkpoint.artifact.fingerprint import (
     read_fingerprint,
 )
 from torchfuse.checkpoint.formats.loading import copy_into
+from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_whole
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.params import FreezeSpec, FreezeStage, fusion_buffers, get_fusion_params
@@ -80,11 +81,11 @@ def fusion_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The tensors share memory with the model's, as those of ``state_dict()`` do.
 
     Raises:
-        ValueError: if fusion added nothing to this model.
+        CheckpointError: if fusion added nothing to this model.
     """
     tensors = {name: tensor.detach() for name, tensor in _fusion_tensors(model).items()}
     if not tensors:
-        raise ValueError(
+        raise CheckpointError(
             "This model has no fusion parameters. What fusion added is found by fusion_params(); "
             "mark modules of your own with register_fusion_module."
         )
@@ -105,8 +106,9 @@ def load_fusion_state_dict(
         What was passed over: all empty if ``strict``.
 
     Raises:
-        ValueError: with every tensor that is missing, unexpected or of another shape, if ``strict``;
-            if none fits at all or the model has no memory, in any case. The model is as it was then.
+        CheckpointError: with every tensor that is missing, unexpected or of another shape, if
+            ``strict``; if none fits at all or the model has no memory, in any case. The model is as it
+            was then.
     """
     return _load(model, state_dict, strict, {}, [])
 
@@ -121,7 +123,7 @@ def _load(
 ) -> FusionMismatch:
     ours = _fusion_tensors(model)
     if any(tensor.is_meta for tensor in ours.values()):
-        raise ValueError(
+        raise CheckpointError(
             "The model's fusion tensors are on the meta device: give them memory first (model.to_empty)."
         )
     skipped = FusionMismatch(
@@ -133,14 +135,14 @@ def _load(
     )
     fitting = [n for n in ours if n in state_dict and n not in skipped.mismatched]
     if (strict and any(skipped)) or not fitting:
-        raise ValueError(_explain(skipped, ours, state_dict))
+        raise CheckpointError(_explain(skipped, ours, state_dict))
     for name in fitting:
         copy_into(ours[name], state_dict[name])
     return skipped
 
 
 def _explain(skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
-    lines = [f"option: {fault}" for fault in skipped.options]
+    lines = [f"option: {problem}" for problem in skipped.options]
     lines += [f"missing: {name}" for name in skipped.missing]
     lines += [f"unexpected: {name}" for name in skipped.unexpected]
     lines += [
@@ -175,7 +177,7 @@ def save_fusion(
             example. They stand in the artifact in their order, for the record.
 
     Raises:
-        ValueError: if fusion added nothing to this model, or the path is no directory.
+        CheckpointError: if fusion added nothing to this model, or the path is no directory.
     """
     tensors = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
     description = describe_fusion(model, stages=stages)
@@ -194,11 +196,11 @@ def write_artifact(
         description: what ``describe_fusion`` returned.
 
     Raises:
-        ValueError: if the path is no directory.
+        CheckpointError: if the path is no directory.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; an artifact is a directory.")
+        raise CheckpointError(f"{path} is a file; an artifact is a directory.")
     text = json.dumps(description, indent=2, sort_keys=True)
     # Tensors that share memory cannot stand in one file.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -222,7 +224,7 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
         What was passed over: all empty if ``strict``.
 
     Raises:
-        ValueError: if there is no such artifact, it is damaged, it is for another architecture or
+        CheckpointError: if there is no such artifact, it is damaged, it is for another architecture or
             another base, or its tensors do not fit. The model is as it was then.
     """
     return load_artifact(model, path, strict=strict)
@@ -243,27 +245,27 @@ def load_artifact(
     tensors, description, base = read_artifact(path)
     # Artifacts of earlier versions do not say what base they are for.
     other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
-    return _load(model, tensors, strict, other, description_faults(description, model))
+    return _load(model, tensors, strict, other, description_problems(description, model))
 
 
 def read_artifact(
     path: str | Path,
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, TensorPrint] | None]:
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, TensorFingerprint] | None]:
     """The tensors of an artifact, what it says of its model, and the base that it was made over.
 
     Raises:
-        ValueError: if there is none, or it is damaged.
+        CheckpointError: if there is none, or it is damaged.
     """
     file = Path(path) / ARTIFACT_FILE
     if not file.is_file():
-        raise ValueError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
+        raise CheckpointError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
     try:
         with safe_open(file, framework="pt") as reader:
             description = dict(json.loads((reader.metadata() or {})[_KEY]))
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         base = read_fingerprint(description["base"]) if "base" in description else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
+        raise CheckpointError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
     return tensors, description, base
 
 

@@ -11,9 +11,10 @@ from typing import Final
 
 from torch import nn
 
-from torchfuse.checkpoint.artifact.description import adapter_faults
+from torchfuse.checkpoint.artifact.description import adapter_problems
 from torchfuse.checkpoint.artifact.fingerprint import compare, explain, fingerprint, pretrained_tensors
 from torchfuse.checkpoint.artifact.fusion import fusion_state_dict, load_fusion_state_dict, read_artifact
+from torchfuse.errors import CheckpointError
 
 __all__ = ["seed_adapters"]
 
@@ -36,36 +37,36 @@ def seed_adapters(model: nn.Module, path: str | Path, strict: bool = True) -> li
         The names of what was loaded, in the model's order.
 
     Raises:
-        ValueError: if there is no such artifact or it is damaged; with every adapter's tensor that does
-            not fit; if nothing does. The model is as it was then.
+        CheckpointError: if there is no such artifact or it is damaged; with every adapter's tensor
+            that does not fit; if nothing does. The model is as it was then.
     """
     tensors, description, base = read_artifact(path)
     theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(_ADAPTERS)}
     ours = {n: t for n, t in fusion_state_dict(model).items() if n.startswith(_ADAPTERS)}
-    faults = [
+    problems = [
         f"missing in the artifact: {name} {list(tensor.shape)}"
         for name, tensor in ours.items()
         if name not in theirs
     ]
-    faults += [
+    problems += [
         f"missing here: {name} {list(tensor.shape)}"
         for name, tensor in theirs.items()
         if name not in ours
     ]
     fitting = {n: theirs[n] for n in ours if n in theirs and theirs[n].shape == ours[n].shape}
-    faults += [
+    problems += [
         f"shape: {name} is {list(theirs[name].shape)}, the model's is {list(ours[name].shape)}"
         for name in ours
         if name in theirs and name not in fitting
     ]
     if strict:
-        faults += adapter_faults(description, model)
+        problems += adapter_problems(description, model)
     if strict and base is not None:
         differs = compare(base, fingerprint(pretrained_tensors(model)))
-        faults += explain(differs) if differs else []
-    if not fitting or (strict and faults):
-        listing = "\n  ".join(faults or ["neither the artifact nor the model has an adapter"])
-        raise ValueError(
+        problems += explain(differs) if differs else []
+    if not fitting or (strict and problems):
+        listing = "\n  ".join(problems or ["neither the artifact nor the model has an adapter"])
+        raise CheckpointError(
             f"The adapters of {path} do not fit this model; nothing was loaded. Both need the same "
             f"base, names of encoders and kind of adapter.\n  {listing}"
         )

@@ -28,6 +28,7 @@ from torchfuse.checkpoint.artifact.fusion import (
     write_artifact,
 )
 from torchfuse.checkpoint.formats.loading import copy_into
+from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_whole
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import named_parameters
@@ -65,15 +66,17 @@ def save_trained(
         stages: as for ``save_fusion``.
 
     Raises:
-        ValueError: if fusion added nothing to this model, a name is no parameter's, or the path is no
-            directory.
+        CheckpointError: if fusion added nothing to this model, a name is no parameter's, or the path
+            is no directory.
     """
     pretrained, added = pretrained_tensors(model), fusion_state_dict(model)
     if trained is None:
         trained = trained_pretrained_names(model)
     names = [name for name in trained if name not in added]
     if unknown := [name for name in names if name not in pretrained]:
-        raise ValueError(f"trained names what is no parameter of the model: {', '.join(unknown[:8])}.")
+        raise CheckpointError(
+            f"trained names what is no parameter of the model: {', '.join(unknown[:8])}."
+        )
     fusion = {name: whole(tensor) for name, tensor in added.items()}
     # Running means and the like move with the parameters beside them.
     moved = pretrained.keys() - pretrained_tensors(model, names).keys()
@@ -116,8 +119,8 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
         path: directory of the artifact.
 
     Raises:
-        ValueError: if something does not fit, is damaged or belongs to another artifact. The model is as
-            it was then.
+        CheckpointError: if something does not fit, is damaged or belongs to another artifact. The
+            model is as it was then.
     """
     path = Path(path)
     file = path / _FILE
@@ -129,7 +132,9 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
         if name not in ours or ours[name].shape != tensor.shape or ours[name].is_meta
     ]
     if wrong:
-        raise ValueError(f"{file} does not fit this model; nothing was loaded: {'; '.join(wrong[:8])}.")
+        raise CheckpointError(
+            f"{file} does not fit this model; nothing was loaded: {'; '.join(wrong[:8])}."
+        )
     load_artifact(model, path, strict=True, replaced=tensors)
     for name, tensor in tensors.items():
         copy_into(ours[name], tensor)
@@ -141,9 +146,9 @@ def _read(file: Path, digest: str) -> dict[str, Tensor]:
             belongs_to = (reader.metadata() or {}).get(_KEY)
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error
+        raise CheckpointError(f"{file} is damaged: {error}.") from error
     if belongs_to != digest:
-        raise ValueError(
+        raise CheckpointError(
             f"{file} does not belong to the {ARTIFACT_FILE} beside it: a save was cut off between the "
             "two, or one of them was replaced."
         )
@@ -153,6 +158,6 @@ def _read(file: Path, digest: str) -> dict[str, Tensor]:
 def _digest(path: Path) -> str:
     file = path / ARTIFACT_FILE
     if not file.is_file():
-        raise ValueError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
+        raise CheckpointError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

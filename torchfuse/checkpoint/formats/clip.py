@@ -15,6 +15,7 @@ from torch import nn
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
+from torchfuse.errors import CheckpointError
 
 __all__ = ["ClipVision"]
 
@@ -87,7 +88,7 @@ class ClipVision(Spec):
                 keep_cls=tower.keep_cls,
             )
         except (AttributeError, KeyError, IndexError) as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"A {type(module).__name__} is no ClipVisionEncoder, which CLIP's tower needs: it lacks "
                 f"{error}."
             ) from error

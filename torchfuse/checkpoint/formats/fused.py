@@ -17,6 +17,7 @@ from torchfuse.checkpoint.formats.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.formats.parts import DECODERS, ENCODERS, read_spec
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, setting, shown_by_shapes
+from torchfuse.errors import CheckpointError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
 from torchfuse.modules.adapters.builtin import Adapter, build_adapter
@@ -50,18 +51,18 @@ class Fused(ModelSpec):
     def from_config(cls, config: Mapping[str, Any]) -> Fused:
         given = Settings(config, cls.name)
         if given.count("format") != _FORMAT:
-            given.fault(f"format {config.get('format')!r} is not known here, only {_FORMAT}")
+            given.problem(f"format {config.get('format')!r} is not known here, only {_FORMAT}")
         decoder = given.section("decoder").values
         encoders = given.sections("encoders")
         adapters = given.sections("adapters")
         options = dict(given.section("options").values)
         arch = config.get("arch")
         if not isinstance(arch, str):
-            given.fault(f"arch must be the name of an architecture, got {arch!r}")
+            given.problem(f"arch must be the name of an architecture, got {arch!r}")
         if not encoders:
-            given.fault("encoders must name one at least")
+            given.problem("encoders must name one at least")
         if adapters and adapters.keys() != encoders.keys():
-            given.fault(
+            given.problem(
                 f"adapters {sorted(adapters)} must have the names of encoders {sorted(encoders)}"
             )
         numbers = given.count("fusion_vocab_size", 0, least=0), given.flag("fusion_head", False)
@@ -81,21 +82,21 @@ class Fused(ModelSpec):
     def of(cls, module: nn.Module) -> Fused:
         model = model_behind(module)
         if not isinstance(model, FusedModel):
-            raise ValueError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
+            raise CheckpointError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
         decoder: Any = unwrap(model.decoder)
-        faults: list[str] = []
-        base = cls.spec_of(decoder, DECODERS, "the decoder", faults)
+        problems: list[str] = []
+        base = cls.spec_of(decoder, DECODERS, "the decoder", problems)
         named = not hasattr(model, "encoder")
         encoders, adapters = {}, {}
         for name in model.encoder_names:
             key = name if named else _ONE
-            encoders[key] = cls.spec_of(model.get_encoder(name), ENCODERS, f"encoder {name!r}", faults)
+            encoders[key] = cls.spec_of(model.get_encoder(name), ENCODERS, f"encoder {name!r}", problems)
             adapter = model.get_adapter(name)
             if isinstance(adapter, Adapter) and adapter.name is not None:
                 sizes = {"in_dim": adapter.in_dim, "out_dim": adapter.out_dim}
                 adapters[key] = {"name": adapter.name, **sizes, **adapter.options()}
             elif adapter is not None:
-                faults.append(
+                problems.append(
                     f"the adapter of {name!r}, a {type(adapter).__name__}: only adapters that "
                     "register_adapter knows can be built again"
                 )
@@ -104,9 +105,9 @@ class Fused(ModelSpec):
             options = model.strategy.describe(decoder)
             options = json.loads(json.dumps(options))
         except (TypeError, ValueError) as error:
-            faults.append(f"the options of {model.strategy.arch!r}: {error}")
-        if faults:
-            raise ValueError(cls.cannot_hold(faults))
+            problems.append(f"the options of {model.strategy.arch!r}: {error}")
+        if problems:
+            raise CheckpointError(cls.cannot_hold(problems))
         assert base is not None
         embedding = decoder.tok_embeddings
         return cls(
@@ -164,13 +165,13 @@ class Fused(ModelSpec):
         return SAME_NAMES
 
     def differences(self, ours: Spec) -> list[str]:
-        faults = super().differences(ours)
+        problems = super().differences(ours)
         if isinstance(ours, Fused):
             if self.arch == ours.arch:
-                faults += self._different_options(ours)
+                problems += self._different_options(ours)
             for name in self.encoders.keys() & ours.encoders.keys():
-                faults += self.encoders[name].differences(ours.encoders[name])
-        return faults
+                problems += self.encoders[name].differences(ours.encoders[name])
+        return problems
 
     def _different_options(self, ours: Fused) -> list[str]:
         try:

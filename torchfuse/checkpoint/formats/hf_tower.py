@@ -16,6 +16,7 @@ from torch import nn
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import Spec, shown_by_shapes
+from torchfuse.errors import CheckpointError
 
 __all__ = ["HfTower"]
 
@@ -112,7 +113,7 @@ class HfTower(Spec):
         kind = str(self.config["model_type"])
         has_some = bool(special_tokens(kind))
         if not has_some and not keep_cls:
-            raise ValueError(
+            raise CheckpointError(
                 f"transformers tower: the class token of a {kind} is to be dropped, but it has none."
             )
         return dataclasses.replace(
@@ -143,7 +144,7 @@ class HfTower(Spec):
         prefixes = {key.removesuffix(first) for key in held if ("." + key).endswith("." + first)}
         fitting = [p for p in prefixes if all(p + name in held for name in names)]
         if len(fitting) > 1:
-            raise ValueError(
+            raise CheckpointError(
                 f"{len(fitting)} towers in this checkpoint fit, below {', '.join(sorted(fitting))}; "
                 "give a directory with one."
             )

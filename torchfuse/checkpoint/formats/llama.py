@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Layout
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
+from torchfuse.errors import CheckpointError
 
 __all__ = ["Llama", "feed_forward_entries", "rotary_layout"]
 
@@ -78,15 +79,15 @@ class Llama(Spec):
         embed_dim = given.count("hidden_size", 4096)
         num_heads = given.count("num_attention_heads", 32)
         if embed_dim % num_heads:
-            given.fault(f"num_attention_heads={num_heads} must divide hidden_size={embed_dim}")
+            given.problem(f"num_attention_heads={num_heads} must divide hidden_size={embed_dim}")
         num_kv_heads = given.count("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
-            given.fault(
+            given.problem(
                 f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}"
             )
         head_dim = given.count("head_dim", max(1, embed_dim // num_heads))
         if head_dim % 2:
-            given.fault(f"head_dim={head_dim} must be even to be rotated")
+            given.problem(f"head_dim={head_dim} must be even to be rotated")
         for key, only in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
             given.refuse_unless(key, only)
         spec = cls(
@@ -121,7 +122,7 @@ class Llama(Spec):
             mlp = decoder.layers[0].mlp
             activations = {type(layer.mlp.activation).__name__ for layer in decoder.layers} - {"SiLU"}
             if activations or max(len(shapes), len(ropes), len(eps)) > 1:
-                raise ValueError(
+                raise CheckpointError(
                     f"A {type(module).__name__} is no Llama: layers differ in heads {sorted(shapes)}, "
                     f"rotary embedding or epsilon {sorted(eps)}, or their activation is no SiLU "
                     f"({', '.join(activations) or 'it is'})."
@@ -141,7 +142,7 @@ class Llama(Spec):
                 **dict(next(iter(ropes))),
             )
         except (AttributeError, TypeError, IndexError) as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"A {type(module).__name__} is no Llama: it lacks what torchtune's has ({error})."
             ) from error
 
@@ -237,7 +238,7 @@ def _rope_from(given: Settings) -> dict[str, float]:
     """The rotary embedding, from either spelling of the configuration."""
     new, old = (given.values.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     if not isinstance(new, Mapping) or not isinstance(old, Mapping):
-        given.fault(f"rope_parameters and rope_scaling must be sections, got {new!r} and {old!r}")
+        given.problem(f"rope_parameters and rope_scaling must be sections, got {new!r} and {old!r}")
         new = old = {}
     said = {"rope_theta": given.values.get("rope_theta"), **old}
     rope = Settings(said | {k: v for k, v in new.items() if v is not None}, "")
@@ -246,18 +247,18 @@ def _rope_from(given: Settings) -> dict[str, float]:
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     scaled = kind == "llama3"
     if not scaled and kind != "default":
-        given.fault(f"rope type {kind!r} cannot be expressed here, only 'default' and 'llama3'")
+        given.problem(f"rope type {kind!r} cannot be expressed here, only 'default' and 'llama3'")
     for theirs, (ours, unscaled) in _SCALING.items():
         values[ours] = float(rope.number(theirs)) if scaled else unscaled
-    for fault in rope.faults:
-        given.fault(f"rope: {fault}")
+    for problem in rope.problems:
+        given.problem(f"rope: {problem}")
     return values
 
 
 def _rope_of(rope: Any) -> dict[str, float]:
     """The rotary embedding of an attention module, under the names of the fields."""
     if rope is None or type(rope).__name__ not in ("RotaryPositionalEmbeddings", "Llama3ScaledRoPE"):
-        raise ValueError(f"Rotary embeddings of type {type(rope).__name__} are not Llama's.")
+        raise CheckpointError(f"Rotary embeddings of type {type(rope).__name__} are not Llama's.")
     values = {"rope_base": float(rope.base)}
     scaled = float(getattr(rope, "scale_factor", 1)) != 1
     for ours, unscaled in _SCALING.values():

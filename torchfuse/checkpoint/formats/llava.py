@@ -17,6 +17,7 @@ from torchfuse.checkpoint.formats.llama import Llama
 from torchfuse.checkpoint.formats.parts import ENCODERS, read_spec
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, setting
+from torchfuse.errors import CheckpointError
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.adapters.builtin import MLP2LayerAdapter
 from torchfuse.naming import unwrap
@@ -62,17 +63,17 @@ class Llava(ModelSpec):
     def of(cls, module: nn.Module) -> Llava:
         model: Any = cls.parts_of(module, arch="joint_decoder")
         options, adapter = model.strategy.options(), model.get_adapter("encoder")
-        faults = []
+        problems = []
         if options["placement"] != "placeholder":
-            faults.append(f"placement={options['placement']!r}: LLaVA has placeholders")
+            problems.append(f"placement={options['placement']!r}: LLaVA has placeholders")
         if not isinstance(adapter, MLP2LayerAdapter):
-            faults.append(f"the adapter, a {type(adapter).__name__}: LLaVA's is mlp_2layer")
+            problems.append(f"the adapter, a {type(adapter).__name__}: LLaVA's is mlp_2layer")
         elif adapter.linear_1.out_features != adapter.out_dim:
-            faults.append("the adapter's hidden_dim: LLaVA's is the decoder's width")
-        text = cls.spec_of(model.decoder, (Llama,), "the decoder", faults)
-        vision = cls.spec_of(model.encoder, ENCODERS, "the encoder", faults)
-        if faults:
-            raise ValueError(cls.cannot_hold(faults))
+            problems.append("the adapter's hidden_dim: LLaVA's is the decoder's width")
+        text = cls.spec_of(model.decoder, (Llama,), "the decoder", problems)
+        vision = cls.spec_of(model.encoder, ENCODERS, "the encoder", problems)
+        if problems:
+            raise CheckpointError(cls.cannot_hold(problems))
         assert isinstance(text, Llama)
         assert vision is not None
         token = options["encoder_token"]

@@ -73,7 +73,7 @@ def find_sources(
     """
     keys = [key for key in file if key.startswith(prefix)]
     found, unknown = (table.under(prefix, "") if prefix else table).read(keys)
-    faults = [f"unexpected: {key}" for key in unknown]
+    problems = [f"unexpected: {key}" for key in unknown]
     for name, origin in table.tied.items():
         if origin not in found:
             continue
@@ -82,7 +82,7 @@ def find_sources(
         elif name not in targets and name in found:
             key, (other, _) = found.pop(name)[0], found[origin]  # two tensors there, one here
             if file[key] != file[other] or not torch.equal(file.read(key), file.read(other)):
-                faults.append(f"unexpected: {key}")
+                problems.append(f"unexpected: {key}")
     sources = [
         Source(name, target, file, *found[name], None)
         for name, target in targets.items()
@@ -90,10 +90,12 @@ def find_sources(
     ]
     sources = _split_rows(sources, targets, table)
     filled = {source.name for source in sources}
-    faults += [f"unexpected: {key}" for name, (key, _) in found.items() if name not in targets]
-    faults += [f"missing: {name}" for name in targets if name not in filled]
-    faults += [f"quantized: {n}; load before quantize" for n, t in targets.items() if quantized_dtype(t)]
-    return sources, faults + [fault for source in sources for fault in _misfit(source)]
+    problems += [f"unexpected: {key}" for name, (key, _) in found.items() if name not in targets]
+    problems += [f"missing: {name}" for name in targets if name not in filled]
+    problems += [
+        f"quantized: {n}; load before quantize" for n, t in targets.items() if quantized_dtype(t)
+    ]
+    return sources, problems + [problem for source in sources for problem in _misfit(source)]
 
 
 def _split_rows(sources: list[Source], targets: Mapping[str, Tensor], table: KeyTable) -> list[Source]:
@@ -123,14 +125,14 @@ def _misfit(source: Source) -> list[str]:
         shape = None
     else:
         shape = read.shape
-    faults = []
+    problems = []
     if shape != source.target.shape:
-        faults.append(
+        problems.append(
             f"shape: {source.key} is {list(theirs)}, {source.name} is {list(source.target.shape)}"
         )
     if dtype.is_floating_point != source.target.dtype.is_floating_point:
-        faults.append(f"dtype: {source.key} is {dtype}, {source.name} is {source.target.dtype}")
-    return faults
+        problems.append(f"dtype: {source.key} is {dtype}, {source.name} is {source.target.dtype}")
+    return problems
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def fill(sources: list[Source], modules: list[nn.Module], device: torch.device) 
     """Stream every tensor into place.
 
     Args:
-        sources: what ``find_sources`` found, without faults.
+        sources: what ``find_sources`` found, without problems.
         modules: what the tensors belong to; those on the meta device get memory.
         device: where that memory is.
     """

@@ -125,7 +125,7 @@ class Meta(ModelSpec):
             **_VISION,
         }
         if crossing > num_layers:
-            given.fault(f"{crossing} cross-attention layers are more than {num_layers} layers")
+            given.problem(f"{crossing} cross-attention layers are more than {num_layers} layers")
         given.done()
         step = math.ceil(num_layers / crossing)
         fused = sorted(range(num_layers - 1, -1, -step)[:crossing])

@@ -19,6 +19,7 @@ from torchfuse.checkpoint.formats.llama import Llama, feed_forward_entries
 from torchfuse.checkpoint.formats.mllama_vision import MllamaVision
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec, setting
+from torchfuse.errors import CheckpointError
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap
 
@@ -64,7 +65,7 @@ class Mllama(ModelSpec):
         fused = tuple(layer - before for before, layer in enumerate(crossing))
         own = total - len(crossing)
         if len(set(fused)) != len(crossing) or not fused or max(fused) >= own:
-            text.fault(
+            text.problem(
                 f"cross_attention_layers={crossing} cannot be expressed here: each must have a decoder "
                 f"layer right behind it, and there must be one at least ({total} layers in all)"
             )
@@ -78,16 +79,16 @@ class Mllama(ModelSpec):
     @classmethod
     def of(cls, module: nn.Module) -> Mllama:
         model: Any = cls.parts_of(module, arch="cross_attention")
-        faults: list[str] = []
+        problems: list[str] = []
         if model.get_adapter("encoder") is not None:
-            faults.append("the adapter: there is none beside the tower's projection")
-        text = cls.spec_of(model.decoder, (Llama,), "the decoder", faults)
-        vision = cls.spec_of(model.encoder, (MllamaVision,), "the encoder", faults)
+            problems.append("the adapter: there is none beside the tower's projection")
+        text = cls.spec_of(model.decoder, (Llama,), "the decoder", problems)
+        vision = cls.spec_of(model.encoder, (MllamaVision,), "the encoder", problems)
         options: dict[str, Any] = {}
         try:
             options = model.strategy.describe(model.decoder)
         except ValueError as error:
-            faults.append(f"the fused layers: {error}")
+            problems.append(f"the fused layers: {error}")
         if isinstance(text, Llama) and options:
             wanted = {
                 "num_heads": text.num_heads,
@@ -97,17 +98,17 @@ class Mllama(ModelSpec):
                 "qk_norm": True,
                 "fusion_first": True,
             }
-            faults += [
+            problems += [
                 f"{name}={options[name]} of the fused layers: they are as the decoder's layers, {value}"
                 for name, value in wanted.items()
                 if options[name] != value
             ]
             if text.tied:
-                faults.append("the tied head: it has fewer rows than the embedding")
+                problems.append("the tied head: it has fewer rows than the embedding")
         if isinstance(vision, MllamaVision) and vision.pad_tokens_to != 8:
-            faults.append(f"pad_tokens_to={vision.pad_tokens_to} of the tower: it is always 8")
-        if faults:
-            raise ValueError(cls.cannot_hold(faults))
+            problems.append(f"pad_tokens_to={vision.pad_tokens_to} of the tower: it is always 8")
+        if problems:
+            raise CheckpointError(cls.cannot_hold(problems))
         assert isinstance(text, Llama)
         assert isinstance(vision, MllamaVision)
         return cls(text, vision, tuple(options["layers"]))

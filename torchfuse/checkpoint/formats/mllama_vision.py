@@ -80,11 +80,11 @@ class MllamaVision(Spec):
         num_layers = given.count("num_hidden_layers", 32)
         ratios = config.get("supported_aspect_ratios") or list(_RATIOS)
         if not isinstance(ratios, list) or not all(_is_ratio(ratio) for ratio in ratios):
-            given.fault(f"supported_aspect_ratios must be pairs of counts above 0, got {ratios!r:.80}")
+            given.problem(f"supported_aspect_ratios must be pairs of counts above 0, got {ratios!r:.80}")
             ratios = list(_RATIOS)
         layers = given.counts("intermediate_layers_indices", [3, 7, 15, 23, 30], least=-num_layers)
         if layers and max(layers) >= num_layers:
-            given.fault(f"intermediate_layers_indices {layers} must lie below {num_layers}")
+            given.problem(f"intermediate_layers_indices {layers} must lie below {num_layers}")
         spec = cls(
             image_size=given.count("image_size", 448),
             patch_size=given.count("patch_size", 14),

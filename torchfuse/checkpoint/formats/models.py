@@ -18,6 +18,7 @@ from torchfuse.checkpoint.formats.mllama import Mllama
 from torchfuse.checkpoint.formats.parts import read_spec
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec
 from torchfuse.checkpoint.formats.torchtune import Torchtune, has_torchtune_names
+from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint, CheckpointDirectory
 from torchfuse.io.torch_file import CheckpointFile
 from torchfuse.models.base import FusedModel
@@ -35,13 +36,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory, one of Meta's with its one file, or a file of ``torch.save``.
 
     Raises:
-        ValueError: as ``CheckpointDirectory`` and ``CheckpointFile``.
+        CheckpointError: as ``CheckpointDirectory`` and ``CheckpointFile``.
     """
     path = Path(path)
     metas = sorted(path.glob("consolidated*.pth"))
     if metas and not (path / "config.json").exists():
         if len(metas) > 1:
-            raise ValueError(
+            raise CheckpointError(
                 f"{path} holds {len(metas)} files, {metas[0].name} and so on, each with a part of every "
                 "tensor. Only models in one file can be read; transformers' directory of the same model "
                 "can."
@@ -58,7 +59,7 @@ def read_model_spec(checkpoint: Checkpoint, model: nn.Module | None = None) -> M
         model: what it is for. A file that says nothing of itself is taken to have been made of this.
 
     Raises:
-        ValueError: for an unknown ``model_type``, or a setting that is missing, wrong or cannot be
+        CheckpointError: for an unknown ``model_type``, or a setting that is missing, wrong or cannot be
             expressed.
     """
     config = checkpoint.config
@@ -71,7 +72,7 @@ def read_model_spec(checkpoint: Checkpoint, model: nn.Module | None = None) -> M
         Torchtune.name,
     ):
         if model is None:
-            raise ValueError(
+            raise CheckpointError(
                 "the names are torchtune's, and nothing says what model they are of: build it, and give "
                 "it to load_pretrained with this checkpoint."
             )
@@ -85,13 +86,13 @@ def spec_to_export(name: str, model: nn.Module) -> Spec:
     """The settings of a checkpoint of a model, or of a part of one, in the format of a name.
 
     Raises:
-        ValueError: for an unknown name, or a model that the format cannot hold, with what of it, and the
-            formats that can.
+        CheckpointError: for an unknown name, or a model that the format cannot hold, with what of it,
+            and the formats that can.
     """
     whole = isinstance(unwrap(model), FusedModel)
     formats = _WRITTEN if whole else _PARTS
     if name not in formats:
-        raise ValueError(
+        raise CheckpointError(
             f"Unknown format {name!r} for {'a fused model' if whole else 'a part'}; there are "
             f"{', '.join(formats)}."
         )
@@ -100,7 +101,7 @@ def spec_to_export(name: str, model: nn.Module) -> Spec:
     except ValueError as error:
         others = [other for other in formats if other != name and _can_hold(formats[other], model)]
         hint = f"Formats that can: {', '.join(others)}." if others else "No format here can."
-        raise ValueError(f"{error} {hint}") from error
+        raise CheckpointError(f"{error} {hint}") from error
 
 
 def _can_hold(format_: type[Spec], model: nn.Module) -> bool:

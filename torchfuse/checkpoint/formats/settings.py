@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from torchfuse.errors import CheckpointError
+
 __all__ = ["Settings"]
 
 _LARGEST: Final = 2**40
@@ -24,30 +26,30 @@ class Settings:
         file: the file that it is from, for the message.
 
     Examples:
-        >>> settings = Settings({"hidden_size": "wide", "attention_bias": True}, "Llama")
-        >>> width, heads = settings.count("hidden_size"), settings.count("num_attention_heads")
+        >>> settings = Settings({"hidden_size": 24, "attention_bias": True}, "Llama")
+        >>> settings.count("hidden_size")
+        24
         >>> settings.refuse_unless("attention_bias", False)
         >>> settings.done()
         Traceback (most recent call last):
-        ValueError: Llama: config.json: hidden_size must be a whole number of at least 1, got 'wide'; \
-num_attention_heads is missing; attention_bias=True cannot be expressed here, only False.
+        torchfuse.errors.CheckpointError: Llama: config.json: attention_bias=True cannot ...
     """
 
     def __init__(self, values: Mapping[str, Any], what: str, file: str = "config.json") -> None:
         self._values = values
         self._what, self._file = what, file
         self._prefix = ""
-        self._faults: list[str] = []
+        self._problems: list[str] = []
 
     def section(self, key: str) -> Settings:
-        """A section inside this one; its faults are this one's."""
+        """A section inside this one; its problems are this one's."""
         value = self._values.get(key)
         if not isinstance(value, Mapping):
             self._wrong(key, "a section", value)
             value = {}
         inner = Settings(value, self._what, self._file)
         inner._prefix = f"{self._prefix}{key}."
-        inner._faults = self._faults
+        inner._problems = self._problems
         return inner
 
     @property
@@ -56,18 +58,18 @@ num_attention_heads is missing; attention_bias=True cannot be expressed here, on
         return self._values
 
     @property
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """All that was wrong so far."""
-        return list(self._faults)
+        return list(self._problems)
 
-    def fault(self, text: str) -> None:
+    def problem(self, text: str) -> None:
         """Note what is wrong, for ``done``."""
-        self._faults.append(text)
+        self._problems.append(text)
 
     def done(self) -> None:
         """Raise one ``ValueError`` with all that was wrong."""
-        if self._faults:
-            raise ValueError(f"{self._what}: {self._file}: {'; '.join(self._faults)}.")
+        if self._problems:
+            raise CheckpointError(f"{self._what}: {self._file}: {'; '.join(self._problems)}.")
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """A whole number."""
@@ -129,10 +131,12 @@ num_attention_heads is missing; attention_bias=True cannot be expressed here, on
         """Refuse a setting that cannot be expressed, unless it is missing or has this value."""
         value = self._values.get(key)
         if value is not None and value != only:
-            self.fault(f"{self._prefix}{key}={value!r} cannot be expressed here, only {only!r}")
+            self.problem(f"{self._prefix}{key}={value!r} cannot be expressed here, only {only!r}")
 
     def _wrong(self, key: str, expected: str, value: Any) -> None:
         name = self._prefix + key
         text = repr(value)
         shown = text if len(text) <= 80 else text[:77] + "..."
-        self.fault(f"{name} is missing" if value is None else f"{name} must be {expected}, got {shown}")
+        self.problem(
+            f"{name} is missing" if value is None else f"{name} must be {expected}, got {shown}"
+        )

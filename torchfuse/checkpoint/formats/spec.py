@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import KeyTable
+from torchfuse.errors import CheckpointError
 from torchfuse.naming import model_behind, unwrap
 
 __all__ = ["ModelSpec", "Spec", "setting", "shown_by_shapes"]
@@ -49,7 +50,7 @@ class Spec(ABC):
         """Read a configuration.
 
         Raises:
-            ValueError: naming every setting that is missing, wrong or cannot be expressed.
+            CheckpointError: naming every setting that is missing, wrong or cannot be expressed.
         """
 
     @classmethod
@@ -58,7 +59,7 @@ class Spec(ABC):
         """Read a module.
 
         Raises:
-            ValueError: naming what of it the format cannot hold.
+            CheckpointError: naming what of it the format cannot hold.
         """
 
     @classmethod
@@ -89,9 +90,9 @@ class Spec(ABC):
         return {}
 
     @classmethod
-    def cannot_hold(cls, faults: Collection[str]) -> str:
+    def cannot_hold(cls, problems: Collection[str]) -> str:
         """The message for a module that the format cannot hold."""
-        return f"The format {cls.name} cannot hold this: {'; '.join(faults)}."
+        return f"The format {cls.name} cannot hold this: {'; '.join(problems)}."
 
     @abstractmethod
     def table(self) -> KeyTable:
@@ -106,7 +107,7 @@ class Spec(ABC):
         """The settings of a tower of which another model takes this hidden state.
 
         Raises:
-            ValueError: if the tower has no such thing.
+            CheckpointError: if the tower has no such thing.
         """
         return dataclasses.replace(self, feature_layer=feature_layer, keep_cls=keep_cls)  # type: ignore[call-arg]
 
@@ -122,17 +123,17 @@ class Spec(ABC):
         """In what a checkpoint with these settings differs from a module with those, in words."""
         if type(self) is not type(ours):
             return [f"it is a {self.name}, the model has a {ours.name}"]
-        faults = []
+        problems = []
         for field in dataclasses.fields(self):
             if not field.compare:
                 continue
             theirs, here = getattr(self, field.name), getattr(ours, field.name)
             if isinstance(theirs, Spec) and isinstance(here, Spec):
-                faults += theirs.differences(here)
+                problems += theirs.differences(here)
             elif theirs != here:
                 name = field.metadata.get("theirs", field.name)
-                faults.append(f"{name} {_show(theirs)}, the model has {_show(here)}")
-        return faults
+                problems.append(f"{name} {_show(theirs)}, the model has {_show(here)}")
+        return problems
 
 
 class ModelSpec(Spec):
@@ -143,36 +144,38 @@ class ModelSpec(Spec):
         """The model inside wrappers and faces, if of an architecture, with one encoder without a name.
 
         Raises:
-            ValueError: if it is not.
+            CheckpointError: if it is not.
         """
         model: Any = model_behind(module)
         strategy = getattr(model, "strategy", None)
         names = getattr(model, "encoder_names", [])
-        faults = []
+        problems = []
         if strategy is None:
-            faults.append(f"a {type(model).__name__} is no fused model")
+            problems.append(f"a {type(model).__name__} is no fused model")
         elif strategy.arch != arch:
-            faults.append(f"its architecture {strategy.arch!r}: only {arch!r} can be held")
+            problems.append(f"its architecture {strategy.arch!r}: only {arch!r} can be held")
         if strategy is not None and (len(names) != 1 or not hasattr(model, "encoder")):
-            faults.append(f"its named encoders {', '.join(names)}: only one without a name can be held")
-        if faults:
-            raise ValueError(cls.cannot_hold(faults))
+            problems.append(
+                f"its named encoders {', '.join(names)}: only one without a name can be held"
+            )
+        if problems:
+            raise CheckpointError(cls.cannot_hold(problems))
         return model
 
     @classmethod
     def spec_of(
-        cls, module: nn.Module, formats: Sequence[type[Spec]], what: str, faults: list[str]
+        cls, module: nn.Module, formats: Sequence[type[Spec]], what: str, problems: list[str]
     ) -> Spec | None:
-        """The settings of a part; why it has none is noted in ``faults``."""
+        """The settings of a part; why it has none is noted in ``problems``."""
         inner = unwrap(module)
         try:
             for format_ in formats:
                 if format_.holds(inner):
                     return format_.of(inner)
         except ValueError as error:
-            faults.append(f"{what}: {error}")
+            problems.append(f"{what}: {error}")
         else:
-            faults.append(
+            problems.append(
                 f"{what}, a {type(inner).__name__}: it can hold {', '.join(f.name for f in formats)}"
             )
         return None

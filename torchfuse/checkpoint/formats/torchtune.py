@@ -17,6 +17,7 @@ from torchfuse.checkpoint.formats.fused import Fused
 from torchfuse.checkpoint.formats.key_table import SAME_NAMES, Entry, KeyTable, Layout
 from torchfuse.checkpoint.formats.mllama_vision import TILE_EMBEDDINGS, MllamaVision
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec
+from torchfuse.errors import CheckpointError
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import model_behind, unwrap
@@ -46,7 +47,7 @@ class Torchtune(ModelSpec):
         if inner is None:  # only load_pretrained has a use for it then, which is given the model
             return cls(None, {})
         if not isinstance(inner, Mapping):
-            raise ValueError(f"torchtune: config.json: model must be a section, got {inner!r:.80}.")
+            raise CheckpointError(f"torchtune: config.json: model must be a section, got {inner!r:.80}.")
         model = Fused.from_config(inner)
         named = list(model.encoders) != [""]
         return cls(
@@ -62,26 +63,26 @@ class Torchtune(ModelSpec):
     def of(cls, module: nn.Module) -> Torchtune:
         model = model_behind(module)
         if not isinstance(model, FusedModel):
-            raise ValueError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
+            raise CheckpointError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
         arch, named = model.strategy.arch, not hasattr(model, "encoder")
-        faults = []
+        problems = []
         if arch not in ("cross_attention", "joint_decoder"):
-            faults.append(f"its architecture {arch!r}: torchtune has none like it")
+            problems.append(f"its architecture {arch!r}: torchtune has none like it")
         if arch == "cross_attention" and named:
-            faults.append("its named encoders: torchtune's DeepFusionModel has one without a name")
+            problems.append("its named encoders: torchtune's DeepFusionModel has one without a name")
         if arch == "joint_decoder" and not named:
-            faults.append("its encoder without a name: torchtune's EarlyFusionModel has named ones")
+            problems.append("its encoder without a name: torchtune's EarlyFusionModel has named ones")
         if arch == "joint_decoder" and model.strategy.options()["placement"] != "placeholder":
-            faults.append("its placement: torchtune's EarlyFusionModel has placeholders")
-        faults += [
+            problems.append("its placement: torchtune's EarlyFusionModel has placeholders")
+        problems += [
             f"the adapter of {name!r}: torchtune has none beside an encoder"
             for name in model.encoder_names
             if model.get_adapter(name) is not None
         ]
         if isinstance(unwrap(model.decoder).output, FusionLinear | TiedFusionLinear):
-            faults.append("the head's new rows: no head of torchtune scores new tokens")
-        if faults:
-            raise ValueError(cls.cannot_hold(faults))
+            problems.append("the head's new rows: no head of torchtune scores new tokens")
+        if problems:
+            raise CheckpointError(cls.cannot_hold(problems))
         towers = {
             f"encoders.{name}." if named else "encoder.": MllamaVision.of(
                 unwrap(model.get_encoder(name))
@@ -101,7 +102,7 @@ class Torchtune(ModelSpec):
 
     def build(self) -> FusedModel:
         if self.model is None:
-            raise ValueError(
+            raise CheckpointError(
                 "torchtune: config.json does not say what model this is: build it, and give it to "
                 "load_pretrained with this checkpoint."
             )
@@ -129,7 +130,7 @@ def grid_layout(spec: MllamaVision) -> Layout:
         try:
             return table_to_grid(table, spec.aspect_ratios)
         except ValueError as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"{error} The format torchfuse can hold it, and mllama where it can hold the rest."
             ) from error
 

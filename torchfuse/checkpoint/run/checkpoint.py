@@ -33,15 +33,16 @@ from torchfuse.checkpoint.run.dcp_storage import (
     reasons,
     write_tensors,
 )
-from torchfuse.checkpoint.run.optimizer_state import optimizer_faults, optimizer_targets, set_optimizer
+from torchfuse.checkpoint.run.optimizer_state import optimizer_problems, optimizer_targets, set_optimizer
 from torchfuse.checkpoint.run.state import (
     base_of,
-    model_faults,
+    model_problems,
     model_tensors,
     read_description,
     run_contents,
     set_model,
 )
+from torchfuse.errors import CheckpointError
 from torchfuse.io.ranks import agree, coordination_group, from_rank_zero, is_rank_zero
 
 __all__ = ["LoadedCheckpoint", "Save", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -121,7 +122,7 @@ def save_checkpoint(
         The save: finished, or running if ``asynchronous``.
 
     Raises:
-        ValueError: if something cannot be saved, the step is already there or another process saves
+        CheckpointError: if something cannot be saved, the step is already there or another process saves
             into the folder; nothing has been written then.
         RuntimeError: if a rank could not write, in this save or in an earlier asynchronous one.
 
@@ -137,8 +138,8 @@ def save_checkpoint(
     global _running
     _finish_running()
     group = coordination_group()
-    tensors, values, faults = run_contents(model, optimizer, step, extra, trained)
-    agree(group, faults, "The checkpoint cannot be saved; nothing was written.", same=step)
+    tensors, values, problems = run_contents(model, optimizer, step, extra, trained)
+    agree(group, problems, "The checkpoint cannot be saved; nothing was written.", same=step)
     text = json.dumps(values, indent=1)
     folder = Path(folder)
     place = Place(folder, step) if is_rank_zero() else None
@@ -186,27 +187,27 @@ def load_checkpoint(
         Where it was, its step, its ``extra`` and the names of the parameters that train.
 
     Raises:
-        ValueError: if there is no checkpoint, it is damaged, or something does not fit. Model and
+        CheckpointError: if there is no checkpoint, it is damaged, or something does not fit. Model and
             optimizer are as they were then, on every rank.
     """
     _finish_running()
     group = coordination_group()
     given = Path(path)
     path = given / from_rank_zero(group, lambda: _find(given))
-    faults: list[str] = []
+    problems: list[str] = []
     tensors, base = model_tensors(model), base_of(model)
     try:
         description = read_description(path / DESCRIPTION)
         reader = Reader(path)
         stored = reader.metadata.state_dict_metadata
-        faults = model_faults(stored, tensors, description, model, base)
+        problems = model_problems(stored, tensors, description, model, base)
         if optimizer is not None:
-            faults += optimizer_faults(stored, description.optimizer, model, optimizer)
+            problems += optimizer_problems(stored, description.optimizer, model, optimizer)
     except ValueError as error:
-        faults.append(str(error))
-    agree(group, faults, f"{path} does not fit; nothing was loaded.")
+        problems.append(str(error))
+    agree(group, problems, f"{path} does not fit; nothing was loaded.")
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name in stored}
-    saved = description.optimizer if optimizer is not None else None  # not there: a fault above
+    saved = description.optimizer if optimizer is not None else None  # not there: a problem above
     if saved is not None:
         target |= optimizer_targets(stored, saved, model)
     read_tensors(target, reader, group)
@@ -222,7 +223,7 @@ def _find(path: Path) -> str:
         return "."
     latest = latest_checkpoint(path)
     if latest is None:
-        raise ValueError(f"{path} is no checkpoint of save_checkpoint, and there is none in it.")
+        raise CheckpointError(f"{path} is no checkpoint of save_checkpoint, and there is none in it.")
     return latest.name
 
 

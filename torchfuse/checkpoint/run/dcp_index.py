@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from torchfuse.errors import CheckpointError
+
 __all__ = ["read_index"]
 
 _INDEX: Final = ".metadata"
@@ -38,8 +40,8 @@ def read_index(path: Path) -> Metadata:
         What ``FileSystemReader.read_metadata`` returns: tensors only, and where each piece of them is.
 
     Raises:
-        ValueError: if the index is missing, damaged or hostile, or a file that it names is not there
-            or too short.
+        CheckpointError: if the index is missing, damaged or hostile, or a file that it names is not
+            there or too short.
     """
     file = path / _INDEX
     try:
@@ -56,9 +58,9 @@ def read_index(path: Path) -> Metadata:
             if any(MetadataIndex(name, chunk.offsets) not in storage for chunk in tensor.chunks)
         ]
         if lost:
-            raise ValueError(f"nothing is stored of {', '.join(lost)}")
+            raise CheckpointError(f"nothing is stored of {', '.join(lost)}")
     except Exception as error:  # whatever a hostile or damaged file makes of the lines above
-        raise ValueError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
+        raise CheckpointError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
     return Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta())
 
 
@@ -104,14 +106,14 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def _sizes(value: Any) -> torch.Size:
     if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"sizes expected, not {value!r}")
+        raise CheckpointError(f"sizes expected, not {value!r}")
     return torch.Size(value)
 
 
 def _tensor(state: dict[str, Any]) -> TensorStorageMetadata:
     dtype, size = state["properties"].state[0], _sizes(state["size"])
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a dtype expected, not {dtype!r}")
+        raise CheckpointError(f"a dtype expected, not {dtype!r}")
     chunks = [
         ChunkStorageMetadata(_sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"]))
         for chunk in state["chunks"]
@@ -122,7 +124,7 @@ def _tensor(state: dict[str, Any]) -> TensorStorageMetadata:
         for offset, length, whole in zip(chunk.offsets, chunk.sizes, size, strict=True)
     )
     if not inside or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-        raise ValueError(f"pieces that do not make up a tensor of {list(size)}")
+        raise CheckpointError(f"pieces that do not make up a tensor of {list(size)}")
     return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
 
 
@@ -134,8 +136,8 @@ def _stored(path: Path, state: dict[str, Any]) -> _StorageInfo:
         or not file.is_file()
         or state.get("transform_descriptors")
     ):
-        raise ValueError(f"{name!r} is no plain file of this checkpoint")
+        raise CheckpointError(f"{name!r} is no plain file of this checkpoint")
     _sizes((offset, length))
     if offset + length > file.stat().st_size:
-        raise ValueError(f"{name} is cut off")
+        raise CheckpointError(f"{name} is cut off")
     return _StorageInfo(name, offset, length)

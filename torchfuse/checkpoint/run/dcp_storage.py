@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from torchfuse.checkpoint.run.dcp_index import read_index
+from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_whole
 
 __all__ = ["DESCRIPTION", "Place", "Reader", "Writer", "read_tensors", "reasons", "write_tensors"]
@@ -56,17 +57,18 @@ class Place:
             The directory's name.
 
         Raises:
-            ValueError: if the folder is a file, another process saves into it, or the step is there.
+            CheckpointError: if the folder is a file, another process saves into it, or the step is
+                there.
         """
         if self._folder.exists() and not self._folder.is_dir():
-            raise ValueError(f"{self._folder} is a file; checkpoints stand in a directory.")
+            raise CheckpointError(f"{self._folder} is a file; checkpoints stand in a directory.")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             # The system gives the lock back when its holder dies, however it dies.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"Another process is saving into {self._folder}; give every run a folder of its own."
             ) from error
         except OSError:
@@ -76,7 +78,7 @@ class Place:
                 if _UNFINISHED.fullmatch(left_over.name):
                     shutil.rmtree(left_over, ignore_errors=True)
         if (self._folder / f"step_{self._step}").exists():
-            raise ValueError(
+            raise CheckpointError(
                 f"{self._folder} already has a step_{self._step}; remove it or save elsewhere."
             )
         self._beside = self._folder / f".step_{self._step}.{secrets.token_hex(4)}.saving"
@@ -158,7 +160,7 @@ class Reader(FileSystemReader):
         path: the directory of a checkpoint.
 
     Raises:
-        ValueError: as ``read_index``.
+        CheckpointError: as ``read_index``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -178,13 +180,13 @@ def read_tensors(target: dict[str, Any], reader: Reader, group: Any) -> None:
         group: a group of all ranks on the CPU; None without a process group.
 
     Raises:
-        ValueError: if a rank cannot read; what is in the tensors then is of no use.
+        CheckpointError: if a rank cannot read; what is in the tensors then is of no use.
     """
     _allow_single_process()
     try:
         load(target, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{reader.path} cannot be read, nothing was changed: {reasons(error)}."
         ) from error
 

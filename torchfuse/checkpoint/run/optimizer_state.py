@@ -20,7 +20,7 @@ __all__ = [
     "are_strings",
     "is_optimizer_description",
     "optimizer_contents",
-    "optimizer_faults",
+    "optimizer_problems",
     "optimizer_targets",
     "set_optimizer",
 ]
@@ -52,7 +52,7 @@ def optimizer_contents(
         return {}, None, [_foreign_parameters(names)]
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     packed = optimizer.state_dict()
     for index, state in packed["state"].items():
         name = names[index]
@@ -64,12 +64,12 @@ def optimizer_contents(
             elif _is_number(value):
                 values[name]["values"][key] = value
             else:
-                faults.append(f"optimizer state {key!r} of {name} is a {type(value).__name__}")
+                problems.append(f"optimizer state {key!r} of {name} is a {type(value).__name__}")
     described = []
     for group, of_group in zip(packed["param_groups"], groups, strict=True):
         options = {key: _plain(value) for key, value in group.items() if key not in _NOT_SAVED}
         described.append({"names": of_group, "options": options})
-    return tensors, {"kind": type(optimizer).__name__, "groups": described, "state": values}, faults
+    return tensors, {"kind": type(optimizer).__name__, "groups": described, "state": values}, problems
 
 
 def is_optimizer_description(saved: Any) -> bool:
@@ -97,7 +97,7 @@ def are_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
-def optimizer_faults(
+def optimizer_problems(
     stored: Mapping[str, Any],
     saved: Mapping[str, Any] | None,
     model: nn.Module,
@@ -120,19 +120,19 @@ def optimizer_faults(
     if "" in ours:
         return [_foreign_parameters(ours)]
     theirs = [name for group in saved["groups"] for name in group["names"]]
-    faults = [f"optimizer, missing: {name}" for name in ours if name not in set(theirs)]
-    faults += [f"optimizer, unexpected: {name}" for name in theirs if name not in set(ours)]
-    if faults:
-        faults.append(
+    problems = [f"optimizer, missing: {name}" for name in ours if name not in set(theirs)]
+    problems += [f"optimizer, unexpected: {name}" for name in theirs if name not in set(ours)]
+    if problems:
+        problems.append(
             "to restore what trains, load the model alone, build the optimizer again, and load both"
         )
     elif {*map(frozenset, groups)} != {frozenset(group["names"]) for group in saved["groups"]}:
-        faults.append("optimizer: its parameters are divided into other groups there")
+        problems.append("optimizer: its parameters are divided into other groups there")
     for name, state in saved["state"].items():
         keys = [_state_name(name, key) for key in state["tensors"]]
         if name not in set(theirs) or any(key not in stored for key in keys):
-            faults.append(f"damaged: the optimizer's state of {name} is not all there")
-    return faults
+            problems.append(f"damaged: the optimizer's state of {name} is not all there")
+    return problems
 
 
 def optimizer_targets(
@@ -141,9 +141,9 @@ def optimizer_targets(
     """Fresh tensors for an optimizer's state, placed as the optimizer itself would place them.
 
     Args:
-        stored: as in ``optimizer_faults``, which found none.
-        saved: as in ``optimizer_faults``.
-        model: as in ``optimizer_faults``.
+        stored: as in ``optimizer_problems``, which found none.
+        saved: as in ``optimizer_problems``.
+        model: as in ``optimizer_problems``.
     """
     parameters = dict(named_parameters(model))
     targets = {}
@@ -171,9 +171,9 @@ def set_optimizer(
     """Give an optimizer the state that was saved.
 
     Args:
-        model: as in ``optimizer_faults``, which found none.
-        optimizer: as in ``optimizer_faults``.
-        saved: as in ``optimizer_faults``.
+        model: as in ``optimizer_problems``, which found none.
+        optimizer: as in ``optimizer_problems``.
+        saved: as in ``optimizer_problems``.
         tensors: what ``optimizer_targets`` made, filled.
     """
     groups = _names_of_groups(model, optimizer)

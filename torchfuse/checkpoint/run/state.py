@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from torchfuse.checkpoint.artifact.fingerprint import (
-    TensorPrint,
+    TensorFingerprint,
     compare,
     explain,
     fingerprint,
@@ -36,12 +36,13 @@ from torchfuse.checkpoint.run.optimizer_state import (
     is_optimizer_description,
     optimizer_contents,
 )
+from torchfuse.errors import CheckpointError
 from torchfuse.naming import canonical_name, named_parameters, unwrap
 
 __all__ = [
     "Description",
     "base_of",
-    "model_faults",
+    "model_problems",
     "model_tensors",
     "read_description",
     "run_contents",
@@ -67,7 +68,7 @@ class Description(NamedTuple):
     trainable: list[str]
     extra: dict[str, Any]
     optimizer: dict[str, Any] | None
-    base: dict[str, TensorPrint]
+    base: dict[str, TensorFingerprint]
 
 
 def run_contents(
@@ -84,8 +85,8 @@ def run_contents(
     Args:
         model: the model.
         optimizer: its optimizer; None for none.
-        step: how many steps were taken; anything else is a fault.
-        extra: what the caller adds; what JSON would not give back is a fault.
+        step: how many steps were taken; anything else is a problem.
+        extra: what the caller adds; what JSON would not give back is a problem.
         trained: pretrained parameters that are kept; None: all are.
 
     Returns:
@@ -95,19 +96,19 @@ def run_contents(
     base = {} if trained is None else base_of(model, trained)
     for name in base:
         del tensors[_MODEL + name]
-    of_optimizer, optimizer_values, faults = optimizer_contents(model, optimizer)
+    of_optimizer, optimizer_values, problems = optimizer_contents(model, optimizer)
     if trained is not None:
-        faults += _trained_faults(model, trained, optimizer_values)
+        problems += _trained_problems(model, trained, optimizer_values)
     for index, group in enumerate(optimizer_values["groups"] if optimizer_values else []):
-        faults += _json_faults(group["options"], f"optimizer group {index}")
-    faults += _tensor_faults(tensors)
+        problems += _json_problems(group["options"], f"optimizer group {index}")
+    problems += _tensor_problems(tensors)
     if type(step) is not int or step < 0:
-        faults.append(f"step must be a whole number from 0 on, not {step!r}")
+        problems.append(f"step must be a whole number from 0 on, not {step!r}")
     extra = dict(extra) if isinstance(extra, Mapping) else {} if extra is None else extra
     if isinstance(extra, dict):
-        faults += _json_faults(extra, "extra")
+        problems += _json_problems(extra, "extra")
     else:
-        faults.append(f"extra must be a mapping, not a {type(extra).__name__}")
+        problems.append(f"extra must be a mapping, not a {type(extra).__name__}")
     values = {
         "format": _FORMAT,
         "step": step,
@@ -116,7 +117,7 @@ def run_contents(
         "extra": extra,
         "base": {name: tensor._asdict() for name, tensor in base.items()},
     }
-    return tensors | of_optimizer, values, faults
+    return tensors | of_optimizer, values, problems
 
 
 def model_tensors(model: nn.Module) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def model_tensors(model: nn.Module) -> dict[str, Any]:
     return {_MODEL + canonical_name(n): t for n, t in get_model_state_dict(model).items()}
 
 
-def base_of(model: nn.Module, trained: Collection[str] = ()) -> dict[str, TensorPrint]:
+def base_of(model: nn.Module, trained: Collection[str] = ()) -> dict[str, TensorFingerprint]:
     """What the pretrained tensors of a model are known by, under each name that they have.
 
     On a sharded model every rank calls this, and all get the same.
@@ -142,7 +143,7 @@ def base_of(model: nn.Module, trained: Collection[str] = ()) -> dict[str, Tensor
     return base
 
 
-def _trained_faults(
+def _trained_problems(
     model: nn.Module, trained: Collection[str], optimizer: Mapping[str, Any] | None
 ) -> list[str]:
     """What must not be left out, and names that mean nothing."""
@@ -151,8 +152,8 @@ def _trained_faults(
     moving |= {name for group in (optimizer or {"groups": []})["groups"] for name in group["names"]}
     forgotten = sorted(moving & pretrained_tensors(model, trained).keys())
     unknown = sorted({*trained} - names)
-    faults = [f"trained names {name}, which is no parameter of the model" for name in unknown]
-    return faults + [
+    problems = [f"trained names {name}, which is no parameter of the model" for name in unknown]
+    return problems + [
         f"{name} trains, or is in the optimizer, and is not in trained" for name in forgotten
     ]
 
@@ -164,12 +165,12 @@ def read_description(file: Path) -> Description:
         file: a JSON file.
 
     Raises:
-        ValueError: if it is not there, is damaged, or is something else.
+        CheckpointError: if it is not there, is damaged, or is something else.
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
-            raise ValueError(f"format {data['format']!r}, known here is {_FORMAT}")
+            raise CheckpointError(f"format {data['format']!r}, known here is {_FORMAT}")
         step, trainable, extra, saved = (data[k] for k in ("step", "trainable", "extra", "optimizer"))
         base = read_fingerprint(data.get("base", {}))  # earlier versions kept everything
         good = type(step) is int and isinstance(extra, dict) and are_strings(trainable)
@@ -178,16 +179,16 @@ def read_description(file: Path) -> Description:
         if not good:
             raise TypeError("an entry is of another type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
+        raise CheckpointError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
     return Description(step, trainable, extra, saved, base)
 
 
-def model_faults(
+def model_problems(
     saved: Mapping[str, Any],
     tensors: Mapping[str, Any],
     description: Description,
     model: nn.Module,
-    base: Mapping[str, TensorPrint],
+    base: Mapping[str, TensorFingerprint],
 ) -> list[str]:
     """How a model differs from the one that was saved.
 
@@ -200,10 +201,10 @@ def model_faults(
     """
     bare = {name: name.removeprefix(_MODEL) for name in [*tensors, *saved]}
     left_out = description.base
-    faults = [f"missing: {bare[n]}" for n in tensors if n not in saved and bare[n] not in left_out]
+    problems = [f"missing: {bare[n]}" for n in tensors if n not in saved and bare[n] not in left_out]
     differ = compare(left_out, {name: base[name] for name in left_out if name in base})
-    faults += explain(differ) if differ else []
-    faults += [f"unexpected: {bare[n]}" for n in saved if n.startswith(_MODEL) and n not in tensors]
+    problems += explain(differ) if differ else []
+    problems += [f"unexpected: {bare[n]}" for n in saved if n.startswith(_MODEL) and n not in tensors]
     for name, tensor in tensors.items():
         if name not in saved or not isinstance(tensor, Tensor):
             continue
@@ -211,23 +212,23 @@ def model_faults(
         ours = (list(tensor.shape), tensor.dtype)
         if ours != theirs:
             what = "dtype" if ours[0] == theirs[0] else "shape"
-            faults.append(
+            problems.append(
                 f"{what}: {bare[name]} is {theirs[0]} {theirs[1]}, the model's is {ours[0]} {ours[1]}"
             )
-    faults += _tensor_faults(tensors)
-    if not faults:
+    problems += _tensor_problems(tensors)
+    if not problems:
         can_train = {n for n, p in named_parameters(model) if p.is_floating_point() or p.is_complex()}
         unknown = [name for name in description.trainable if name not in can_train]
-        faults += [f"{name} trains there, and is no parameter that can train here" for name in unknown]
-    return faults
+        problems += [f"{name} trains there, and is no parameter that can train here" for name in unknown]
+    return problems
 
 
 def set_model(model: nn.Module, description: Description, tensors: Mapping[str, Tensor]) -> None:
     """Give a model the tensors that were saved, and let train what trained.
 
     Args:
-        model: as in ``model_faults``, which found none.
-        description: as in ``model_faults``.
+        model: as in ``model_problems``, which found none.
+        description: as in ``model_problems``.
         tensors: by the names of ``model_tensors``; those of an optimizer are passed over.
     """
     names = [name for name in tensors if name.startswith(_MODEL)]
@@ -240,20 +241,20 @@ def set_model(model: nn.Module, description: Description, tensors: Mapping[str, 
         inner.train(inner.training)  # a fused model keeps what is frozen in evaluation mode
 
 
-def _tensor_faults(tensors: Mapping[str, Any]) -> list[str]:
-    faults = [
+def _tensor_problems(tensors: Mapping[str, Any]) -> list[str]:
+    problems = [
         f"{name} is a {type(value).__name__}: a checkpoint of a model holds tensors only"
         for name, value in tensors.items()
         if not isinstance(value, Tensor)
     ]
-    return faults + [
+    return problems + [
         f"{name} is on the meta device: give it memory (model.to_empty)"
         for name, value in tensors.items()
         if isinstance(value, Tensor) and value.is_meta
     ]
 
 
-def _json_faults(value: Any, where: str) -> list[str]:
+def _json_problems(value: Any, where: str) -> list[str]:
     """What of a value JSON would not give back as it is."""
     if value is None or isinstance(value, bool | int | float | str):
         return []
@@ -267,6 +268,6 @@ def _json_faults(value: Any, where: str) -> list[str]:
     else:
         return [f"{where} is a {type(value).__name__}; JSON has dict, list, str, int, float, bool, None"]
     try:
-        return [fault for name, part in parts for fault in _json_faults(part, name)]
+        return [problem for name, part in parts for problem in _json_problems(part, name)]
     except RecursionError:
         return [f"{where} is nested too deeply, or within itself"]

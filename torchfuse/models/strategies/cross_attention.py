@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
 from torchfuse.models.strategy import ModalityStrategy, check_rows, register_modality_strategy
@@ -106,17 +107,17 @@ class CrossAttentionStrategy(ModalityStrategy):
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("num_heads", "num_kv_heads", "hidden_dim")}
-        faults = [
+        problems = [
             f"{name}={size} must be at least 1"
             for name, size in sizes.items()
             if size is not None and size < 1
         ]
         if not 0 <= self.attn_dropout < 1:
-            faults.append(f"attn_dropout={self.attn_dropout} must lie in [0, 1)")
+            problems.append(f"attn_dropout={self.attn_dropout} must lie in [0, 1)")
         if not 0 < self.norm_eps < float("inf"):
-            faults.append(f"norm_eps={self.norm_eps} must be a finite number greater than 0")
-        if faults:
-            raise ValueError(f"cross_attention: {'; '.join(faults)}.")
+            problems.append(f"norm_eps={self.norm_eps} must be a finite number greater than 0")
+        if problems:
+            raise ModelError(f"cross_attention: {'; '.join(problems)}.")
 
     def plan(
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
@@ -134,7 +135,7 @@ class CrossAttentionStrategy(ModalityStrategy):
             attn, hidden_dim = layer.attn, layer.mlp.w1.weight.shape[0]
             num_heads, num_kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
         except AttributeError as error:
-            raise ValueError(
+            raise ModelError(
                 f"It is a {type(layer).__name__} without what torchtune's decoder layers "
                 f"have ({error}). Wrap such layers in FusionLayer yourself and give the decoder to "
                 "DeepFusionModel."
@@ -143,7 +144,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         if self.num_heads is not None:
             width = num_heads * head_dim
             if width % self.num_heads:
-                raise ValueError(f"num_heads={self.num_heads} must divide the attention width {width}.")
+                raise ModelError(f"num_heads={self.num_heads} must divide the attention width {width}.")
             num_heads, head_dim = self.num_heads, width // self.num_heads
         with weight.device:
             new = cross_attention_layer(
@@ -163,7 +164,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         indices = [i for i, layer in enumerate(layers) if isinstance(unwrap(layer), FusionLayer)]
         described = [_describe_layer(unwrap(layers[index])) for index in indices]
         if not described or any(options != described[0] for options in described):
-            raise ValueError(
+            raise ModelError(
                 "cross_attention: fused layers that differ from each other cannot be described by one "
                 f"set of options: {described}."
             )
@@ -208,14 +209,14 @@ class CrossAttentionStrategy(ModalityStrategy):
             given = [encoder_mask.get(name) for name in model.encoder_names]
             masks = [mask for mask in given if mask is not None]
             if len(masks) < len(given):
-                raise ValueError(
+                raise ModelError(
                     "Once features are cached, an encoder_mask by name must hold a tensor for each of "
                     f"{', '.join(model.encoder_names)}; without one, new tokens see what the last did."
                 )
             encoder_mask = torch.cat([_by_token(mask, tokens) for mask in masks], dim=-1)
         shapes = ([*tokens.shape], [1, tokens.shape[1]], [tokens.shape[0]])
         if encoder_mask.dtype != torch.bool or list(encoder_mask.shape[:-1]) not in shapes:
-            raise ValueError(
+            raise ModelError(
                 f"encoder_mask must be bool (True: may attend) with shape {[*tokens.shape, 'n']} or "
                 f"{[tokens.shape[0], 'n']}, got {encoder_mask.dtype} {list(encoder_mask.shape)}."
             )
@@ -238,11 +239,11 @@ def _describe_layer(layer: Any) -> dict[str, Any]:
             "fusion_first": layer.fusion_first,
         }
     except AttributeError as error:
-        raise ValueError(
+        raise ModelError(
             f"cross_attention: a {type(fusion).__name__} is no cross-attention layer: it lacks {error}."
         ) from error
     if len(eps) > 1:
-        raise ValueError(f"cross_attention: norms of one layer differ in epsilon, {sorted(eps)}.")
+        raise ModelError(f"cross_attention: norms of one layer differ in epsilon, {sorted(eps)}.")
     return options
 
 
@@ -272,7 +273,7 @@ def _pad_to_slots(mask: Tensor, model: StrategyModel) -> Tensor:
     """As wide as the cache: slots behind the features are seen by nobody, whosever layers read them."""
     slots = model.encoder_max_cache_seq_len or model.max_seq_len
     if mask.shape[-1] > slots:  # said before any layer has written to its cache
-        raise ValueError(
+        raise ModelError(
             f"The encoder cache holds up to {slots} encoder tokens, got {mask.shape[-1]}. Set up the "
             f"caches with encoder_max_seq_len of at least {mask.shape[-1]}."
         )

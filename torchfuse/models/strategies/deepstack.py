@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.strategies.fused_layers import fuse_layers
 from torchfuse.models.strategies.layerwise import LayerStrategy
 from torchfuse.models.strategy import register_modality_strategy
@@ -34,7 +35,7 @@ class DeepStackStrategy(LayerStrategy):
         hidden_dim: width inside the maps that add them. None: the decoder's.
 
     Raises:
-        ValueError: if an option is out of its range, or the last layer is named with ``"prefix"``.
+        ModelError: if an option is out of its range, or the last layer is named with ``"prefix"``.
     """
 
     keeps_features: ClassVar[bool] = True
@@ -45,7 +46,7 @@ class DeepStackStrategy(LayerStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim must be at least 1, got {self.hidden_dim}.")
+            raise ModelError(f"hidden_dim must be at least 1, got {self.hidden_dim}.")
 
     def plan(
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None

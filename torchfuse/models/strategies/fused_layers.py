@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from torchfuse.errors import ModelError
+
 __all__ = ["fuse_layers", "layers_to_fuse"]
 
 
@@ -22,7 +24,7 @@ def layers_to_fuse(
         default: ``every``, where neither is given.
 
     Raises:
-        ValueError: if a named layer does not exist or is named twice, none would be fused, or both are
+        ModelError: if a named layer does not exist or is named twice, none would be fused, or both are
             given.
 
     Examples:
@@ -30,21 +32,21 @@ def layers_to_fuse(
         ([2, 5], [0, 4])
     """
     if layers is not None and every is not None:
-        raise ValueError(
+        raise ModelError(
             f"layers={list(layers)} and every={every} both say which layers are fused: give one of them."
         )
     if layers is not None:
         indices = sorted(set(layers))
         known = bool(indices) and indices[0] >= 0 and indices[-1] < num_layers
         if not known or len(indices) != len(layers):
-            raise ValueError(
+            raise ModelError(
                 f"layers must name layers of this decoder, 0 to {num_layers - 1}, each once; got "
                 f"{list(layers)}."
             )
         return indices
     every = default if every is None else every
     if type(every) is not int or not 1 <= every <= num_layers:
-        raise ValueError(
+        raise ModelError(
             f"every={every!r} fuses no layer of this decoder, which has {num_layers}: layer i is "
             f"fused when (i + 1) % every == 0. Choose every between 1 and {num_layers}."
         )
@@ -62,14 +64,14 @@ def fuse_layers(
         build: makes the fused layer of an index.
 
     Raises:
-        ValueError: naming the layer that cannot be fused.
+        ModelError: naming the layer that cannot be fused.
     """
     fused = {}
     for index in indices:
         try:
             fused[index] = build(index)
         except ValueError as error:
-            raise ValueError(f"Layer {index} cannot be fused. {error}") from error
+            raise ModelError(f"Layer {index} cannot be fused. {error}") from error
 
     def put_in_place() -> None:
         for index, layer in fused.items():

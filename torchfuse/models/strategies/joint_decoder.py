@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.sequence import Placement, SequenceStrategy
 from torchfuse.models.strategy import register_modality_strategy
@@ -65,7 +66,7 @@ class EarlyFusionModel(FusedModel):
         example_input: see ``FusedModel``.
 
     Raises:
-        ValueError: if the names of encoders, tokens and flags do not agree.
+        ModelError: if the names of encoders, tokens and flags do not agree.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class EarlyFusionModel(FusedModel):
         if isinstance(encoders_trainable, Mapping):
             names = list(encoders) if isinstance(encoders, Mapping) else ["encoder"]
             if set(encoders_trainable) != set(names):
-                raise ValueError(
+                raise ModelError(
                     f"encoders_trainable must have the names of the encoders, {', '.join(names)}; got "
                     f"{', '.join(encoders_trainable) or 'none'}."
                 )

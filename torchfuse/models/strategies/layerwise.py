@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.fused_layers import layers_to_fuse
 from torchfuse.models.strategies.sequence import Placement, SequenceStrategy
@@ -98,32 +99,32 @@ class LayerStrategy(SequenceStrategy):
             every: as in ``layers_to_fuse``.
 
         Raises:
-            ValueError: as ``layers_to_fuse``; also if that layer is named, or no other would be fused.
+            ModelError: as ``layers_to_fuse``; also if that layer is named, or no other would be fused.
         """
         last = len(decoder.layers) - 1
         indices = layers_to_fuse(last + 1, self.layers, every)
         if self.placement == "placeholder" or last not in indices:
             return indices
         if self.layers is not None or indices == [last]:
-            raise ValueError(
+            raise ModelError(
                 f"Layer {last} is the last: where features stand in front of the text, nobody reads "
                 f"what new weights would make of them there. Fuse layers before it (now {indices}), or "
                 'choose placement="placeholder".'
             )
         return indices[:-1]
 
-    def decoder_faults(self, decoder: Any, encoders: Sequence[str]) -> list[str]:
+    def decoder_problems(self, decoder: Any, encoders: Sequence[str]) -> list[str]:
         """What a decoder lacks of what ``plan`` would have put in place, in words."""
         fused = self.fused_layers(decoder)
-        faults = [] if fused else [f"no layer is a {self.layer_type.__name__}"]
+        problems = [] if fused else [f"no layer is a {self.layer_type.__name__}"]
         for index, layer in fused.items():
-            faults += misfit(f"layer {index}", self.modalities_of(layer), encoders)
-        return faults
+            problems += misfit(f"layer {index}", self.modalities_of(layer), encoders)
+        return problems
 
     def check_decoder(self, decoder: Any, encoders: Sequence[str]) -> None:
-        if faults := self.decoder_faults(decoder, encoders):
-            raise ValueError(
-                f"This decoder is not fused for placement={self.placement!r}: {'; '.join(faults)}. "
+        if problems := self.decoder_problems(decoder, encoders):
+            raise ModelError(
+                f"This decoder is not fused for placement={self.placement!r}: {'; '.join(problems)}. "
                 f'torchfuse.fuse(decoder, encoder, arch="{self.arch}") puts in place what is needed.'
             )
 

@@ -49,7 +49,7 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
         pad_id: id of padding, which no expert shall take in training. None: every token competes.
 
     Raises:
-        ValueError: if an option is out of its range, or the last layer is named with ``"prefix"``.
+        ModelError: if an option is out of its range, or the last layer is named with ``"prefix"``.
     """
 
     layer_type: ClassVar[type[nn.Module]] = MoMaLayer

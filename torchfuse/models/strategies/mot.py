@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from torchfuse.errors import ModelError
 from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
 from torchfuse.models.strategies.layerwise import LayerStrategy, misfit
 from torchfuse.models.strategy import register_modality_strategy
@@ -41,7 +42,7 @@ class MoTStrategy(LayerStrategy):
             but what a layer adds to features is nothing.
 
     Raises:
-        ValueError: if the token is missing, or given with ``"prefix"``, or ``start`` is neither.
+        ModelError: if the token is missing, or given with ``"prefix"``, or ``start`` is neither.
     """
 
     counts_by_modality: ClassVar[bool] = True
@@ -52,7 +53,7 @@ class MoTStrategy(LayerStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start not in ("warm", "zero"):
-            raise ValueError(f'start must be "warm" or "zero", got {self.start!r}.')
+            raise ModelError(f'start must be "warm" or "zero", got {self.start!r}.')
 
     def plan(
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
@@ -76,16 +77,16 @@ class MoTStrategy(LayerStrategy):
 
         return put_in_place
 
-    def decoder_faults(self, decoder: Any, encoders: Sequence[str]) -> list[str]:
-        faults, fused = super().decoder_faults(decoder, encoders), self.fused_layers(decoder)
+    def decoder_problems(self, decoder: Any, encoders: Sequence[str]) -> list[str]:
+        problems, fused = super().decoder_problems(decoder, encoders), self.fused_layers(decoder)
         scores_features = self.placement == "placeholder"
         if scores_features:
             norm = unwrap(decoder.norm) if hasattr(decoder, "norm") else None
             if isinstance(norm, MoTNorm):
-                faults += misfit("the final norm", list(norm.fusion_layer), encoders)
+                problems += misfit("the final norm", list(norm.fusion_layer), encoders)
             else:
-                faults.append("the final norm is no MoTNorm")
-        return faults + [
+                problems.append("the final norm is no MoTNorm")
+        return problems + [
             f"layer {index} has keys and values only, but what it returns is read"
             for index, layer in fused.items()
             if layer.keys_and_values_only and (scores_features or index < len(decoder.layers) - 1)

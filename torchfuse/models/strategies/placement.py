@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchfuse.errors import ModelError
 from torchfuse.models.types import EncoderFeatures
 
 __all__ = ["Prefix", "by_row", "check_counts", "is_flat", "pick_features", "positions_by_modality"]
@@ -68,7 +69,7 @@ def check_counts(name: str, token: int, place: Tensor, given: EncoderFeatures | 
         given: the features for it, if there are any.
 
     Raises:
-        ValueError: naming encoder, rows, tokens and features.
+        ModelError: naming encoder, rows, tokens and features.
     """
     tokens, features, who = _counts(place, given)
     if place.device.type == "meta":
@@ -85,7 +86,7 @@ def check_counts(name: str, token: int, place: Tensor, given: EncoderFeatures | 
         for row in wrong[:8]
     )
     more = f"; so do {len(wrong) - 8} more rows" if len(wrong) > 8 else ""
-    raise ValueError(
+    raise ModelError(
         f"Encoder {name!r}: every token {token} stands for one feature, but {rows}{more}. Were rows "
         "truncated in the middle of an image, or is the encoder input (or the encoder_mask) that "
         "belongs to them missing?"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from torchfuse.errors import ModelError
 from torchfuse.models.strategies.placement import (
     Prefix,
     by_row,
@@ -24,7 +25,7 @@ from torchfuse.models.strategies.placement import (
 )
 from torchfuse.models.strategy import ModalityStrategy, check_rows
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
-from torchfuse.modules.experts.routing import Routing, take_part
+from torchfuse.modules.experts.routing import Routing, keep_in_graph
 
 if TYPE_CHECKING:
     pass
@@ -59,7 +60,7 @@ class SequenceStrategy(ModalityStrategy):
     features are part of the sequence, where ``mask`` says what may attend to what.
 
     Raises:
-        ValueError: if the token is missing, or given with ``"prefix"``.
+        ModelError: if the token is missing, or given with ``"prefix"``.
     """
 
     routes_tokens: ClassVar[bool] = False
@@ -76,9 +77,9 @@ class SequenceStrategy(ModalityStrategy):
 
     def __post_init__(self) -> None:
         if self.placement not in ("placeholder", "prefix"):
-            raise ValueError(f'placement must be "placeholder" or "prefix", got {self.placement!r}.')
+            raise ModelError(f'placement must be "placeholder" or "prefix", got {self.placement!r}.')
         if (self.placement == "placeholder") != (self.encoder_token is not None):
-            raise ValueError(
+            raise ModelError(
                 'placement="placeholder" needs encoder_token, the id in whose place features stand; '
                 f'"prefix" has no use for one. Got placement={self.placement!r}, '
                 f"encoder_token={self.encoder_token!r}."
@@ -96,14 +97,14 @@ class SequenceStrategy(ModalityStrategy):
     def check_encoders(self, names: list[str]) -> None:
         if isinstance(self.encoder_token, Mapping):
             if set(self.encoder_token) != set(names):
-                raise ValueError(
+                raise ModelError(
                     f"Encoder tokens must have the names of the encoders, {', '.join(names)}; got "
                     f"{', '.join(self.encoder_token) or 'none'}."
                 )
             if len(set(self.encoder_token.values())) != len(self.encoder_token):
-                raise ValueError(f"Encoders cannot share a token, got {dict(self.encoder_token)}.")
+                raise ModelError(f"Encoders cannot share a token, got {dict(self.encoder_token)}.")
         elif self.encoder_token is not None and len(names) > 1:
-            raise ValueError(
+            raise ModelError(
                 f"The encoders {', '.join(names)} need a token each: encoder_token={{name: id}}."
             )
 
@@ -148,7 +149,7 @@ class SequenceStrategy(ModalityStrategy):
                 return ModalityContext(tokens, mask=sequence.mask, input_pos=sequence.input_pos)
             embeds = model.tok_embeddings(tokens)
         for stand_in in stand_ins.values():
-            embeds = take_part(embeds, stand_in)
+            embeds = keep_in_graph(embeds, stand_in)
         in_front = embeds.shape[1] - tokens.shape[1]
         routing = None
         if self.routes_tokens:
@@ -181,7 +182,7 @@ class SequenceStrategy(ModalityStrategy):
         for name, place in places.items():
             given = features.get(name)
             if given is not None and given.mask is not None and is_flat(given.embeds, tokens):
-                raise ValueError(
+                raise ModelError(
                     f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
                     f"{tokens.shape[0]}, so an encoder_mask cannot say which belong to a row. Give "
                     "features row by row, or no mask."
@@ -238,7 +239,7 @@ class SequenceStrategy(ModalityStrategy):
         cached = model.caches_are_enabled()
         earlier: Prefix | None = model.cache_state if cached else None
         if present and earlier is not None:
-            raise ValueError(
+            raise ModelError(
                 "The caches hold a sequence already, and features can only stand in front of one. Call "
                 'reset_caches() first, or fuse with placement="placeholder" for images in later turns.'
             )

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torchfuse.encoders.registry import build_encoder, encoder_names, encoder_takes
+from torchfuse.errors import ConfigError
 from torchfuse.models.strategy import ModalityStrategy, build_modality_strategy
 from torchfuse.models.types import OnMissing
 from torchfuse.modules.adapters.base import Adapter, adapter_names, build_adapter
@@ -38,7 +39,7 @@ class ModelConfig:
     """The decoder, a Llama; see ``torchfuse.models.decoders.llama.llama_decoder`` for the numbers.
 
     Raises:
-        ValueError: naming every number that is out of range, and every value that is none.
+        ConfigError: naming every number that is out of range, and every value that is none.
     """
 
     vocab_size: int
@@ -57,7 +58,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
         sizes = dataclasses.asdict(self)
-        faults = [
+        problems = [
             f"{name}={size} must be {'at least 1' if type(size) is int else 'finite and more than 0'}"
             for name, size in sizes.items()
             if not (size is None or isinstance(size, bool) or 0 < size < float("inf"))
@@ -65,15 +66,15 @@ class ModelConfig:
         divides = [("num_kv_heads", "num_heads")]
         if self.head_dim is None:
             divides.append(("num_heads", "embed_dim"))
-        faults += [
+        problems += [
             f"{one}={sizes[one]} must divide {other}={sizes[other]}"
             for one, other in divides
-            if not faults and sizes[other] % sizes[one]
+            if not problems and sizes[other] % sizes[one]
         ]
-        if not faults and (width := self.head_dim or self.embed_dim // self.num_heads) % 2:
-            faults = [f"head_dim={width} must be even, as the rotary embedding turns pairs"]
-        if faults:
-            raise ValueError(f"model: {'; '.join(faults)}.")
+        if not problems and (width := self.head_dim or self.embed_dim // self.num_heads) % 2:
+            problems = [f"head_dim={width} must be even, as the rotary embedding turns pairs"]
+        if problems:
+            raise ConfigError(f"model: {'; '.join(problems)}.")
 
     def build(self) -> nn.Module:
         """The decoder, with fresh weights."""
@@ -95,7 +96,7 @@ class VisionEncoderConfig:
         options: what else the encoder takes.
 
     Raises:
-        ValueError: for an unknown type, naming those there are, or a value that does not fit.
+        ConfigError: for an unknown type, naming those there are, or a value that does not fit.
     """
 
     type: str
@@ -107,16 +108,16 @@ class VisionEncoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "vision_encoder")
-        faults = []
+        problems = []
         if self.type not in encoder_names():
-            faults.append(f"type must be one of {', '.join(encoder_names())}, got {self.type!r}")
+            problems.append(f"type must be one of {', '.join(encoder_names())}, got {self.type!r}")
         for name in ("num_tokens", "feature_dim", "num_frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                faults.append(f"{name} must be at least 1, got {value}")
-        faults += _misplaced(self.options, [*self._given(), *_own(build_encoder)])
-        if faults:
-            raise ValueError(f"vision_encoder: {'; '.join(faults)}.")
+                problems.append(f"{name} must be at least 1, got {value}")
+        problems += _misplaced(self.options, [*self._given(), *_own(build_encoder)])
+        if problems:
+            raise ConfigError(f"vision_encoder: {'; '.join(problems)}.")
 
     def _given(self) -> dict[str, Any]:
         given = {"path": self.path, "num_tokens": self.num_tokens, "feature_dim": self.feature_dim}
@@ -126,7 +127,7 @@ class VisionEncoderConfig:
         """The encoder; a tower of transformers is empty until ``torchfuse.load_pretrained`` fills it.
 
         Raises:
-            ValueError: for options that it does not take, or if it says other numbers of itself.
+            ConfigError: for options that it does not take, or if it says other numbers of itself.
         """
         own = {n: v for n, v in self._given().items() if n == "path" or encoder_takes(self.type, n)}
         encoder = build_encoder(self.type, **own, **self.options)
@@ -136,7 +137,7 @@ class VisionEncoderConfig:
             if name != "path" and getattr(encoder, name) != value
         ]
         if wrong:
-            raise ValueError(f"vision_encoder {self.type!r}: {'; '.join(wrong)}.")
+            raise ConfigError(f"vision_encoder {self.type!r}: {'; '.join(wrong)}.")
         return encoder
 
 
@@ -149,7 +150,8 @@ class AdapterConfig:
         options: what else the adapter takes.
 
     Raises:
-        ValueError: for an unknown type, naming those there are, or options that encoder and decoder say.
+        ConfigError: for an unknown type, naming those there are, or options that encoder and decoder
+            say.
     """
 
     type: str = "mlp_2layer"
@@ -157,11 +159,11 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "adapter")
-        faults = _misplaced(self.options, _own(build_adapter))
+        problems = _misplaced(self.options, _own(build_adapter))
         if self.type not in adapter_names():
-            faults.append(f"type must be one of {', '.join(adapter_names())}, got {self.type!r}")
-        if faults:
-            raise ValueError(f"adapter: {'; '.join(faults)}.")
+            problems.append(f"type must be one of {', '.join(adapter_names())}, got {self.type!r}")
+        if problems:
+            raise ConfigError(f"adapter: {'; '.join(problems)}.")
 
     def build(self, in_dim: int, out_dim: int, num_tokens: int | None) -> Adapter:
         """The adapter between such widths, for images of ``num_tokens`` features."""
@@ -185,7 +187,7 @@ class VLMConfig:
         freeze_schedule: stages, ``FreezeStage`` or ``{start_step, specs}``.
 
     Raises:
-        ValueError: for an unknown architecture or option, or a value that does not fit, naming the key,
+        ConfigError: for an unknown architecture or option, or a value that does not fit, naming the key,
             the value and what there is.
 
     Examples:
@@ -193,7 +195,7 @@ class VLMConfig:
         MoTStrategy(placement='prefix', encoder_token=None, layers=None, start='zero')
         >>> VLMConfig("moma", {"start": "zero", "qk_norm": True})
         Traceback (most recent call last):
-        ValueError: vlm: architecture 'moma': unknown option 'qk_norm'; it takes num_experts, ...
+        torchfuse.errors.ConfigError: vlm: architecture 'moma': unknown option 'qk_norm'; it takes ...
     """
 
     arch: str
@@ -208,18 +210,18 @@ class VLMConfig:
     def __post_init__(self) -> None:
         check_fields(self, "vlm")
         least = {"max_text_len": 1, "every": 1, "fusion_vocab_size": 0}
-        faults = [
+        problems = [
             f"{name} must be at least {number}, got {value}"
             for name, number in least.items()
             if (value := getattr(self, name)) is not None and value < number
         ]
-        faults += _misplaced(self.options, _own(build_modality_strategy))
-        if faults:
-            raise ValueError(f"vlm: {'; '.join(faults)}.")
+        problems += _misplaced(self.options, _own(build_modality_strategy))
+        if problems:
+            raise ConfigError(f"vlm: {'; '.join(problems)}.")
         try:
             _ = self.strategy
         except ValueError as error:
-            raise ValueError(f"vlm: {error} Got {dict(self.options)}.") from error
+            raise ConfigError(f"vlm: {error} Got {dict(self.options)}.") from error
         _ = self.schedule  # names what does not fit
 
     @property
@@ -263,7 +265,7 @@ def read_config(kind: type[_Config], given: _Config | Mapping[str, Any], what: s
         what: the name of the section, for messages.
 
     Raises:
-        ValueError: naming every key that there is not and every value that does not fit.
+        ConfigError: naming every key that there is not and every value that does not fit.
     """
     if isinstance(given, kind):
         return given
@@ -274,16 +276,16 @@ def read_config(kind: type[_Config], given: _Config | Mapping[str, Any], what: s
     config = {name: value for name, value in given.items() if name in own}
     options = config.get("options", {})
     if beside and isinstance(options, Mapping):  # anything else is refused below
-        if faults := _misplaced(options, list(beside)):
-            raise ValueError(f"{what}: {faults[0]}; got {given}.")
+        if problems := _misplaced(options, list(beside)):
+            raise ConfigError(f"{what}: {problems[0]}; got {given}.")
         config["options"] = {**options, **beside}
     try:
         return _from_mapping(kind, config, what)
     except ValueError as error:
-        raise ValueError(f"{error} Beside them a {what} has {', '.join(own)}.") from error
+        raise ConfigError(f"{error} Beside them a {what} has {', '.join(own)}.") from error
 
 
 def _from_mapping(kind: type[_Config], given: Any, what: str) -> _Config:
     if not isinstance(given, Mapping):
-        raise ValueError(f"{what} must be a {kind.__name__} or a mapping of its fields, got {given!r}.")
+        raise ConfigError(f"{what} must be a {kind.__name__} or a mapping of its fields, got {given!r}.")
     return call_with_options(kind, what=what, options=given)

@@ -34,7 +34,7 @@ def check_vlm_lengths(
         The length of the longest sequence; None if the encoder's number of features is not known.
 
     Raises:
-        ValueError: if the decoder is too short, with every number.
+        ModelError: if the decoder is too short, with every number.
     """
     source: Any = vision if encoder is None else encoder
     strategy = vlm.strategy

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchfuse.encoders.frames import frame_features_mask, hide_padding
 from torchfuse.encoders.registry import pixels_keyword
+from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
 from torchfuse.models.strategy import ModalityStrategy
@@ -51,7 +52,7 @@ class VLMWrapper(TransparentWrapper):
         **fuse_options: what else ``fuse`` takes: ``every``, ``fusion_vocab_size``, what trains.
 
     Raises:
-        ValueError: for anything that does not fit; the parts are as they were then.
+        ModelError: for anything that does not fit; the parts are as they were then.
 
     Examples:
         >>> import torch
@@ -95,7 +96,7 @@ class VLMWrapper(TransparentWrapper):
             num_frames: as above.
 
         Raises:
-            ValueError: if its encoders have names.
+            ModelError: if its encoders have names.
         """
         pixels = _check(getattr(model, "encoder", None), num_frames)
         wrapper = cls.__new__(cls)
@@ -164,19 +165,19 @@ class VLMWrapper(TransparentWrapper):
             Logits ``[b, s, v]`` aligned with ``input_ids``, and the labels.
 
         Raises:
-            ValueError: if the inputs do not fit each other or the model.
+            ModelError: if the inputs do not fit each other or the model.
         """
         if input_ids is None:
             tokens = decoder_call.pop("tokens", pixel_values)
             other = labels is not None or frame_mask is not None
             if tokens is None or tokens.is_floating_point() or other:
-                raise ValueError(
+                raise ModelError(
                     "A VLMWrapper is called with pixel_values and input_ids, beside which labels and "
                     "frame_mask may stand, or as a decoder is with ids alone; got neither."
                 )
             return self._inner(tokens, **decoder_call)
         if decoder_call:
-            raise ValueError(
+            raise ModelError(
                 "Beside pixel_values and input_ids there are labels and frame_mask; got "
                 f"{', '.join(decoder_call)}, which the decoder's own call takes."
             )
@@ -186,12 +187,12 @@ class VLMWrapper(TransparentWrapper):
         """What the fused model is given for pixels."""
         num_frames = None if pixels is None or pixels.dim() != 5 else pixels.shape[1]
         if self.num_frames is not None and num_frames is not None and num_frames > self.num_frames:
-            raise ValueError(f"Clips have {self.num_frames} frames at most here, got {num_frames}.")
+            raise ModelError(f"Clips have {self.num_frames} frames at most here, got {num_frames}.")
         if frame_mask is None:
             return {} if pixels is None else {"encoder_input": {self._pixels: pixels}}
         if pixels is None or num_frames is None:
             got = None if pixels is None else list(pixels.shape)
-            raise ValueError(
+            raise ModelError(
                 f"frame_mask goes with clips, pixel_values [b, f, c, h, w]; got pixel_values {got}."
             )
         least: int = getattr(unwrap(self.vision_encoder), "min_frames", 0)
@@ -200,7 +201,7 @@ class VLMWrapper(TransparentWrapper):
         embeds = self._inner.encode({self._pixels: shown})
         each, left = divmod(embeds.shape[1], num_frames)
         if left or not each:
-            raise ValueError(
+            raise ModelError(
                 f"{embeds.shape[1]} features of {num_frames} frames are not equally many of each frame. "
                 "Wrap an encoder of one image a row in FrameEncoder, and give an adapter that pools "
                 "the side of a frame's grid."
@@ -211,13 +212,13 @@ class VLMWrapper(TransparentWrapper):
 def _check(encoder: Any, num_frames: int | None) -> str:
     """The encoder's keyword for pixels."""
     if not isinstance(encoder, nn.Module):
-        raise ValueError(
+        raise ModelError(
             "A VLMWrapper has one vision encoder without a name, got "
             f"{'encoders by name' if encoder is None else type(encoder).__name__}. A fused model takes "
             "several: encoder_input={name: keywords}."
         )
     if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
+        raise ModelError(f"num_frames must be at least 1, got {num_frames}.")
     return pixels_keyword(encoder)
 
 
@@ -251,7 +252,7 @@ def build_vlm_wrapper(
             architecture's options may stand beside them: ``{"arch": "mot", "start": "zero"}``.
 
     Raises:
-        ValueError: if a configuration does not fit, naming key, value and choices; if text and features
+        ModelError: if a configuration does not fit, naming key, value and choices; if text and features
             do not fit the decoder, with every number, as far as known before anything is built.
 
     Examples:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from torch import Tensor, nn
 
+from torchfuse.errors import ConfigError
 from torchfuse.naming import canonical_name
 from torchfuse.options import call_with_options
 
@@ -37,7 +38,7 @@ class Adapter(nn.Module, ABC):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         if in_dim < 1 or out_dim < 1:
-            raise ValueError(f"An adapter needs positive widths, got {in_dim} -> {out_dim}.")
+            raise ConfigError(f"An adapter needs positive widths, got {in_dim} -> {out_dim}.")
         self.in_dim = in_dim
         self.out_dim = out_dim
 
@@ -50,7 +51,7 @@ class Adapter(nn.Module, ABC):
         """The number of tokens that come out where ``num_tokens`` go in.
 
         Raises:
-            ValueError: if ``forward`` would not take that many.
+            ConfigError: if ``forward`` would not take that many.
         """
 
     @classmethod
@@ -62,7 +63,7 @@ class Adapter(nn.Module, ABC):
             given: the options that the caller has chosen.
 
         Raises:
-            ValueError: if the adapter cannot be had for such an encoder.
+            ConfigError: if the adapter cannot be had for such an encoder.
         """
         return {}
 
@@ -80,7 +81,7 @@ def register_adapter(name: str) -> Callable[[_AdapterType], _AdapterType]:
 
     def register(cls: _AdapterType) -> _AdapterType:
         if name in _REGISTRY:
-            raise ValueError(f"There is an adapter {name!r} already: {_REGISTRY[name].__name__}.")
+            raise ConfigError(f"There is an adapter {name!r} already: {_REGISTRY[name].__name__}.")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
@@ -108,7 +109,7 @@ def build_adapter(
         **options: what else the adapter takes.
 
     Raises:
-        ValueError: for an unknown name or option, or ``num_tokens`` that the adapter cannot work on.
+        ConfigError: for an unknown name or option, or ``num_tokens`` that the adapter cannot work on.
 
     Examples:
         >>> from torchfuse.modules.adapters import build_adapter
@@ -118,7 +119,7 @@ def build_adapter(
         16
     """
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise ValueError(f"Unknown adapter {name!r}; there are {', '.join(adapter_names())}.")
+        raise ConfigError(f"Unknown adapter {name!r}; there are {', '.join(adapter_names())}.")
     adapter = _REGISTRY[name]
     if num_tokens is not None:
         options = {**options, **adapter.options_for(num_tokens, options)}

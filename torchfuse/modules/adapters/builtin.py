@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.adapters.base import Adapter, build_adapter, register_adapter
 from torchfuse.modules.adapters.pooling import TokenGrid, WindowAttention, window_means
 
@@ -70,7 +71,7 @@ class MLP2LayerAdapter(Adapter):
         bias: whether both maps have a bias.
 
     Raises:
-        ValueError: for an unknown activation, or a width below 1.
+        ModelError: for an unknown activation, or a width below 1.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class MLP2LayerAdapter(Adapter):
     ) -> None:
         super().__init__(in_dim, out_dim)
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"Unknown activation {activation!r}; there are {', '.join(_ACTIVATIONS)}.")
+            raise ModelError(f"Unknown activation {activation!r}; there are {', '.join(_ACTIVATIONS)}.")
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
         if hidden_dim < 1:
-            raise ValueError(f"{self.name}: hidden_dim={hidden_dim} must be at least 1.")
+            raise ModelError(f"{self.name}: hidden_dim={hidden_dim} must be at least 1.")
         self.linear_1 = nn.Linear(in_dim, hidden_dim, bias=bias)
         self.activation = _ACTIVATIONS[activation]()
         self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias)
@@ -125,16 +126,16 @@ class _GridAdapter(Adapter):
         super().__init__(in_dim, out_dim)
         self.grid = TokenGrid(grid, num_prefix_tokens)
         self.window, self.keep_prefix = window, keep_prefix
-        faults = self.grid.faults()
+        problems = self.grid.problems()
         if window < 1:
-            faults.append(f"window={window} must be at least 1")
+            problems.append(f"window={window} must be at least 1")
         elif grid is not None:
-            faults += self._side_faults(grid)
-        if faults:
-            raise ValueError(f"{self.name}: {'; '.join(faults)}.")
+            problems += self._side_problems(grid)
+        if problems:
+            raise ModelError(f"{self.name}: {'; '.join(problems)}.")
         self.linear = nn.Linear(in_dim, out_dim)
 
-    def _side_faults(self, side: int) -> list[str]:
+    def _side_problems(self, side: int) -> list[str]:
         """Why windows cannot be laid on a grid of this side."""
         return []
 
@@ -150,7 +151,7 @@ class _GridAdapter(Adapter):
         try:
             return {"grid": TokenGrid(None, front).split(num_tokens)[1]}
         except ValueError as error:
-            raise ValueError(f"{cls.name}: of the encoder's image, {error}") from error
+            raise ModelError(f"{cls.name}: of the encoder's image, {error}") from error
 
     def options(self) -> dict[str, Any]:
         return {
@@ -165,9 +166,9 @@ class _GridAdapter(Adapter):
         try:
             frames, side = self.grid.split(num_tokens)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-        if faults := self._side_faults(side):
-            raise ValueError(f"{self.name} of {num_tokens} tokens: {'; '.join(faults)}.")
+            raise ModelError(f"{self.name}: {error}") from error
+        if problems := self._side_problems(side):
+            raise ModelError(f"{self.name} of {num_tokens} tokens: {'; '.join(problems)}.")
         return frames, side
 
     def forward(self, features: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class AvgPoolAdapter(_GridAdapter):
             dropped.
 
     Raises:
-        ValueError: for numbers out of range; in ``forward`` and ``output_num_tokens`` for tokens that
+        ModelError: for numbers out of range; in ``forward`` and ``output_num_tokens`` for tokens that
             are no such grid, naming their number.
 
     Examples:
@@ -235,7 +236,7 @@ class AttentionalPoolAdapter(_GridAdapter):
         keep_prefix: see ``AvgPoolAdapter``.
 
     Raises:
-        ValueError: as of ``AvgPoolAdapter``, and where ``window`` or ``num_heads`` does not divide.
+        ModelError: as of ``AvgPoolAdapter``, and where ``window`` or ``num_heads`` does not divide.
 
     Examples:
         >>> adapter = AttentionalPoolAdapter(6, 7, window=2, num_heads=3)
@@ -263,15 +264,15 @@ class AttentionalPoolAdapter(_GridAdapter):
             keep_prefix=keep_prefix,
         )
         if num_heads < 1 or in_dim % num_heads:
-            raise ValueError(f"{self.name}: num_heads={num_heads} must divide the width {in_dim}.")
+            raise ModelError(f"{self.name}: num_heads={num_heads} must divide the width {in_dim}.")
         self.attention = WindowAttention(in_dim, num_heads, window)
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "num_heads": self.attention.num_heads}
 
-    def _side_faults(self, side: int) -> list[str]:
-        fault = f"window={self.window} must divide the side {side} of the grid"
-        return [fault] if side % self.window else []
+    def _side_problems(self, side: int) -> list[str]:
+        problem = f"window={self.window} must divide the side {side} of the grid"
+        return [problem] if side % self.window else []
 
     def _pool(self, cells: Tensor) -> Tensor:
         return self.attention(cells)

@@ -15,6 +15,8 @@ from typing import Final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
+
 __all__ = ["TokenGrid", "WindowAttention", "window_means"]
 
 # No tower has more tokens in front; a larger rest is no square for another reason.
@@ -39,27 +41,27 @@ class TokenGrid:
     side: int | None = None
     num_prefix_tokens: int = 0
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What is wrong with the numbers, in words."""
-        faults = []
+        problems = []
         if self.side is not None and self.side < 1:
-            faults.append(f"grid={self.side} must be at least 1")
+            problems.append(f"grid={self.side} must be at least 1")
         if self.num_prefix_tokens < 0:
-            faults.append(f"num_prefix_tokens={self.num_prefix_tokens} must be at least 0")
-        return faults
+            problems.append(f"num_prefix_tokens={self.num_prefix_tokens} must be at least 0")
+        return problems
 
     def split(self, num_tokens: int) -> tuple[int, int]:
         """The number of frames and the side of their grids.
 
         Raises:
-            ValueError: if that many tokens are no such thing, naming the numbers.
+            ModelError: if that many tokens are no such thing, naming the numbers.
         """
         front = self.num_prefix_tokens
         each = f"{front} + " if front else ""
         if self.side is not None:
             frame = front + self.side**2
             if num_tokens < 1 or num_tokens % frame:
-                raise ValueError(
+                raise ModelError(
                     f"{num_tokens} tokens are no frames of {each}{self.side} x {self.side} = {frame} "
                     f"tokens each.{self._hint(num_tokens)}"
                 )
@@ -67,7 +69,7 @@ class TokenGrid:
         side = math.isqrt(max(num_tokens - front, 0))
         if side < 1 or front + side * side != num_tokens:
             near = max(side, 1)
-            raise ValueError(
+            raise ModelError(
                 f"{num_tokens} tokens are no square grid{f' behind {front} tokens' if front else ''}: "
                 f"{each}{near} x {near} = {front + near**2} would be one. Of several frames or images a "
                 f"row, give the side of each as grid=.{self._hint(num_tokens)}"

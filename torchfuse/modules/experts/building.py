@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.experts.expert_choice import ExpertChoiceRouter, ModalityExperts
 from torchfuse.modules.experts.options import ExpertOptions
 from torchfuse.params import quantized_dtype
@@ -31,11 +32,11 @@ def build_experts(
         options: how many experts there are, and how they choose.
 
     Raises:
-        ValueError: naming everything that does not fit.
+        ModelError: naming everything that does not fit.
     """
-    faults = [*_faults_of_names(modalities, options), *_faults_of_layer(layer, options)]
-    if faults:
-        raise ValueError(f"{type(layer).__name__} cannot get experts: {'; '.join(faults)}.")
+    problems = [*_problems_of_names(modalities, options), *_problems_of_layer(layer, options)]
+    if problems:
+        raise ModelError(f"{type(layer).__name__} cannot get experts: {'; '.join(problems)}.")
     mlp: Any = layer.mlp
     like, counts = mlp.w2.weight, {}  # new experts, and by how many a modality's tokens are shared
     if options.num_text_experts > 1:
@@ -61,29 +62,29 @@ def build_experts(
     return ModalityExperts(experts, routers, options.auxiliary_loss_weight)
 
 
-def _faults_of_names(modalities: Sequence[str], options: ExpertOptions) -> list[str]:
-    faults = []
+def _problems_of_names(modalities: Sequence[str], options: ExpertOptions) -> list[str]:
+    problems = []
     if not modalities and options.num_text_experts == 1:
-        faults.append("there is no modality beside text, and no new expert of text")
+        problems.append("there is no modality beside text, and no new expert of text")
     bad = [
         name
         for name in modalities
         if not name or "." in name or name == TEXT or hasattr(nn.ModuleDict, name)
     ]
     if bad or len(set(modalities)) < len(modalities):
-        faults.append(
+        problems.append(
             f"names of modalities become parts of parameter names: each once, not empty, not {TEXT!r}, "
             f"without a dot and no method of nn.ModuleDict; got {list(modalities)}"
         )
     if isinstance(options.num_experts, Mapping) and set(options.num_experts) != set(modalities):
-        faults.append(
+        problems.append(
             f"num_experts must have the names of the modalities, {', '.join(modalities)}; got "
             f"{', '.join(options.num_experts) or 'none'}"
         )
-    return faults
+    return problems
 
 
-def _faults_of_layer(layer: nn.Module, options: ExpertOptions) -> list[str]:
+def _problems_of_layer(layer: nn.Module, options: ExpertOptions) -> list[str]:
     missing = [name for name in _PARTS if not isinstance(getattr(layer, name, None), nn.Module)]
     if missing:
         return [f"it lacks {', '.join(missing)}, which torchtune's decoder layers have"]

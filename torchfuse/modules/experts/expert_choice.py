@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.modules.experts.routing import take_part
+from torchfuse.modules.experts.routing import keep_in_graph
 
 __all__ = [
     "Dispatch",
@@ -278,10 +278,10 @@ class ModalityExperts(nn.Module):
             return y
         return add_loss(y, loss, self.auxiliary_loss_weight * self.auxiliary_loss_scale)
 
-    def take_part(self, name: str, stand_in: Tensor, y: Tensor) -> Tensor:
+    def keep_in_graph(self, name: str, stand_in: Tensor, y: Tensor) -> Tensor:
         """``y`` to the bit, as a function of a modality's weights too, whose gradient is zero."""
         said, loss = self._run(name, stand_in, None, stand_in=True)
-        return take_part(y, said.sum() if loss is None else said.sum() + loss)
+        return keep_in_graph(y, said.sum() if loss is None else said.sum() + loss)
 
     def _run(
         self, name: str, x: Tensor, valid: Tensor | None, *, stand_in: bool = False

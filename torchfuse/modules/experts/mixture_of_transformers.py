@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.modules.experts.routing import Routing, take_part
+from torchfuse.errors import ModelError
+from torchfuse.modules.experts.routing import Routing, keep_in_graph
 from torchfuse.modules.experts.transformer_expert import (
     LAST_MAPS,
     TransformerExpert,
@@ -77,7 +78,7 @@ class MoTLayer(_Experts):
         start: what ``reset_experts`` starts from, see there.
 
     Raises:
-        ValueError: if heads of a modality differ from the layer's, some experts are keys and values
+        ModelError: if heads of a modality differ from the layer's, some experts are keys and values
             only and others are not, or a name of the layer would be hidden.
     """
 
@@ -112,7 +113,7 @@ class MoTLayer(_Experts):
                 this layer.
 
         Raises:
-            ValueError: as the class, or if ``start="zero"`` and the feed-forward has no ``w2``.
+            ModelError: as the class, or if ``start="zero"`` and the feed-forward has no ``w2``.
         """
         _check_start(start, unwrap(layer))
         experts = {name: expert_like(unwrap(layer), keys_and_values_only) for name in names}
@@ -143,7 +144,7 @@ class MoTLayer(_Experts):
             Hidden states, ``[b, t, d]``.
 
         Raises:
-            ValueError: if modalities alternate, but the experts are keys and values only; if the
+            ModelError: if modalities alternate, but the experts are keys and values only; if the
                 pretrained layer is sharded as a module of its own.
         """
         self.refuse_sharded()
@@ -151,9 +152,9 @@ class MoTLayer(_Experts):
             return self.wrapped(x, mask=mask, input_pos=input_pos, **kwargs)
         if not routing.slots:
             x = self.wrapped(x, mask=mask, input_pos=input_pos, **kwargs)
-            return self._take_part(x, routing.stand_ins)
+            return self._keep_in_graph(x, routing.stand_ins)
         if self.keys_and_values_only and routing.places is not None:
-            raise ValueError(
+            raise ModelError(
                 "The experts of this layer are keys and values only, which is for modalities in front "
                 "of the text: where they alternate, hidden states of all of them are read."
             )
@@ -176,12 +177,12 @@ class MoTLayer(_Experts):
         values = routing.merge(values, {name: v for name, (_, _, v) in theirs.items()})
         if self.keys_and_values_only:
             text = _finish(self.wrapped, text, self._attend(queries, keys, values, mask))
-            return self._take_part(routing.merge(text, parts), routing.stand_ins)
+            return self._keep_in_graph(routing.merge(text, parts), routing.stand_ins)
         queries = routing.merge(queries, {name: q for name, (q, _, _) in theirs.items()})
         attended = self._attend(queries, keys, values, mask)
         parts = {n: _finish(experts[n], parts[n], routing.take(n, attended)) for n in parts}
         text = _finish(self.wrapped, text, routing.text(attended))
-        return self._take_part(routing.merge(text, parts), routing.stand_ins)
+        return self._keep_in_graph(routing.merge(text, parts), routing.stand_ins)
 
     def _project(self, part: Any, x: Tensor, at: Tensor) -> tuple[Any, Tensor, Tensor]:
         """Queries (None without the map), keys and values ``[b, s, heads * head_dim]``, rotated."""
@@ -215,14 +216,14 @@ class MoTLayer(_Experts):
             mask = torch.ones(1, s, t, dtype=torch.bool, device=q.device).tril(t - s)
         return grouped_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
-    def _take_part(self, x: Tensor, stand_ins: Mapping[str, Tensor]) -> Tensor:
+    def _keep_in_graph(self, x: Tensor, stand_ins: Mapping[str, Tensor]) -> Tensor:
         """``x``, as a function of every weight of the experts that are not needed for it."""
         for name, features in stand_ins.items():
             expert, h = self.fusion_layer[name], features.to(x.dtype)
             at = torch.arange(h.shape[1], device=h.device)[None, :, None]
             q, k, v = self._project(expert, h, at)
             total = k.sum() + v.sum()
-            x = take_part(x, total if q is None else total + _finish(expert, h, q).sum())
+            x = keep_in_graph(x, total if q is None else total + _finish(expert, h, q).sum())
         return x
 
 
@@ -236,7 +237,7 @@ class MoTNorm(_Experts):
         names: the modalities.
 
     Raises:
-        ValueError: if a name of the norm would be hidden.
+        ModelError: if a name of the norm would be hidden.
 
     Examples:
         >>> norm = MoTNorm(nn.LayerNorm(3), ["image"])
@@ -263,7 +264,7 @@ class MoTNorm(_Experts):
         parts = {name: self.fusion_layer[name](routing.take(name, x)) for name in routing.slots}
         x = routing.merge(self.wrapped(routing.text(x)), parts)
         for name, stand_in in routing.stand_ins.items():
-            x = take_part(x, self.fusion_layer[name](stand_in.to(x.dtype)))
+            x = keep_in_graph(x, self.fusion_layer[name](stand_in.to(x.dtype)))
         return x
 
 
@@ -281,29 +282,29 @@ def _check_experts(layer: Any, experts: Mapping[str, TransformerExpert]) -> None
     def heads(attn: Any) -> tuple[int, int, int]:
         return attn.num_heads, attn.num_kv_heads, attn.head_dim
 
-    faults = [
+    problems = [
         f"{name!r} has {', '.join(map(str, heads(expert.attn)))}"
         for name, expert in experts.items()
         if heads(expert.attn) != heads(layer.attn)
     ]
-    if faults:
+    if problems:
         wanted = ", ".join(map(str, heads(layer.attn)))
-        raise ValueError(
+        raise ModelError(
             "Modalities attend together, so each must have the pretrained layer's heads of queries, "
-            f"heads of keys and values, and width of a head, {wanted}; {'; '.join(faults)}."
+            f"heads of keys and values, and width of a head, {wanted}; {'; '.join(problems)}."
         )
     if len({expert.keys_and_values_only for expert in experts.values()}) > 1:
         only = [name for name, expert in experts.items() if expert.keys_and_values_only]
-        raise ValueError(
+        raise ModelError(
             f"Experts are keys and values only, or none is; here only {', '.join(map(repr, only))}."
         )
 
 
 def _check_start(start: str, layer: nn.Module) -> None:
     if start not in ("warm", "zero"):
-        raise ValueError(f'start must be "warm" or "zero", got {start!r}.')
+        raise ModelError(f'start must be "warm" or "zero", got {start!r}.')
     if start == "zero" and not hasattr(getattr(layer, "mlp", None), "w2"):
-        raise ValueError(
+        raise ModelError(
             'start="zero" needs a feed-forward whose last map is w2, as torchtune\'s; got a '
             f'{type(getattr(layer, "mlp", None)).__name__}. Use start="warm".'
         )

@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.experts.building import TEXT, build_experts
 from torchfuse.modules.experts.expert_choice import ModalityExperts
 from torchfuse.modules.experts.options import ExpertOptions
@@ -55,7 +56,7 @@ class MoMaLayer(FusionWrapper):
             text.
 
     Raises:
-        ValueError: if the layer or a name cannot serve, or ``num_experts`` has other names.
+        ModelError: if the layer or a name cannot serve, or ``num_experts`` has other names.
     """
 
     layer: nn.Module
@@ -110,7 +111,7 @@ class MoMaLayer(FusionWrapper):
             Hidden states, ``[b, t, d]``.
 
         Raises:
-            ValueError: if there are no experts of a modality; if the pretrained layer is sharded as a
+            ModelError: if there are no experts of a modality; if the pretrained layer is sharded as a
                 module of its own.
         """
         self.refuse_sharded()
@@ -118,7 +119,7 @@ class MoMaLayer(FusionWrapper):
             own = self.modalities
             unknown = sorted({*routing.slots, *routing.stand_ins} - {*own})
             if unknown:
-                raise ValueError(
+                raise ModelError(
                     f"No experts of {', '.join(unknown)}: this layer was built for {', '.join(own)}."
                 )
         # Activation checkpointing around the pretrained layer alone is meant for all that runs here.
@@ -136,19 +137,19 @@ class MoMaLayer(FusionWrapper):
             **lengths: what else the pretrained layer takes.
 
         Raises:
-            ValueError: if the experts choose among all tokens of a batch in evaluation too.
+            ModelError: if the experts choose among all tokens of a batch in evaluation too.
         """
         self.check_caches()
         layer: Any = self.wrapped
         layer.setup_caches(batch_size, dtype, **lengths)
 
     def check_caches(self) -> None:
-        """Raise a ``ValueError`` if the experts choose among all tokens of a batch in evaluation too."""
+        """Raise a ``ModelError`` if the experts choose among all tokens of a batch in evaluation too."""
         if self.fusion_layer.looks_ahead:
-            raise ValueError(f"These experts cannot generate: {_LOOKS_AHEAD}.")
+            raise ModelError(f"These experts cannot generate: {_LOOKS_AHEAD}.")
 
     def check_mode(self, *, training: bool, cached: bool) -> None:
-        """Raise a ``ValueError`` if other tokens would decide over one where that makes answers wrong.
+        """Raise a ``ModelError`` if other tokens would decide over one where that makes answers wrong.
 
         Args:
             training: whether the model is in training mode. The layer cannot say: while it is frozen, it
@@ -156,12 +157,12 @@ class MoMaLayer(FusionWrapper):
             cached: whether caches are read and written.
         """
         if not training and self.fusion_layer.looks_ahead:
-            raise ValueError(
+            raise ModelError(
                 f"These experts cannot be evaluated: {_LOOKS_AHEAD}. For the training loss call "
                 "model.train()."
             )
         if cached and self.fusion_layer.training:
-            raise ValueError(
+            raise ModelError(
                 "Caches are set up, but in training mode each expert chooses its tokens among those of "
                 "one call, so the answer would be another than without caches. Call model.eval(); "
                 "torchtune.modules.delete_kv_caches(model) removes the caches."
@@ -191,7 +192,7 @@ class MoMaLayer(FusionWrapper):
         if parts:
             y = routing.merge(y, parts)
         for name, stand_in in routing.stand_ins.items():
-            y = experts.take_part(name, stand_in, y)
+            y = experts.keep_in_graph(name, stand_in, y)
         return y
 
 
@@ -209,7 +210,7 @@ def expert_load(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         takes all.
 
     Raises:
-        ValueError: if the model has no such layer.
+        ModelError: if the model has no such layer.
     """
     load = {
         canonical_name(name): {
@@ -221,7 +222,7 @@ def expert_load(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         if isinstance(module, MoMaLayer)
     }
     if not load:
-        raise ValueError(f"{type(unwrap(model)).__name__} has no layer with experts of modalities.")
+        raise ModelError(f"{type(unwrap(model)).__name__} has no layer with experts of modalities.")
     return load
 
 
@@ -237,10 +238,10 @@ def scale_auxiliary_losses(model: nn.Module, scale: float) -> None:
         scale: 0 or more.
 
     Raises:
-        ValueError: if the number is out of range.
+        ModelError: if the number is out of range.
     """
     if not 0 <= scale < float("inf"):
-        raise ValueError(f"The scale of auxiliary losses must be 0 or more, and finite; got {scale}.")
+        raise ModelError(f"The scale of auxiliary losses must be 0 or more, and finite; got {scale}.")
     for module in model.modules():
         if isinstance(module, ModalityExperts):
             module.auxiliary_loss_scale = float(scale)

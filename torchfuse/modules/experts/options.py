@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torchfuse.errors import ConfigError
+
 __all__ = ["ExpertOptions"]
 
 Start = Literal["warm", "zero"]
@@ -30,7 +32,7 @@ class ExpertOptions:
             backward pass: where several make a step, see ``scale_auxiliary_losses``.
 
     Raises:
-        ValueError: naming every number that is out of its range.
+        ConfigError: naming every number that is out of its range.
     """
 
     num_experts: int | Mapping[str, int] = 4
@@ -51,16 +53,18 @@ class ExpertOptions:
             counts |= {f"num_experts of {name!r}": count for name, count in self.num_experts.items()}
         else:
             counts["num_experts"] = self.num_experts
-        faults = [
+        problems = [
             f"{name} must be at least 1, got {count}"
             for name, count in counts.items()
             if count is not None and count < 1
         ]
         if self.capacity is not None and not 0 < self.capacity <= 1:
-            faults.append(f"capacity must lie in (0, 1], got {self.capacity}")
+            problems.append(f"capacity must lie in (0, 1], got {self.capacity}")
         if self.start not in get_args(Start):
-            faults.append(f"start must be {' or '.join(map(repr, get_args(Start)))}, got {self.start!r}")
+            problems.append(
+                f"start must be {' or '.join(map(repr, get_args(Start)))}, got {self.start!r}"
+            )
         if not 0 <= self.auxiliary_loss_weight < float("inf"):
-            faults.append(f"auxiliary_loss_weight must be 0 or more, got {self.auxiliary_loss_weight}")
-        if faults:
-            raise ValueError(f"Experts: {'; '.join(faults)}.")
+            problems.append(f"auxiliary_loss_weight must be 0 or more, got {self.auxiliary_loss_weight}")
+        if problems:
+            raise ConfigError(f"Experts: {'; '.join(problems)}.")

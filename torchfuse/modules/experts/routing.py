@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Routing", "take_part"]
+__all__ = ["Routing", "keep_in_graph"]
 
 
-def take_part(x: Tensor, stand_in: Tensor) -> Tensor:
+def keep_in_graph(x: Tensor, stand_in: Tensor) -> Tensor:
     """``x`` to the bit, as a function of the stand-in too, whose gradient is zero."""
     never = torch.zeros((), dtype=torch.bool, device=x.device)
     return torch.where(never, stand_in.sum().to(x.dtype), x)

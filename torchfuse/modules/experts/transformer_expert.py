@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torchfuse.errors import ModelError
 from torchfuse.naming import canonical_name, unwrap
 
 __all__ = [
@@ -44,7 +45,7 @@ class ExpertAttention(nn.Module):
         k_norm: norm over ``head_dim`` of each key.
 
     Raises:
-        ValueError: if only one of ``q_proj`` and ``output_proj`` is given.
+        ModelError: if only one of ``q_proj`` and ``output_proj`` is given.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ExpertAttention(nn.Module):
     ) -> None:
         super().__init__()
         if (q_proj is None) != (output_proj is None):
-            raise ValueError("q_proj and output_proj are given together or not at all.")
+            raise ModelError("q_proj and output_proj are given together or not at all.")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -86,7 +87,7 @@ class TransformerExpert(nn.Module):
         mlp_scale: scales what the feed-forward adds.
 
     Raises:
-        ValueError: if some parts are those of a whole layer and others are not.
+        ModelError: if some parts are those of a whole layer and others are not.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class TransformerExpert(nn.Module):
     ) -> None:
         super().__init__()
         if len({part is None for part in (attn.q_proj, mlp, mlp_norm)}) > 1:
-            raise ValueError(
+            raise ModelError(
                 "An expert has queries, mlp and mlp_norm, or none of them: keys and values only."
             )
         self.attn = attn

@@ -1,6 +1,6 @@
-"""What is broken in torchtune's fusion modules works in ours: a test for each fault.
+"""What is broken in torchtune's fusion modules works in ours: a test for each problem.
 
-Faults of names (DCP, prefixes, inner ``layer.``, order) are in test_names.py and in
+Problems of names (DCP, prefixes, inner ``layer.``, order) are in test_names.py and in
 modules/test_fusion_layer.py; those of generation in test_torchtune_surface.py; waiting ranks in
 test_participate.py.
 """

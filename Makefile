@@ -8,10 +8,10 @@ TUNE := $(BIN)/tune run torchfuse/recipes
 CONFIGS := recipes/configs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test check format docs clean
+.PHONY: help setup demo compare test test-long check format docs clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(STAMP) ## make the virtual environment, with everything in it
 
@@ -36,8 +36,13 @@ compare: $(STAMP) | $(DEMO)/questions ## finetune five architectures on one budg
 $(DEMO)/questions: | $(STAMP)
 	$(BIN)/python -m torchfuse.recipes.prepare_digits $(DEMO)
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: $(STAMP) ## run the tests, on all cores
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(PYTEST)
+
+test-long: $(STAMP) ## run the tests that are marked long: many random cases, kills, wheels, whole trainings
+	$(PYTEST) -m long
 
 check: $(STAMP) ## lint, formatting, types, layers
 	$(BIN)/ruff check .

@@ -410,7 +410,6 @@ def test_settings_of_the_process_stay():
     assert (inductor.coordinate_descent_tuning, torch.get_float32_matmul_precision()) == before
 
 
-@pytest.mark.slow
 def test_compiles_into_one_graph():
     model = fuse(tiny_decoder(num_layers=1), TinyEncoder(), every=1)
     open_gates(model).eval()

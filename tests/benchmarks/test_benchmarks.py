@@ -27,7 +27,6 @@ def test_fusion_embedding(capsys):
     assert said.count("torchtune  ") == 4
 
 
-@pytest.mark.slow  # a fresh interpreter imports torchtune and transformers
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 def test_load(capsys, tmp_path):
     sizes = ["--width", "64", "--layers", "6", "--vocab", "101", "--shard", "100KB", "--rounds", "1"]

@@ -197,7 +197,6 @@ def _sharded(rank, folder):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_a_sharded_model_comes_from_a_directory_and_goes_into_one(tmp_path):
     llava(tmp_path / "llava")
     run_on_ranks(_sharded, tmp_path)

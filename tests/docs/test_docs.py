@@ -48,10 +48,10 @@ def test_there_is_code_to_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_name_what_exists(page):
-    targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
     text = page.read_text()
     shell = "\n".join(blocks(page, "bash"))
-    made = re.findall(r"^make (\w+)", shell, re.MULTILINE) + re.findall(r"`make (\w+)`", text)
+    made = re.findall(r"^make ([\w-]+)", shell, re.MULTILINE) + re.findall(r"`make ([\w-]+)`", text)
     assert set(made) <= set(targets)
     for path in re.findall(r"recipes/configs/[\w/]+\.yaml", text):
         assert (ROOT / path).is_file(), path

@@ -105,7 +105,6 @@ def test_shapes_may_be_as_many_as_there_are(monkeypatch):
         torch._dynamo.reset()
 
 
-@pytest.mark.slow
 def test_inductor_says_the_same():
     torch._dynamo.reset()
     model, tokens = make("cross_attention"), text(2, 11)

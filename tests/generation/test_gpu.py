@@ -141,7 +141,7 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device"),
     [
-        pytest.param("cross_attention", "cpu", marks=pytest.mark.slow),
+        ("cross_attention", "cpu"),
         *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ARCHS),
     ],
 )
@@ -215,7 +215,7 @@ def answer_watched(model, name, device, compile_it, sampling, generator=None):
 
 # On the CPU placeholders are counted by looking at them, so that a mistake can be named.
 UNSEEN = [
-    pytest.param("cross_attention", "cpu"),
+    ("cross_attention", "cpu"),
     pytest.param("prefix", "cpu"),
     *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ARCHS),
 ]

@@ -460,6 +460,5 @@ def _sharded(rank):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_sharded_models_score_the_same_under_the_same_names():
     run_on_ranks(_sharded)

@@ -281,7 +281,6 @@ def sharded(rank, folder):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_two_ranks_train_and_resume_as_one_process(tmp_path):
     """Also what is chosen after an evaluation, and an encoder of another dtype than the decoder's."""
     run_on_ranks(sharded, tmp_path)

@@ -37,7 +37,6 @@ def start(digits, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
 def test_a_fifth_architecture_is_finetuned_and_answers(start, monkeypatch):
     register(monkeypatch)
     output = start("cross_attention", f"model.arch={ARCH}", "model.every=null", "model.scale=2.0")
@@ -48,7 +47,6 @@ def test_a_fifth_architecture_is_finetuned_and_answers(start, monkeypatch):
     assert transform.image_token == 40
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["mot"])
 def test_an_architecture_on_the_command_line_gets_its_own_configuration(start, arch):
     placement = ["model.placement=prefix"]

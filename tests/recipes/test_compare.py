@@ -38,7 +38,6 @@ def start(digits, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
 def test_two_architectures_are_trained_on_one_budget_and_drawn(start, tmp_path, capfd):
     start(CONFIGS / "joint_decoder.yaml", CONFIGS / "moma.yaml")
     said = capfd.readouterr().out

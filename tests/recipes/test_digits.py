@@ -64,7 +64,6 @@ def run_of(digits):
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_finetune(run_of, arch):
     output, said = run_of(arch)
@@ -86,7 +85,6 @@ def test_finetune(run_of, arch):
     assert not any(name.startswith("encoder") for name in names)
 
 
-@pytest.mark.slow
 def test_text_alone_is_answered_by_the_language_model_after_training_too(digits, run_of, monkeypatch):
     """The logits of torchtune's decoder, its weights converted by torchtune, to the last bit."""
     output, _ = run_of("cross_attention")
@@ -127,7 +125,6 @@ def test_text_alone_is_answered_by_the_language_model_after_training_too(digits,
             assert torch.equal(model.eval()(tokens), alone.eval()(tokens)), question.question
 
 
-@pytest.mark.slow
 def test_generate(digits, run_of):
     output, _ = run_of("cross_attention")
     done = tune(
@@ -143,7 +140,6 @@ def test_generate(digits, run_of):
     assert re.search(r"\d+ tokens for 4 prompts in", done.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["fusion", "everything"])
 def test_evaluate(digits, run_of, tmp_path, monkeypatch, trained):
     if trained == "fusion":
@@ -173,7 +169,6 @@ def test_evaluate(digits, run_of, tmp_path, monkeypatch, trained):
         assert re.search(rf"{kind} +{share:.1%}  of \d+", done.stdout), done.stdout
 
 
-@pytest.mark.slow
 def test_compare(digits, tmp_path):
     archs = ["mot", "deepstack"]
     done = tune(
@@ -192,7 +187,6 @@ def test_compare(digits, tmp_path):
     assert {path.name for path in (tmp_path / "compare").iterdir()} == {*archs}
 
 
-@pytest.mark.slow
 def test_draw(digits, run_of, tmp_path):
     command = [sys.executable, "-m", "torchfuse.recipes.draw_digits"]
     runs = {arch: run_of(arch)[0] for arch in ("cross_attention", "joint_decoder")}
@@ -214,7 +208,6 @@ def test_draw(digits, run_of, tmp_path):
     assert "holds no finished run" in empty.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("arch", ["cross_attention"])
 def test_defect_5_finetune_on_two_ranks_learns_what_one_learns(digits, tmp_path, arch):
@@ -251,7 +244,6 @@ def test_defect_5_finetune_on_two_ranks_learns_what_one_learns(digits, tmp_path,
     assert apart < 1e-4 * sum(v.numel() for v in tensors[0].values())
 
 
-@pytest.mark.slow
 def test_torchtunes_own_recipe_trains_and_continues(digits, tmp_path):
     """``tune run full_finetune_single_device``, unmodified, for two steps an epoch."""
     config = CONFIGS / "digits" / "torchtune_full_finetune.yaml"

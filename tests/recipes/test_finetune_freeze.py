@@ -50,7 +50,6 @@ def start(digits, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
 def test_stages_are_followed_recorded_and_all_that_they_trained_is_saved(start):
     config, output = start(STAGES)
     written = yaml.safe_load((output / "config.yaml").read_text())

@@ -38,7 +38,6 @@ def start(digits, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
 def test_what_training_took_and_that_asking_changes_nothing(start, digits, tmp_path, capsys):
     """Of an architecture whose training draws random numbers."""
     experts = {"num_experts": 3, "capacity": 1.0}
@@ -73,7 +72,6 @@ def test_what_training_took_and_that_asking_changes_nothing(start, digits, tmp_p
     assert "decoder.layers.3: its experts of encoder took 100%, 100%, 100% of the tokens" in said
 
 
-@pytest.mark.slow
 def test_an_architecture_without_experts_has_no_load(start, capsys):
     _, metrics = start("plain", arch="deepstack", data={"train": "demo/questions/train.jsonl"})
     assert "expert_load" not in metrics

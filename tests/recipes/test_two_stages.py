@@ -113,7 +113,6 @@ def is_the_same_run(one, other):
 
 # PyTorch looks at it itself where a graph begins at a layer.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
 def test_the_encoder_keeps_to_its_stage_and_a_break_leaves_no_trace(runs, monkeypatch, compiled):
     torch.compiler.reset()
@@ -128,7 +127,6 @@ def test_the_encoder_keeps_to_its_stage_and_a_break_leaves_no_trace(runs, monkey
         is_the_same_run(whole, runs.here(name, monkeypatch, compile=compiled, resume=True))
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_keep_to_the_stage_and_break_off_and_go_on(runs, monkeypatch):
     whole = runs.on_two_ranks("whole")
@@ -148,7 +146,6 @@ def test_two_ranks_keep_to_the_stage_and_break_off_and_go_on(runs, monkeypatch):
             assert loss == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_break_leaves_no_trace_where_random_numbers_are_drawn_and_batches_added_up(runs, monkeypatch):
     """Experts of MoMa are chosen with noise; the decoder trains too."""
     moma = yaml.safe_load((CONFIG.parent / "moma.yaml").read_text())

@@ -158,7 +158,6 @@ def _sharded(rank, file):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_sharded_models_have_the_fingerprint_of_whole_ones(tmp_path):
     file = tmp_path / "base.json"
     model = make()

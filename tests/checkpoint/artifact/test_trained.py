@@ -180,7 +180,6 @@ def _sharded(rank, folder):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_sharded(tmp_path):
     run_on_ranks(_sharded, tmp_path)
     load_trained(make(), tmp_path)

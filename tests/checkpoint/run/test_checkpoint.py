@@ -101,7 +101,6 @@ def _two_ranks(rank, folder):
     "two ranks, one and two again: parameters and optimizer state to the bit",
 )
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_ranks_save_and_load_what_any_other_number_saved(tmp_path):
     model, optimizer = trained(3)
     save_checkpoint(tmp_path / "one", model, optimizer, step=2)
@@ -295,7 +294,6 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, asynchronous):
 # --- the folder ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_kill_minus_nine_at_any_moment(tmp_path):
     worker = Path(__file__).with_name("dcp_worker.py")

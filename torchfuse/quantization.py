@@ -14,12 +14,11 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchfuse.errors import ModelError
 from torchfuse.modules.fusion_linear import FusionLinear
 from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params import partition, parts_of, quantized_dtype, storage_nbytes
+from torchfuse.params import is_sharded, partition, parts_of, quantized_dtype, storage_nbytes
 
 __all__ = ["Quantization", "quantize"]
 
@@ -227,7 +226,7 @@ def _reason_to_keep(modules: Iterable[nn.Module], tied: set[int]) -> str | None:
 def _problem(weight: nn.Parameter) -> str | None:
     if quantized_dtype(weight) is not None:
         return "quantized already"
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
         return "sharded (quantize first)"
     if weight.is_meta:
         return "on the meta device (load its values first)"

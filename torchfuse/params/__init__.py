@@ -10,7 +10,7 @@ from torchfuse.params.stages import (
     effective_freeze,
     read_freeze_meta,
 )
-from torchfuse.params.storage import quantized_dtype, storage_nbytes
+from torchfuse.params.storage import is_sharded, quantized_dtype, storage_nbytes
 from torchfuse.params.table import Description, PartSummary, describe
 from torchfuse.params.tagging import fusion_buffers, get_fusion_params, register_fusion_module
 from torchfuse.params.trainable import set_trainable
@@ -28,6 +28,7 @@ __all__ = [
     "freeze_params",
     "fusion_buffers",
     "get_fusion_params",
+    "is_sharded",
     "storage_nbytes",
     "param_groups",
     "partition",

@@ -1,12 +1,26 @@
-"""What tensors hold their values in, quantized ones too."""
+"""How tensors hold their values: quantized, sharded, and in how many bytes."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
-__all__ = ["dtype_name", "storage_nbytes", "quantized_dtype"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["dtype_name", "is_sharded", "quantized_dtype", "storage_nbytes"]
+
+
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a ``DTensor``, without importing that class, which takes over a second.
+
+    Args:
+        tensor: any object; only a process that has imported ``torch.distributed.tensor`` can hold one.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def quantized_dtype(tensor: Any) -> str | None:

@@ -16,11 +16,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchfuse.naming import canonical_name, named_parameters, unwrap
-from torchfuse.params import fusion_buffers, get_fusion_params
+from torchfuse.params import fusion_buffers, get_fusion_params, is_sharded
 
 __all__ = [
     "TensorFingerprint",
@@ -92,7 +90,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorFingerprint]:
         False
     """
     samples = {name: _samples(tensor) for name, tensor in tensors.items() if _is_readable(tensor)}
-    sharded = [sample for name, sample in samples.items() if isinstance(tensors[name], DTensor)]
+    sharded = [sample for name, sample in samples.items() if is_sharded(tensors[name])]
     values = dict(zip(samples, _on_every_rank(list(samples.values()), sharded), strict=True))
     return {
         name: TensorFingerprint(
@@ -157,7 +155,9 @@ def _are_comparable(one: TensorFingerprint, other: TensorFingerprint) -> bool:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
+        from torch.distributed.tensor import Replicate, Shard
+
         local = tensor.to_local()
         # Other placements do not leave every rank a box of the tensor.
         if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
@@ -191,12 +191,14 @@ def _samples(tensor: Tensor) -> Tensor:
 
 def _box(tensor: Tensor) -> tuple[Tensor, Iterable[int]]:
     """What this rank holds of a tensor, and where in it that begins."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         local = tensor if tensor.dim() else tensor[None]
         return local, [0] * local.dim()
     local = tensor.to_local()
     if not local.dim():
         return local[None], [0]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )

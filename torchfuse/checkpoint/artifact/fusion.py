@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchfuse.checkpoint.artifact.description import describe_fusion, description_problems
 from torchfuse.checkpoint.artifact.fingerprint import (
@@ -34,7 +33,7 @@ from torchfuse.checkpoint.formats.loading import copy_into
 from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_whole
 from torchfuse.io.ranks import is_rank_zero
-from torchfuse.params import FreezeSpec, FreezeStage, fusion_buffers, get_fusion_params
+from torchfuse.params import FreezeSpec, FreezeStage, fusion_buffers, get_fusion_params, is_sharded
 
 __all__ = [
     "ARTIFACT_FILE",
@@ -271,7 +270,7 @@ def read_artifact(
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as every rank may have it: gathered if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def _write_text(file: Path, text: str) -> None:

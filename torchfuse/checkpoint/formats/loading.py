@@ -14,12 +14,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from torchfuse.checkpoint.formats.key_table import KeyTable, Layout
 from torchfuse.io.directory import Checkpoint
-from torchfuse.params import quantized_dtype
+from torchfuse.params import is_sharded, quantized_dtype
 
 __all__ = ["Source", "copy_into", "fill", "find_sources", "tensors_of"]
 
@@ -152,7 +151,7 @@ def fill(sources: list[Source], modules: list[nn.Module], device: torch.device) 
     each = list({id(source.target): source for source in sources}.values())
     each.sort(key=lambda source: source.target.nbytes, reverse=True)
     total = sum(source.target.nbytes for source in each)
-    sharded = any(isinstance(source.target, DTensor) for source in each)
+    sharded = any(is_sharded(source.target) for source in each)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=None) as bar,
         ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool,
@@ -173,8 +172,10 @@ def _read_into_target(source: Source) -> int:
 @torch.no_grad()
 def copy_into(target: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor, of which a sharded one keeps its own part."""
-    if isinstance(target, DTensor) and not isinstance(values, DTensor):
+    if is_sharded(target) and not is_sharded(values):
         # Every rank has read them, so nothing need be sent.
+        from torch.distributed.tensor import distribute_tensor  # imported already: the target is one
+
         values = distribute_tensor(
             values.reshape(target.shape).to(target.device, target.dtype),
             target.device_mesh,

@@ -15,10 +15,9 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def pytest_configure(config):
-    # Workers share the cores; more threads than that only wait for each other.
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        torch.set_num_threads(1)
+# Tests run one to a core, on models so small that threads would spend their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,21 +1,15 @@
 import json
-import sys
 
 import pytest
-import torch
+from programs import digits_config, run_program, tune
 from torchfuse.recipes import prepare_digits
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """What prepare_digits makes, with hardly any training, and question files cut short."""
+    """What prepare_digits writes, with two steps of pretraining, and question files cut short."""
     folder = tmp_path_factory.mktemp("digits") / "demo"
-    argv, sys.argv = sys.argv, ["prepare_digits", str(folder), "--llama-steps", "2", "--clip-steps", "2"]
-    try:
-        with torch.random.fork_rng():
-            prepare_digits.main()
-    finally:
-        sys.argv = argv
+    run_program(prepare_digits, folder.parent, folder, "--llama-steps", 2, "--clip-steps", 2)
     for split, count in (("train", 64), ("test", 48)):
         file = folder / "questions" / f"{split}.jsonl"
         lines = file.read_text().splitlines(keepends=True)
@@ -27,3 +21,20 @@ def digits(tmp_path_factory):
         (folder / "questions" / f"{split}_all.jsonl").write_text("".join(lines))
         file.write_text("".join(lines[:count]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_of(digits):
+    """For an architecture, the folder of a run of two steps, and what the run printed."""
+    runs = {}
+
+    def run(arch):
+        if arch not in runs:
+            output = digits / f"run_{arch}"
+            changes = [f"output_dir={output}", "train.max_steps=2", "train.batch_size=16"]
+            config = digits_config(arch, *changes)
+            printed = tune(digits.parent, "torchfuse/recipes/finetune.py", *config)
+            runs[arch] = (output, printed)
+        return runs[arch]
+
+    return run

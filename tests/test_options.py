@@ -146,7 +146,7 @@ NO_INTEGERS = ["4", True, 1.5, [4]]
 NO_FLAGS = ["false", 0, None]
 # Every option of every strategy: what it must be, and what it must not be.
 OPTIONS = {
-    "placement": ("'placeholder' or 'prefix'", ["behind", 3, True, ["prefix"]]),
+    "placement": ("'placeholder' or 'prefix' or null", ["behind", 3, True, ["prefix"]]),
     "encoder_token": ("an integer, a mapping (each an integer) or null", ["41", True, {"eye": "41"}]),
     "layers": ("a list (each an integer) or null", ["01", "", 3, [True], ["0"], {"a": 1}]),
     "num_heads": (f"{INTEGER} or null", NO_INTEGERS),

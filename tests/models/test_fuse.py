@@ -189,12 +189,7 @@ def structure(decoder):
         ({"fusion_head": True, "encoder_trainable": {"eye": True}}, "No encoder named eye"),
         ({"encoder_trainable": {"eye": True}}, "No encoder named eye; there are encoder"),
         ({"on_missing": "wait"}, 'on_missing must be "skip" or "participate"'),
-        ({"arch": "joint_decoder"}, "needs encoder_token"),
-        (
-            {"arch": "joint_decoder", "placement": "prefix", "encoder_token": 3},
-            '"prefix" has no use for one',
-        ),
-        ({"arch": "joint_decoder", "placement": "behind"}, "placement must be"),
+        ({"arch": "joint_decoder", "placement": "placeholder", "every": None}, "needs encoder_token"),
         (
             {"arch": "joint_decoder", "encoder_token": {"eye": 3}},
             "names of the encoders, encoder; got eye",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
 from torchfuse.models.encoding import EncoderOwner, encoder_names
+from torchfuse.models.minimal_decoder import accept_embeddings, is_minimal
 from torchfuse.models.strategy import ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
 from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
@@ -52,8 +53,10 @@ class FusedModel(DecoderSurface, EncoderOwner):
     """
 
     own_attributes: ClassVar[frozenset[str]] = frozenset(
-        "strategy encoder encoders adapter adapters on_missing example_input encoder_tokens".split()
+        "strategy encoder encoders adapter adapters on_missing example_input "
+        "encoder_tokens strict".split()
     )
+    strict: bool = True
 
     def __init__(
         self,
@@ -91,6 +94,8 @@ class FusedModel(DecoderSurface, EncoderOwner):
             for module in unmarked:
                 del module.fusion_params
             raise
+        if is_minimal(decoder):
+            accept_embeddings(decoder)
 
     @property
     def _caches_features(self) -> bool:  # type: ignore[override]
@@ -182,10 +187,13 @@ class FusedModel(DecoderSurface, EncoderOwner):
         }
         if context.embeds is None:
             return self.decoder(context.tokens, **kwargs)
+        scored = context.output_slice or slice(None)
+        if is_minimal(self.decoder):
+            output = self.decoder(context.embeds, mask=context.mask, input_pos=context.input_pos)
+            return output[:, scored]
         self._check_embeds(context.embeds)
         if context.routing is not None:
             kwargs["routing"] = context.routing
-        scored = context.output_slice or slice(None)
         hidden, h = [], context.embeds
         for index, layer in enumerate(self.layers):
             if index in self.output_hidden_states:

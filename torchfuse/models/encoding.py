@@ -233,18 +233,22 @@ class EncoderOwner(nn.Module):
 
     def _checked(self, name: str, features: Any) -> Tensor:
         """Features as they may reach the decoder: ``[b, n, d]`` in its dtype."""
-        embedding: nn.Module = self.tok_embeddings  # type: ignore[assignment]  # the decoder's
-        table = next(embedding.parameters())
-        width = table.shape[-1]
-        fits = isinstance(features, Tensor) and features.dim() in (2, 3) and features.shape[-1] == width
-        if not fits:
+        table = self._table()
+        width = "d" if table is None else table.shape[-1]
+        fits = isinstance(features, Tensor) and features.dim() in (2, 3)
+        if not fits or (table is not None and features.shape[-1] != width):
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ModelError(
                 f"The features of {name!r} must have shape [b, n, {width}] when they reach the "
                 f"decoder, got {got}. Is an adapter missing?"
             )
-        dtype = table.dtype if table.is_floating_point() else features.dtype
-        return (features if features.dim() == 3 else features[None]).to(dtype)
+        features = features if features.dim() == 3 else features[None]
+        return features.to(table.dtype) if table is not None and table.is_floating_point() else features
+
+    def _table(self) -> Tensor | None:
+        """The weight of the decoder's embeddings; None for a decoder that does not show any."""
+        embedding = getattr(self, "tok_embeddings", None)
+        return next(embedding.parameters(), None) if isinstance(embedding, nn.Module) else None
 
     def _example_input(self, name: str) -> EncoderInput:
         encoder = self.get_encoder(name)
@@ -259,8 +263,9 @@ class EncoderOwner(nn.Module):
                     "example_input()."
                 )
             example = ask()
-        table: Any = self.tok_embeddings  # the decoder's, for encoders without parameters
-        device = next(p.device for p in (*encoder.parameters(), *table.parameters()))
+        table = self._table()  # for encoders without parameters
+        on_device = [*encoder.parameters(), *([] if table is None else [table])]
+        device = on_device[0].device if on_device else None
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
 
 

@@ -100,9 +100,10 @@ class DecoderSurface(nn.Module):
         from torchfuse.models.cached_attention import use_cached_attention  # imports torchtune
 
         use_cached_attention(self.decoder)
-        if self._caches_features:
-            # torchtune's decoder sees to this only for its own cross-attention layers.
-            self.decoder.encoder_max_cache_seq_len = encoder_max_seq_len or self.max_seq_len
+        slots = encoder_max_seq_len or getattr(self.decoder, "max_seq_len", None)
+        if self._caches_features and slots is not None:
+            # torchtune's decoder sets it for torchtune's own cross-attention layers alone.
+            self.decoder.encoder_max_cache_seq_len = slots
         with next(self.decoder.parameters()).device:
             self.decoder.setup_caches(
                 batch_size,
@@ -113,12 +114,16 @@ class DecoderSurface(nn.Module):
         self.cache_state = None
 
     def caches_are_setup(self) -> bool:
-        """Whether caches exist."""
-        return bool(self.decoder.caches_are_setup())
+        """Whether caches exist; never for a decoder without such a method."""
+        return self._ask_decoder("caches_are_setup")
 
     def caches_are_enabled(self) -> bool:
-        """Whether caches are read and written."""
-        return bool(self.decoder.caches_are_enabled())
+        """Whether caches are read and written; never for a decoder without such a method."""
+        return self._ask_decoder("caches_are_enabled")
+
+    def _ask_decoder(self, method: str) -> bool:
+        ask = getattr(self.decoder, method, None)
+        return ask is not None and bool(ask())
 
     def reset_caches(self) -> None:
         """Empty the caches without giving their memory back."""

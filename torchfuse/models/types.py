@@ -83,6 +83,7 @@ class StrategyModel(Protocol):
         decoder: the decoder, with what the strategy put in place.
         tok_embeddings: the decoder's table.
         training: whether the model is in training mode.
+        strict: whether features that no token of the text takes are an error.
         max_seq_len: the longest sequence that the decoder takes.
         encoder_max_cache_seq_len: slots of the caches of features, where there are any.
         cache_state: what the strategy keeps between calls with caches; None before the first.
@@ -91,6 +92,7 @@ class StrategyModel(Protocol):
     decoder: nn.Module
     tok_embeddings: nn.Embedding
     training: bool
+    strict: bool
     max_seq_len: int
     encoder_max_cache_seq_len: int | None
     cache_state: Any

@@ -311,7 +311,6 @@ def test_which_layers_are_fused():
         ({"num_experts": 0, "capacity": 2.0}, "num_experts must be at least 1, got 0; capacity must"),
         ({"num_experts": {"eye": 3}}, "num_experts must have the names of the modalities, encoder"),
         ({"start": "cold"}, "start must be 'warm' or 'zero', got 'cold'"),
-        ({"placement": "placeholder"}, "needs encoder_token"),
         ({"experts": 3}, "architecture 'moma': unknown option 'experts'; it takes"),
     ],
     ids=str,

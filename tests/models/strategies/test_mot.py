@@ -270,8 +270,6 @@ def test_which_layers_are_fused_and_where_keys_and_values_are_enough():
         ({"layers": []}, "must name layers of this decoder, 0 to 2"),
         ({"layers": [0, 3]}, "0 to 2, each once; got"),
         ({"start": "cold"}, "start must be 'warm' or 'zero', got 'cold'"),
-        ({"placement": "placeholder"}, "needs encoder_token"),
-        ({"encoder_token": 3}, '"prefix" has no use for one'),
         ({"placement": "placeholder", "encoder_token": {"eye": 3}}, "encoders, encoder; got eye"),
         (
             {"encoder_trainable": {"eye": True}, "placement": "placeholder", "encoder_token": 41},

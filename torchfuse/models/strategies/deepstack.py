@@ -27,8 +27,8 @@ class DeepStackStrategy(LayerStrategy):
     See ``torchfuse.modules.deepstack``. Before its first step the model is that of ``joint_decoder``.
 
     Args:
-        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
-            encoder's token.
+        placement: ``"prefix"``: features in front of the text; ``"placeholder"``: in place of the
+            encoder's token. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``.
         encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders.
         layers: behind which decoder layers features are added, counted from 0. None: every k-th, if
             ``fuse`` is told so; else the first three, or all but the last where there are fewer.

@@ -7,16 +7,16 @@ With a CLIP tower and a two-layer projector in place of a special token this is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.sequence import Placement, SequenceStrategy
 from torchfuse.models.strategy import register_modality_strategy
-from torchfuse.models.types import EncoderInput, OnMissing
+from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
 
 __all__ = ["EarlyFusionModel", "JointDecoderStrategy"]
 
@@ -41,7 +41,13 @@ class JointDecoderStrategy(SequenceStrategy):
     ) -> EarlyFusionModel:
         flags["encoders_trainable"] = flags.pop("encoder_trainable", False)
         return EarlyFusionModel(
-            decoder, encoder, self.encoder_token, adapter=adapter, placement=self.placement, **flags
+            decoder,
+            encoder,
+            self.encoder_token,
+            adapter=adapter,
+            placement=self.placement,
+            strict=True,
+            **flags,
         )
 
 
@@ -64,6 +70,9 @@ class EarlyFusionModel(FusedModel):
         placement: ``"placeholder"`` or ``"prefix"``, see ``JointDecoderStrategy``.
         on_missing: see ``FusedModel``.
         example_input: see ``FusedModel``.
+        strict: whether features that no token takes, and an ``encoder_mask`` over another number of
+            features than there are, are errors, as in models that ``fuse`` builds. torchtune ignores
+            both.
 
     Raises:
         ModelError: if the names of encoders, tokens and flags do not agree.
@@ -79,9 +88,10 @@ class EarlyFusionModel(FusedModel):
         fusion_trainable: bool = True,
         *,
         adapter: nn.Module | Mapping[str, nn.Module] | None = None,
-        placement: Placement = "placeholder",
+        placement: Placement | None = None,
         on_missing: OnMissing = "skip",
         example_input: EncoderInput | None = None,
+        strict: bool = False,
     ) -> None:
         if isinstance(encoders_trainable, Mapping):
             names = list(encoders) if isinstance(encoders, Mapping) else ["encoder"]
@@ -102,6 +112,30 @@ class EarlyFusionModel(FusedModel):
             example_input=example_input,
         )
         self.encoder_tokens = encoder_tokens
+        self.strict = strict
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "decoder" and name in self._modules:
+            # As with torchtune, a decoder without embeddings gets those of the one before it.
+            embeddings = self.tok_embeddings
+            self._modules.pop("tok_embeddings", None)
+            if not hasattr(value, "tok_embeddings"):
+                self._modules["tok_embeddings"] = embeddings
+        super().__setattr__(name, value)
+
+    def _decode(self, context: ModalityContext) -> Any:
+        if context.embeds is None and "tok_embeddings" in self._modules:
+            context = replace(context, embeds=self.tok_embeddings(context.tokens))
+        return super()._decode(context)
+
+    def _split_mask(
+        self, tokens: Tensor, encoder_mask: EncoderMask | None, embeds: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        num_features = sum(e.shape[1] for e in embeds.values())
+        ignored = isinstance(encoder_mask, Tensor) and encoder_mask.shape[-1] != num_features
+        if ignored and not self.strict:
+            return {}
+        return super()._split_mask(tokens, encoder_mask, embeds)
 
     @property
     def encoders_trainable(self) -> dict[str, bool]:

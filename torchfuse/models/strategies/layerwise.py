@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchfuse.errors import ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.fused_layers import layers_to_fuse
-from torchfuse.models.strategies.sequence import Placement, SequenceStrategy
+from torchfuse.models.strategies.sequence import SequenceStrategy
 from torchfuse.models.types import ModalityContext
 from torchfuse.modules.experts.mixture_of_transformers import MoTNorm
 from torchfuse.naming import unwrap
@@ -63,8 +63,7 @@ class LayerStrategy(SequenceStrategy):
     """Features stand in the sequence, and fused layers are told where.
 
     Args:
-        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
-            encoder's token.
+        placement: see ``SequenceStrategy``.
         encoder_token: see ``SequenceStrategy``.
         layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told.
     """
@@ -76,7 +75,6 @@ class LayerStrategy(SequenceStrategy):
     layer_type: ClassVar[type[nn.Module]]
     """The class of fused layers."""
 
-    placement: Placement = "prefix"
     layers: Sequence[int] | None = None
 
     def modalities_of(self, layer: Any) -> list[str]:

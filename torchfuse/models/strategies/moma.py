@@ -33,8 +33,8 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
     that layer stays as it is.
 
     Args:
-        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
-            encoder's token.
+        placement: ``"prefix"``: features in front of the text; ``"placeholder"``: in place of the
+            encoder's token. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``.
         encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders.
         layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
             which is all of them unless it is.

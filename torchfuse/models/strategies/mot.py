@@ -32,8 +32,8 @@ class MoTStrategy(LayerStrategy):
     feature is scored by its hidden state.
 
     Args:
-        placement: ``"prefix"``: features stand in front of the text; ``"placeholder"``: in place of the
-            encoder's token.
+        placement: ``"prefix"``: features in front of the text; ``"placeholder"``: in place of the
+            encoder's token. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``.
         encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders. It may
             lie outside the vocabulary, and is never generated. For ``"placeholder"`` only.
         layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,

@@ -55,7 +55,9 @@ def pick_features(given: EncoderFeatures, place: Tensor) -> Tensor:
     return embeds.gather(1, rank.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
 
 
-def check_counts(name: str, token: int, place: Tensor, given: EncoderFeatures | None) -> None:
+def check_counts(
+    name: str, token: int, place: Tensor, given: EncoderFeatures | None, *, strict: bool = True
+) -> None:
     """Compare special tokens with features, row by row, before anything is written.
 
     On the CPU a difference is an error. On an accelerator looking at the counts would wait for the
@@ -67,18 +69,20 @@ def check_counts(name: str, token: int, place: Tensor, given: EncoderFeatures | 
         token: id of its special token.
         place: bool ``[b, s]``, True where that token stands.
         given: the features for it, if there are any.
+        strict: whether more features than tokens are an error. False: the ones left over are padding.
 
     Raises:
         ModelError: naming encoder, rows, tokens and features.
     """
     tokens, features, who = _counts(place, given)
+    fits = tokens == features if strict else tokens <= features
     if place.device.type == "meta":
         return
     if place.device.type != "cpu" or torch.compiler.is_compiling() or type(place) is not Tensor:
         what = f"tokens {token} and features of encoder {name!r} differ in number"
-        torch._assert_async((tokens == features).all(), what)
+        torch._assert_async(fits.all(), what)
         return
-    wrong = (tokens != features).nonzero().flatten().tolist()
+    wrong = (~fits).nonzero().flatten().tolist()
     if not wrong:
         return
     rows = "; ".join(

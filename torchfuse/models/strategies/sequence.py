@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from torchfuse.models.strategies.placement import (
 from torchfuse.models.strategy import ModalityStrategy, check_rows
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Placement", "SequenceStrategy"]
 
@@ -52,7 +49,9 @@ class SequenceStrategy(ModalityStrategy):
     """Features stand in the decoder's sequence.
 
     Args:
-        placement: ``"placeholder"``: in place of the encoder's token; ``"prefix"``: in front.
+        placement: ``"placeholder"``: in place of the encoder's token; ``"prefix"``: in front of the
+            text. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``; the
+            strategy has the one that was chosen.
         encoder_token: the id whose embeddings are replaced, ``{name: id}`` for named encoders. It may
             lie outside the vocabulary, and is never generated. For ``"placeholder"`` only.
 
@@ -72,10 +71,13 @@ class SequenceStrategy(ModalityStrategy):
     counts_by_modality: ClassVar[bool] = False
     """Whether text has the positions that it would have alone, and each encoder's features theirs."""
 
-    placement: Placement = "placeholder"
+    placement: Placement | None = None
     encoder_token: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.placement is None:
+            chosen = "prefix" if self.encoder_token is None else "placeholder"
+            object.__setattr__(self, "placement", chosen)
         if self.placement not in ("placeholder", "prefix"):
             raise ModelError(f'placement must be "placeholder" or "prefix", got {self.placement!r}.')
         if (self.placement == "placeholder") != (self.encoder_token is not None):
@@ -187,7 +189,7 @@ class SequenceStrategy(ModalityStrategy):
                     f"{tokens.shape[0]}, so an encoder_mask cannot say which belong to a row. Give "
                     "features row by row, or no mask."
                 )
-            check_counts(name, self._token(name), place, given)
+            check_counts(name, self._token(name), place, given, strict=model.strict)
         present = {name: given for name, given in features.items() if given.present}
         places = {name: places[name] for name in present}
         if self.counts_by_modality:

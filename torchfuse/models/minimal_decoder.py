@@ -1,0 +1,43 @@
+"""Decoders that have no more than torchtune's fusion classes call: ``tok_embeddings`` and ``forward``.
+
+A ``TransformerDecoder`` shows its layers and its head, so a fused model runs them on embeddings of its
+own. Any other decoder is called as a whole, and must take embeddings where it takes ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from torchfuse.naming import TransparentWrapper
+
+__all__ = ["accept_embeddings", "is_minimal"]
+
+
+class _IdsOrEmbeddings(TransparentWrapper):
+    """An embedding that returns embeddings as they are; names are the embedding's."""
+
+    is_face: ClassVar[bool] = True
+
+    embedding: nn.Module
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.wrap(embedding, child="embedding")
+
+    def forward(self, x: Tensor) -> Any:
+        """Embed ids ``[...]``, or return embeddings ``[..., d]``."""
+        return x if x.is_floating_point() else self.wrapped(x)
+
+
+def is_minimal(decoder: nn.Module) -> bool:
+    """Whether a decoder can only be called as a whole."""
+    return not (hasattr(decoder, "layers") and hasattr(decoder, "unembed"))
+
+
+def accept_embeddings(decoder: nn.Module) -> None:
+    """Let a minimal decoder take embeddings ``[b, s, d]`` in place of ids ``[b, s]``."""
+    embedding = getattr(decoder, "tok_embeddings", None)
+    if isinstance(embedding, nn.Module) and not isinstance(embedding, _IdsOrEmbeddings):
+        decoder.tok_embeddings = _IdsOrEmbeddings(embedding)

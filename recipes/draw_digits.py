@@ -128,7 +128,12 @@ def _in_turn(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any
 
 
 def _is_correct(record: dict[str, Any]) -> bool:
-    return record["said"].split() == record["answer"].split()
+    return _text(record).split() == record["answer"].split()
+
+
+def _text(record: dict[str, Any]) -> str:
+    """Return what the model answered; runs of earlier versions call it "said"."""
+    return record["text"] if "text" in record else record["said"]
 
 
 def _draw_answer(axes: Axes, record: dict[str, Any], run: Path) -> None:
@@ -141,9 +146,9 @@ def _draw_answer(axes: Axes, record: dict[str, Any], run: Path) -> None:
     axes.imshow(255 - row, cmap="gray", vmin=0, vmax=255, interpolation="lanczos")
     question = record["question"].replace("<image>", "").strip().replace(" ?", "?")
     axes.set_title(question, fontsize=10, color=INK, pad=6)
-    said = record["said"] or "(nothing)"
+    text = _text(record) or "(nothing)"
     color = RIGHT if _is_correct(record) else WRONG
-    _write_below(axes, said, 6, fontsize=14, fontweight="bold", color=color)
+    _write_below(axes, text, 6, fontsize=14, fontweight="bold", color=color)
     _write_below(axes, f"truth: {record['answer']}", 25, fontsize=9, color=FAINT)
 
 

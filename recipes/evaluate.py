@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from torchfuse.data.questions import check_questions, read_questions
-from torchfuse.tasks.evaluation import accuracy, answer_questions
+from torchfuse.tasks.evaluation import accuracy
+from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import load_run
 from torchfuse.training.config import recipe
 
@@ -35,18 +37,14 @@ def main(config: Config) -> None:
     questions = read_questions(config.questions)
     model, transform = load_run(config.run, device=config.device, dtype=config.dtype)
     longest = check_questions(transform, questions, config.questions)
-    answered = answer_questions(
-        model,
-        transform,
-        questions,
-        batch_size=config.batch_size,
-        max_new_tokens=longest,
-    )
-    shares = accuracy(answered)
+    settings = PromptSettings(transform, max_new_tokens=longest)
+    settings.check(model)
+    predictions = predict(model, settings, questions, batch_size=config.batch_size)
+    shares = accuracy(predictions)
     width = max(map(len, shares))
     for kind, share in shares.items():
-        asked = len(answered) if kind == "all" else sum(a.question.kind == kind for a in answered)
-        print(f"{kind:<{width}}  {share:>6.1%}  of {asked}")
+        number = sum(kind in ("all", p.question.kind) for p in predictions)
+        print(f"{kind:<{width}}  {share:>6.1%}  of {number}")
 
 
 if __name__ == "__main__":

@@ -47,16 +47,17 @@ from torchfuse.io.atomic import write_whole
 from torchfuse.modules.experts.modality_experts import scale_auxiliary_losses
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.tasks.evaluation import (
-    Prediction,
     accuracy,
     accuracy_by_kind,
     accuracy_table,
-    answer_questions,
-    answer_record,
-    costs_in_words,
     evaluate,
+    format_costs,
+    prediction_record,
     training_costs,
 )
+from torchfuse.tasks.image_inputs import fit_to_encoder
+from torchfuse.tasks.predict import Prediction, predict
+from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images
 from torchfuse.training.config import build, recipe
 from torchfuse.training.device import device_and_dtype
@@ -84,18 +85,18 @@ def main(config: Config) -> None:
     questions = QuestionDataset(transform, config.data.train, config.data.limit)
     test = config.data.test
     held_out = read_questions(test) if test else []
-    longest = check_questions(transform, held_out, test) if test else 0
+    longest = check_questions(transform, held_out, test) if test else 1
+    settings = PromptSettings(transform, max_new_tokens=longest)
     now_and_then = _to_ask_in_training(held_out, config)
     model = _build_model(config, shard_it=distributed_run)
-    _check_image_token(model, transform.image_token)
+    settings.check(model)
     check_images(model, transform.image_transform, config.pretrained.encoder)
     run = _Training(model, stages, questions, config)
     say(f"\n{describe(model)}\n")
 
     def ask(asked: list[Question]) -> list[Prediction]:
         # Sharded ranks all ask everything: they must run the same steps.
-        options = {"batch_size": config.eval_batch_size, "max_new_tokens": longest}
-        return answer_questions(model, transform, asked, **options)
+        return predict(model, settings, asked, batch_size=config.eval_batch_size)
 
     text = [question for question in held_out if not question.images]
     if run.resume():
@@ -108,26 +109,17 @@ def main(config: Config) -> None:
     write(output / "losses.json", json.dumps(record.losses) + "\n")
     say(f"saved {output / 'fusion'}")
 
-    answered, shares = evaluate(ask, held_out, config.seed)
-    if answered:
-        write(output / "answers.jsonl", "".join(answer_record(a, output) + "\n" for a in answered))
+    predictions, shares = evaluate(ask, held_out, config.seed)
+    if predictions:
+        lines = [prediction_record(prediction, output) + "\n" for prediction in predictions]
+        write(output / "answers.jsonl", "".join(lines))
     shares = ({"before": record.before} if record.before else {}) | shares
     costs = training_costs(model, record)
-    say(f"\n{accuracy_table(shares)}\n\n{costs_in_words(costs)}\n")
+    say(f"\n{accuracy_table(shares)}\n\n{format_costs(costs)}\n")
     metrics = {**shares, **costs, "seconds": round(time.perf_counter() - started, 1)}
     write(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if distributed_run:
         distributed.destroy_process_group()
-
-
-def _check_image_token(model: nn.Module, token: int | None) -> None:
-    """Raise a ``ConfigError`` if the image token has no row in the embedding and is not replaced."""
-    rows = model.tok_embeddings.num_embeddings
-    if token is not None and token >= rows and token not in model.strategy.special_tokens():
-        raise ConfigError(
-            f"transform.image_token is {token}, but the model embeds ids below {rows}: set "
-            "model.fusion_vocab_size=1 for a row of its own."
-        )
 
 
 def _silent(*_: Any) -> None: ...
@@ -277,6 +269,7 @@ class _Training:
         for batch in step:
             self.record.tokens.update(count_tokens(batch, self.questions.transform))
             batch_to_device(batch, self.device)
+            batch.update(fit_to_encoder(self.model, batch))
         self.stages.apply(self.model, self.step)
         loss = _backward(self.model, step, self.world_size)
         self.step += 1

@@ -37,12 +37,13 @@ from torchfuse import quantize
 from torchfuse.data.questions import Question, read_questions
 from torchfuse.errors import ConfigError
 from torchfuse.generation import sampling as how
+from torchfuse.generation.caches import room_for_text
 from torchfuse.io.atomic import write_whole
 from torchfuse.quantization import Scheme
 from torchfuse.tasks.chat import HELP, chat
 from torchfuse.tasks.conversation import Conversation
-from torchfuse.tasks.predict import answer_in_batches
-from torchfuse.tasks.prompt_settings import PromptSettings, room_for_text, slots_for
+from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.prompts import Prompt, encode_turns, prompts_from
 from torchfuse.tasks.prompts import Template as Surroundings
 from torchfuse.tasks.report import Report
@@ -102,25 +103,24 @@ def main(config: Config) -> None:
     batched = path.suffix == ".jsonl"
     prompts = [] if config.chat else _read_prompts(path)
     source = read_run(config.run) if config.run else read_model(config.model or "", config.transform)
-    asking = _asking(config, source)
-    encoded = encode_turns(source.transform, asking.template, prompts, path=path)
+    settings = _prompt_settings(config, source)
+    encoded = encode_turns(source.transform, settings.template, prompts, path=path)
 
     model = _load(config, source)
-    if problems := asking.problems(model):
-        raise ConfigError(f"The model does not fit what it is asked: {'; '.join(problems)}.")
+    settings.check(model)
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     report = Report()
     if config.chat:
-        _chat(config, model, asking, report)
+        _chat(config, model, settings, report)
     else:
         images = max(sum(len(turn.images) for turn in prompt.turns) for prompt in prompts)
-        slots = slots_for(model, asking, encoded, images, path=path)
+        slots = required_slots(model, settings, encoded, images, path=path)
         if batched:
-            answers = _answer_in_batches(config, model, asking, prompts, report)
+            answers = _answer_in_batches(config, model, settings, prompts, report)
         else:
-            answers = _answer_one_by_one(model, asking, prompts, slots, images, report)
+            answers = _answer_one_by_one(model, settings, prompts, slots, images, report)
         if config.output:
             _write(Path(config.output), prompts, answers)
     print("\n" + "\n".join(report.lines(device)))
@@ -195,7 +195,7 @@ def _sampling(config: Config) -> how.Sampling:
     )
 
 
-def _asking(config: Config, source: Loadable) -> PromptSettings:
+def _prompt_settings(config: Config, source: Loadable) -> PromptSettings:
     return PromptSettings(
         source.transform,
         template=Surroundings(**vars(config.template)),
@@ -215,19 +215,19 @@ def _load(config: Config, source: Loadable) -> nn.Module:
 
 
 def _answer_in_batches(
-    config: Config, model: nn.Module, asking: PromptSettings, prompts: list[Prompt], report: Report
+    config: Config, model: nn.Module, settings: PromptSettings, prompts: list[Prompt], report: Report
 ) -> list[list[str]]:
     questions = [prompt.turns[0] for prompt in prompts]
-    answers = answer_in_batches(model, asking, questions, batch_size=config.batch_size, report=report)
+    predictions = predict(model, settings, questions, batch_size=config.batch_size, report=report)
     if not config.output:
-        for question, answer in zip(questions, answers, strict=True):
-            print(f"{_shown(question)}\n    {answer}")
-    return [[answer] for answer in answers]
+        for prediction in predictions:
+            print(f"{_shown(prediction.question)}\n    {prediction.text}")
+    return [[prediction.text] for prediction in predictions]
 
 
 def _answer_one_by_one(
     model: nn.Module,
-    asking: PromptSettings,
+    settings: PromptSettings,
     prompts: list[Prompt],
     max_tokens: int,
     max_images: int,
@@ -236,7 +236,7 @@ def _answer_one_by_one(
     answers: list[list[str]] = []
     print()
     options = {"max_tokens": max_tokens, "max_images": max_images, "report": report}
-    with Conversation(model, asking, **options) as conversation:
+    with Conversation(model, settings, **options) as conversation:
         for index, prompt in enumerate(prompts):
             conversation.reset(prompt.system, index=index)
             answers.append([])
@@ -249,12 +249,12 @@ def _answer_one_by_one(
     return answers
 
 
-def _chat(config: Config, model: nn.Module, asking: PromptSettings, report: Report) -> None:
-    features = config.max_images * asking.transform.features_per_image
+def _chat(config: Config, model: nn.Module, settings: PromptSettings, report: Report) -> None:
+    features = config.max_images * settings.transform.features_per_image
     tokens = min(config.max_tokens, room_for_text(model, features))
     options = {"max_tokens": tokens, "max_images": config.max_images, "report": report}
     print(HELP)
-    with Conversation(model, asking, **options) as conversation:
+    with Conversation(model, settings, **options) as conversation:
         chat(conversation, _typed(), _say)
 
 

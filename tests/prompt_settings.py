@@ -89,7 +89,7 @@ def model_for(layout: str, max_seq_len: int = 97) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def asking(folder: Path, layout: str, **options: Any) -> PromptSettings:
+def make_settings(folder: Path, layout: str, **options: Any) -> PromptSettings:
     given = {
         "max_new_tokens": 5,
         "sampling": Sampling(temperature=0, repetition_penalty=1.7),

@@ -34,75 +34,65 @@ from tqdm import tqdm
 from torchfuse import quantize
 from torchfuse.generation import Session
 from torchfuse.params import storage_nbytes
-from torchfuse.tasks.report import step_bytes
 
 if __package__:
-    from .decoders import DTYPES, SIZES, Ours, Theirs, Torchtunes, build, images_of, question
+    from .bandwidth import bytes_per_second, step_bytes, synchronize
+    from .decoders import (
+        DTYPES,
+        SIZES,
+        Torchfuse,
+        Torchtune,
+        Transformers,
+        build,
+        images_of,
+        make_prompt,
+    )
 else:
-    from decoders import DTYPES, SIZES, Ours, Theirs, Torchtunes, build, images_of, question
+    from bandwidth import bytes_per_second, step_bytes, synchronize
+    from decoders import DTYPES, SIZES, Torchfuse, Torchtune, Transformers, build, images_of, make_prompt
 
 PROFILE_HINT = "--profile prints where the compiled steps spend their time"
-# What is asked of compiled (or quantized) decoding, times the better of the two peers.
-ASKED = {
+# The speed of compiled (or quantized) decoding to reach, times that of the better of the two peers.
+TARGETS = {
     ("27M", "fp32", "compiled"): 1.4,
     ("27M", "bf16", "compiled"): 1.5,
     ("200M", "fp32", "compiled"): 1.0,
     ("200M", "bf16", "compiled"): 1.0,
     ("200M", "bf16", "quantized"): 1.2,
 }
-ASKED_OF_BATCH = 3.0
-ASKED_OF_GPU = {"bandwidth": 0.75, "torchtune": 3.0, "transformers": 2.0}
+BATCH_TARGET = 3.0
+GPU_TARGETS = {"bandwidth": 0.75, "torchtune": 3.0, "transformers": 2.0}
 
 
-def synchronize(options):
-    if options.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(options, contestant, asked, new):
-    synchronize(options)
+def seconds(options, contestant, prompt, new):
+    synchronize(options.device)
     start = time.perf_counter()
-    contestant(asked, new)
-    synchronize(options)
+    contestant(prompt, new)
+    synchronize(options.device)
     return time.perf_counter() - start
 
 
-def bandwidth(options):
-    """Bytes that the machine reads per second: the best of summing and of copying, of eight rounds."""
-    gigabyte = torch.ones(1 << 28, device=options.device)
-    best = 0.0
-    target = torch.empty_like(gigabyte)
-    for _ in range(8):
-        for work, moved in ((gigabyte.sum, 1), (lambda: target.copy_(gigabyte), 2)):
-            synchronize(options)
-            start = time.perf_counter()
-            work()
-            synchronize(options)
-            best = max(best, moved * gigabyte.nbytes / (time.perf_counter() - start))
-    return best
-
-
 @torch.no_grad()
-def bytes_of_step(options, model, asked):
-    """What a step must read, once the image's keys and values are kept."""
-    tokens, embeds = asked[0], model.encode(images_of(asked))
+def bytes_of_step(options, model, prompt):
+    """Return what a step reads, once the image's keys and values are cached."""
+    tokens, embeds = prompt[0], model.encode(images_of(prompt))
     sizes = {"max_tokens": options.prompt + options.new, "max_features": embeds.shape[1]}
     with Session(model, batch_size=tokens.shape[0], **sizes) as session:
         session.answer(tokens, max_new_tokens=1, encoder_embeds=embeds)
         return step_bytes(model)
 
 
-def memory(options, contestant, asked):
-    """Bytes that a call holds at its most over what there was before; None where nothing says."""
+def memory(options, contestant, prompt):
+    """Return the most bytes that a call adds; None where they cannot be measured."""
     if options.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        contestant(asked, options.new)
+        contestant(prompt, options.new)
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
     if not status.exists():
-        contestant(asked, options.new)
+        contestant(prompt, options.new)
         return None
 
     def anonymous():
@@ -119,7 +109,7 @@ def memory(options, contestant, asked):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        contestant(asked, options.new)
+        contestant(prompt, options.new)
     finally:
         done.set()
         watcher.join()
@@ -132,49 +122,54 @@ def spread(values, digits=2):
     )
 
 
-def contestants(options, theirs, tunes, ours):
-    """Everybody, peers first; a peer that cannot run here is told of and left out."""
-    entered = [Theirs(theirs, cache) for cache in ("dynamic", "static")] + [Torchtunes(tunes)]
-    entered += [Ours(ours, "torchfuse eager"), Ours(ours, "torchfuse compiled", compile=True)]
+def contestants(options, hf_model, torchtune_model, model):
+    """Return all contestants, peers first."""
+    entered = [
+        Transformers(hf_model, "dynamic"),
+        Transformers(hf_model, "static"),
+        Torchtune(torchtune_model),
+        Torchfuse(model, "torchfuse eager"),
+        Torchfuse(model, "torchfuse compiled", compile=True),
+    ]
     for scheme in options.quantized:
-        smaller = copy.deepcopy(ours).requires_grad_(False)
+        smaller = copy.deepcopy(model).requires_grad_(False)
         quantize(smaller, scheme, fusion=True)
-        entered.append(Ours(smaller, f"torchfuse {scheme}, compiled", compile=True))
+        entered.append(Torchfuse(smaller, f"torchfuse {scheme}, compiled", compile=True))
     return entered
 
 
-def race(options, asked, entered, read, title):
-    """Print one table; tokens per second of every round, by contestant, and ours of the bandwidth."""
-    rows = asked[0].shape[0]
-    said, most = {}, {}
-    for contestant in entered:  # compiles what there is to compile
-        contestant(asked, 1)
-        said[contestant.name] = contestant(asked, options.new)
-        most[contestant.name] = memory(options, contestant, asked)
+def race(options, prompt, entered, read, title):
+    """Print one table; tokens per second of every round, by contestant, and its share of the bandwidth."""
+    rows = prompt[0].shape[0]
+    answers, most = {}, {}
+    for contestant in entered:  # the first call compiles
+        contestant(prompt, 1)
+        answers[contestant.name] = contestant(prompt, options.new)
+        most[contestant.name] = memory(options, contestant, prompt)
     first = {contestant.name: [] for contestant in entered}
     rate = {contestant.name: [] for contestant in entered}
     for turn in tqdm(range(options.rounds), desc=title, disable=None, leave=False):
         for contestant in entered if turn % 2 == 0 else reversed(entered):
-            one = seconds(options, contestant, asked, 1)
-            whole = seconds(options, contestant, asked, options.new)
+            one = seconds(options, contestant, prompt, 1)
+            whole = seconds(options, contestant, prompt, options.new)
             first[contestant.name].append(one)
             rate[contestant.name].append(rows * (options.new - 1) / (whole - one))
-    ours = next(contestant.model for contestant in entered if isinstance(contestant, Ours))
-    features = num_features(ours, asked)
+    fused = next(contestant.model for contestant in entered if isinstance(contestant, Torchfuse))
+    features = num_features(fused, prompt)
     print(f"\n{title}, {features} encoder tokens")
     head = ("prompt, ms", "tokens/s", "of the bandwidth", "memory, MB")
     print(f"{'':<38} {head[0]:<24} {head[1]:<27} {head[2]:<17} {head[3]:<11} same tokens")
     used = {}
     for contestant in entered:
         name, model = contestant.name, contestant.model
-        reader = model if isinstance(contestant, Ours) else ours
-        needed = bytes_of_step(options, reader, asked)
+        read_by = model if isinstance(contestant, Torchfuse) else fused
+        needed = bytes_of_step(options, read_by, prompt)
         used[name] = statistics.median(rate[name]) / rows * needed / read
         weights = sum(
             storage_nbytes(tensor) for tensor in {id(p): p for p in model.parameters()}.values()
         )
         held = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"
-        same = (said[name] == said["torchfuse eager"]).float().mean()
+        same = (answers[name] == answers["torchfuse eager"]).float().mean()
         print(
             f"{name:<38} {spread([1e3 * s for s in first[name]], 0):<24} {spread(rate[name], 1):<27} "
             f"{used[name]:<17.0%} {held:<11} {same:.0%}"
@@ -183,27 +178,27 @@ def race(options, asked, entered, read, title):
 
 
 @torch.no_grad()
-def num_features(model, asked):
-    return model.encode(images_of(asked)).shape[1]
+def num_features(model, prompt):
+    return model.encode(images_of(prompt)).shape[1]
 
 
 def better_of(rate, names):
     return max(names, key=lambda name: statistics.median(rate[name]))
 
 
-def ratio_line(rate, name, other, asked):
+def ratio_line(rate, name, other, target):
     """Print a ratio of every round, and return its median."""
     ratios = [mine / its for mine, its in zip(rate[name], rate[other], strict=True)]
-    print(f"{name} / {other}: {spread(ratios)}{goal(statistics.median(ratios), asked)}")
+    print(f"{name} / {other}: {spread(ratios)}{goal(statistics.median(ratios), target)}")
     return statistics.median(ratios)
 
 
-def goal(value, asked):
-    return "" if asked is None else f", asked {asked}: {'reached' if value >= asked else 'MISSED'}"
+def goal(value, target):
+    return "" if target is None else f", asked {target}: {'reached' if value >= target else 'MISSED'}"
 
 
 def verdicts(options, size, dtype, rate, used):
-    """Print the ratios that are asked of one row, and return them."""
+    """Print the ratios of the fewest rows, and return them."""
     peers = [name for name in rate if not name.startswith("torchfuse")]
     quantized = [name for name in rate if name.endswith(", compiled")]
     found = {"compiled": "torchfuse compiled"}
@@ -211,34 +206,34 @@ def verdicts(options, size, dtype, rate, used):
         found["quantized"] = better_of(rate, quantized)
     ratios = {}
     for what, name in found.items():
-        asked = ASKED.get((size, dtype, what)) if options.device == "cpu" else None
-        ratios[size, dtype, what] = ratio_line(rate, name, better_of(rate, peers), asked)
+        target = TARGETS.get((size, dtype, what)) if options.device == "cpu" else None
+        ratios[size, dtype, what] = ratio_line(rate, name, better_of(rate, peers), target)
     if options.device == "cuda":
         for peer in ("torchtune", "transformers"):
             best = better_of(rate, [name for name in peers if name.startswith(peer)])
-            ratio_line(rate, "torchfuse compiled", best, ASKED_OF_GPU[peer])
+            ratio_line(rate, "torchfuse compiled", best, GPU_TARGETS[peer])
         share = used["torchfuse compiled"]
-        print(f"of the bandwidth: {share:.0%}{goal(share, ASKED_OF_GPU['bandwidth'])}")
+        print(f"of the bandwidth: {share:.0%}{goal(share, GPU_TARGETS['bandwidth'])}")
     return ratios
 
 
-def profile(options, asked, contestant):
-    """Where the steps of the compiled model spend their time."""
+def profile(options, prompt, contestant):
+    """Print where the compiled steps spend their time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if options.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        contestant(asked, options.new)
+        contestant(prompt, options.new)
     print(profiler.key_averages().table(sort_by=f"self_{options.device}_time_total", row_limit=12))
 
 
 def compete(options, size, dtype, folder):
-    """All of one size and dtype: one row, several rows, and what is asked of them."""
+    """Run one size and dtype, with each number of rows, and return the ratios."""
     from transformers import logging
 
     logging.disable_progress_bar()
     models = build(options, size, DTYPES[dtype], folder)
-    read = bandwidth(options)
+    read = bytes_per_second(options.device)
     parameters = sum(p.numel() for p in models[2].parameters())
     print(f"\n{parameters / 1e6:,.1f} M parameters; this machine reads {read / 1e9:.1f} GB/s")
     entered = contestants(options, *models)
@@ -246,20 +241,20 @@ def compete(options, size, dtype, folder):
     for tiles in options.tiles:
         rates = {}
         for rows in options.rows:
-            asked = question(options, size, DTYPES[dtype], rows, tiles)
+            prompt = make_prompt(options, size, DTYPES[dtype], rows, tiles)
             title = f"{size}, {dtype}, {rows} row{'s' * (rows > 1)}"
-            rates[rows], used = race(options, asked, entered, read, title)
+            rates[rows], used = race(options, prompt, entered, read, title)
             if rows == min(options.rows):
                 ratios |= verdicts(options, size, dtype, rates[rows], used)
                 if options.profile:
-                    profile(options, asked, next(c for c in entered if c.name == "torchfuse compiled"))
+                    profile(options, prompt, next(c for c in entered if c.name == "torchfuse compiled"))
         fewest, most = min(rates), max(rates)
         if most > fewest:
             name = "torchfuse compiled"
             gains = [a / b for a, b in zip(rates[most][name], rates[fewest][name], strict=True)]
             gain = ratios[size, dtype, "batch"] = statistics.median(gains)
-            asked_of_it = ASKED_OF_BATCH if (fewest, most) == (1, 8) else None
-            print(f"{name}, {most} rows / {fewest}: {spread(gains)}{goal(gain, asked_of_it)}")
+            target = BATCH_TARGET if (fewest, most) == (1, 8) else None
+            print(f"{name}, {most} rows / {fewest}: {spread(gains)}{goal(gain, target)}")
     return ratios
 
 

@@ -1,4 +1,4 @@
-"""The models of the benchmark of decoding, on the same weights, and how each is asked."""
+"""The models of the decoding benchmark, on the same weights, and how each generates."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SIZES = {
 }  # fmt: skip
 
 
-def their_config(options, size):
-    """transformers' configuration; ``layers`` are those of the language model, fused ones come on top."""
+def mllama_config(options, size):
+    """Return transformers' configuration; ``layers`` are those of the language model alone."""
     from transformers import MllamaConfig
 
     shape = SIZES[size]
     fused = shape["layers"] // shape["every"]
-    # transformers counts cross-attention layers as layers of their own, in front of those they feed.
+    # transformers counts cross-attention layers as layers, in front of those that they feed.
     crossing = [index * (shape["every"] + 1) + shape["every"] - 1 for index in range(fused)]
     text = {
         "vocab_size": shape["vocab"],
@@ -68,24 +68,24 @@ def build(options, size, dtype, folder):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(options.device):
-            theirs = MllamaForConditionalGeneration(their_config(options, size)).eval()
-        for name, parameter in theirs.named_parameters():
+            hf_model = MllamaForConditionalGeneration(mllama_config(options, size)).eval()
+        for name, parameter in hf_model.named_parameters():
             if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:
-                parameter.data.fill_(0.5)  # the image shall matter
-        theirs.save_pretrained(folder)
-        ours = from_pretrained(folder, dtype=dtype, device=options.device).eval()
-        tunes = torchtunes(options, SIZES[size], ours)
+                parameter.data.fill_(0.5)  # otherwise images would change nothing
+        hf_model.save_pretrained(folder)
+        model = from_pretrained(folder, dtype=dtype, device=options.device).eval()
+        torchtune_model = build_torchtune(options, SIZES[size], model)
     finally:
         torch.set_default_dtype(before)
-    return theirs, tunes, ours
+    return hf_model, torchtune_model, model
 
 
-def torchtunes(options, shape, ours):
-    """torchtune's model with the weights of ours, around the same tower."""
+def build_torchtune(options, shape, model):
+    """Return torchtune's model with the weights of ``model``, around the same tower."""
     from torchtune.models.llama3_2_vision import llama3_2_vision_decoder
     from torchtune.modules import model_fusion
 
-    table = ours.tok_embeddings
+    table = model.tok_embeddings
     with torch.device("meta"):
         decoder = llama3_2_vision_decoder(
             vocab_size=shape["vocab"],
@@ -99,7 +99,7 @@ def torchtunes(options, shape, ours):
             encoder_max_seq_len=1,
             intermediate_dim=shape["hidden"],
         )
-    decoder.load_state_dict(ours.decoder.state_dict(), strict=True, assign=True)
+    decoder.load_state_dict(model.decoder.state_dict(), strict=True, assign=True)
     device = torch.device(options.device)
     for layer in decoder.layers:
         if hasattr(layer, "fusion_layer"):  # its builder leaves these two at 1e-6
@@ -109,15 +109,15 @@ def torchtunes(options, shape, ours):
             rope.to_empty(device=device)
             with device:
                 rope.rope_init()
-    return model_fusion.DeepFusionModel(decoder, ours.encoder).eval()
+    return model_fusion.DeepFusionModel(decoder, model.encoder).eval()
 
 
-def question(options, size, dtype, rows, tiles):
+def make_prompt(options, size, dtype, rows, tiles):
     """Text and one image for each row, as transformers' processor would make them."""
     generator = torch.Generator().manual_seed(1)
     shape = SIZES[size]
     tokens = torch.randint(3, shape["vocab"], (rows, options.prompt), generator=generator)
-    # The image comes first: transformers lets text in front of it see it (its issue 39379).
+    # The image comes first: transformers lets text in front of it attend to it (its issue 39379).
     tokens[:, 0], tokens[:, 1] = shape["vocab"], 1
     edge = 560 if size == "11B" else SMALL_TOWER["image_size"]
     pixels = torch.randn(rows, 1, tiles, 3, edge, edge, generator=generator).to(dtype)
@@ -126,15 +126,15 @@ def question(options, size, dtype, rows, tiles):
     return tokens.to(device), pixels.to(device), crossing.to(device)
 
 
-class Theirs:
+class Transformers:
     """transformers' ``generate``."""
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
         self.name = f"transformers {cache}"
 
-    def __call__(self, asked, new):
-        tokens, pixels, crossing = asked
+    def __call__(self, prompt, new):
+        tokens, pixels, crossing = prompt
         rows, tiles = pixels.shape[0], pixels.shape[2]
         answer = self.model.generate(
             input_ids=tokens,
@@ -151,18 +151,18 @@ class Theirs:
         return answer[:, tokens.shape[1] :]
 
 
-def seen(crossing, features):
+def feature_mask(crossing, features):
     """``[b, s, n]`` from ``[b, s, images, tiles]``."""
     return crossing.bool().flatten(2).repeat_interleave(features // crossing.shape[3], dim=2)
 
 
-def images_of(asked):
-    _, pixels, _ = asked
+def images_of(prompt):
+    _, pixels, _ = prompt
     shape = torch.tensor([[[1, pixels.shape[2]]]], device=pixels.device).expand(pixels.shape[0], 1, 2)
     return {"images": pixels, "aspect_ratio": shape}
 
 
-class Torchtunes:
+class Torchtune:
     """The loop of torchtune's recipe for multimodal generation: caches, causal masks, a token a step."""
 
     name = "torchtune cached"
@@ -171,13 +171,13 @@ class Torchtunes:
         self.model = model
 
     @torch.inference_mode()
-    def __call__(self, asked, new):
+    def __call__(self, prompt, new):
         from torchtune.modules.common_utils import delete_kv_caches
 
-        tokens, pixels, crossing = asked
+        tokens, pixels, crossing = prompt
         model, length = self.model, tokens.shape[1]
         total = length + new
-        embeds = model.encoder(**images_of(asked))
+        embeds = model.encoder(**images_of(prompt))
         with tokens.device:
             model.setup_caches(
                 tokens.shape[0],
@@ -187,7 +187,7 @@ class Torchtunes:
             )
             causal = torch.ones(total, total, dtype=torch.bool).tril()[None]
             positions = torch.arange(total)[None]
-        mask = seen(crossing, embeds.shape[1])
+        mask = feature_mask(crossing, embeds.shape[1])
         logits = model.decoder(
             tokens,
             mask=causal[:, :length].expand(tokens.shape[0], -1, -1),
@@ -208,20 +208,20 @@ class Torchtunes:
         return torch.cat(answer, dim=1)
 
 
-class Ours:
+class Torchfuse:
     """``torchfuse.generate``."""
 
     def __init__(self, model, name, *, compile=False):
         self.model, self.name, self.compile = model, name, compile
 
-    def __call__(self, asked, new):
-        tokens, _, crossing = asked
-        embeds = self.model.encode(images_of(asked))
+    def __call__(self, prompt, new):
+        tokens, _, crossing = prompt
+        embeds = self.model.encode(images_of(prompt))
         sequence = generate(
             self.model,
             tokens,
             encoder_embeds=embeds,
-            encoder_mask=seen(crossing, embeds.shape[1]),
+            encoder_mask=feature_mask(crossing, embeds.shape[1]),
             max_new_tokens=new,
             temperature=0,
             compile=self.compile,

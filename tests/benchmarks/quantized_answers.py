@@ -23,7 +23,9 @@ from torchfuse import quantize
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import check_questions, read_questions
 from torchfuse.quantization import Scheme
-from torchfuse.tasks.evaluation import accuracy, answer_questions
+from torchfuse.tasks.evaluation import accuracy
+from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import load_run
 from torchfuse.training.config import read_config
 
@@ -73,14 +75,13 @@ def compare(options, questions_file, dtype):
         model.eval().requires_grad_(False)
     done = quantize(quantized, options.scheme, parts=options.parts)
     errors = relative_errors(plain, quantized, transform, questions, options)
-    said = [
-        answer_questions(
-            model, transform, questions, batch_size=options.batch_size, max_new_tokens=longest
-        )
+    settings = PromptSettings(transform, max_new_tokens=longest)
+    answers = [
+        predict(model, settings, questions, batch_size=options.batch_size)
         for model in (plain, quantized)
     ]
-    same = sum(a.said == b.said for a, b in zip(*said, strict=True)) / len(questions)
-    found = Compared(*errors, same, tuple(accuracy(answered)["all"] for answered in said))
+    same = sum(a.text == b.text for a, b in zip(*answers, strict=True)) / len(questions)
+    found = Compared(*errors, same, tuple(accuracy(predictions)["all"] for predictions in answers))
     print(f"{dtype}: {str(done).splitlines()[0]}")
     print(f"  logits moved by {found.moved:.3%}, {verdict(found.moved <= MOST_MOVED)} {MOST_MOVED:.0%}")
     print(f"  of these, logits that score an answer by {found.moved_answers:.3%}")

@@ -176,7 +176,7 @@ def test_tokenizers_and_their_special_tokens(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "pad_token_id": None}))
     assert TextTokenizer(folder).eos_ids == (5,)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not configure bos_token_id"):
+    with pytest.raises(ValueError, match="must configure bos_token_id, an id or a list of ids, got None"):
         TextTokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer"):
@@ -201,6 +201,33 @@ def test_padding_never_looks_like_a_begin(folder, begin):
     assert tokenizer.bos_id == tokenizer.eos_id == begin
     assert tokenizer.pad_id != begin
     assert 0 <= tokenizer.pad_id < len(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pad_token_id": 3}, 3),
+        ({"pad_token_id": 3, "vocab_size": 4}, 3),
+        ({}, 2),
+        ({"pad_token_id": -1}, 2),
+        ({"pad_token_id": 4, "vocab_size": 4}, 2),
+        ({"pad_token_id": 4, "text_config": {"vocab_size": 4}}, 2),
+    ],
+    ids=str,
+)
+def test_padding_outside_the_vocabulary_is_replaced(folder, config, expected):
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2} | config))
+    assert TextTokenizer(folder).pad_id == expected
+
+
+@pytest.mark.parametrize("ids", [{"bos_token_id": -1}, {"eos_token_id": [2, -1]}, {"eos_token_id": []}])
+def test_first_and_last_tokens_are_ids(folder, ids):
+    config = {"bos_token_id": 1, "eos_token_id": 2} | ids
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"must configure {next(iter(ids))}, an id or a list of ids, got"
+    ):
+        TextTokenizer(folder)
 
 
 def test_questions_are_checked_before_anything_is_learned(folder):

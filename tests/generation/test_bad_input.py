@@ -43,14 +43,21 @@ def prompt(name, length=11, features=FEATURES):
 # -- generate -----------------------------------------------------------------------------------------
 
 BAD_CALLS = {
+    "pad": (
+        {"pad_id": VOCAB},
+        rf"pad_id \[{VOCAB}\] must lie in \[0, {VOCAB}\), the ids that the model",
+    ),
+    "negative pad": ({"pad_id": -1}, rf"pad_id \[-1\] must lie in \[0, {VOCAB}\)"),
+    "token": ({"last": VOCAB + 1}, rf"tokens \[{VOCAB + 1}\] must lie in \[0, {VOCAB}\)"),
+    "negative token": ({"last": -2}, r"tokens \[-2\] must lie in"),
     "top_p": ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
     "stop token": ({"stop_tokens": [VOCAB]}, rf"stop_tokens \[{VOCAB}\] must lie in \[0, {VOCAB}\)"),
     "negative stop token": ({"stop_tokens": [[3], [-1]]}, r"stop_tokens \[-1\] must lie in"),
     "prompt": ({"length": LONGEST}, rf"{LONGEST} prompt tokens.* 3 new ones are more than"),
     "new tokens": ({"max_new_tokens": LONGEST}, rf"11 prompt tokens.* {LONGEST} new ones are more than"),
     "several": (
-        {"top_p": 1.5, "stop_tokens": [VOCAB], "top_k": 0},
-        "top_k must.*top_p must.*stop_tokens",
+        {"top_p": 1.5, "stop_tokens": [VOCAB], "top_k": 0, "pad_id": 99},
+        "top_k must.*top_p must.*stop_tokens.*pad_id",
     ),
 }
 
@@ -62,9 +69,25 @@ def test_a_call_that_cannot_be_served_encodes_nothing(name, problem, compile_it)
     model, (call, complaint) = make(name), BAD_CALLS[problem]
     call = {"max_new_tokens": 3, "length": 11, "compile": compile_it} | call
     tokens = prompt(name, call.pop("length"))
+    tokens[:, -1] = call.pop("last", 1)
     with pytest.raises(ValueError, match=complaint):
         generate(model, tokens, encoder_input=inputs(), **call)
     assert model.encoder.ran == 0
+    assert not model.caches_are_setup()
+
+
+def test_padding_cannot_be_a_token_that_features_replace():
+    model = make("placeholder")
+    with pytest.raises(ValueError, match=rf"pad_id \[{IMAGE}\] cannot be text: in this model features"):
+        generate(model, prompt("placeholder"), max_new_tokens=3, pad_id=IMAGE)
+    assert model.encoder.ran == 0
+
+
+@pytest.mark.parametrize("pad_id", [-1, VOCAB])
+def test_a_session_whose_padding_the_model_does_not_embed_sets_up_nothing(pad_id):
+    model = make("cross_attention")
+    with pytest.raises(ValueError, match=rf"Session: pad_id \[{pad_id}\] must lie in \[0, {VOCAB}\)"):
+        Session(model, batch_size=2, max_tokens=ROOM, pad_id=pad_id)
     assert not model.caches_are_setup()
 
 
@@ -105,6 +128,7 @@ BAD_TURNS = {
     "stop token": ({"stop_tokens": [VOCAB]}, rf"stop_tokens \[{VOCAB}\] must lie in \[0, {VOCAB}\)"),
     "stop tokens by row": ({"stop_tokens": [[1]] * 3}, "stop_tokens by row must be 2 lists"),
     "prompt": ({"length": ROOM}, "room for .* more tokens of text"),
+    "token": ({"last": VOCAB}, rf"tokens \[{VOCAB}\] must lie in"),
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     "scores": ({"scores": "everything"}, 'scores must be "logits" or "log_probs"'),
     "generators": ({"generator": [torch.Generator()]}, "generators by row must be 2, got 1"),
@@ -147,6 +171,7 @@ def test_a_turn_that_cannot_be_served_leaves_the_session_as_it_was(name, problem
     model, (call, complaint) = make(name), dict(BAD_TURNS)[problem]
     call = {"length": 5} | call
     tokens = text(2, call.pop("length"), seed=7)
+    tokens[:, -1] = call.pop("last", 1)
     goes_on_as_if_nothing_had_been(model, name, is_refused(model, complaint, tokens, **call))
 
 

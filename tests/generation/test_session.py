@@ -212,7 +212,7 @@ def test_what_does_not_fit_into_the_session_is_named_and_changes_nothing():
     with Session(model, batch_size=2, max_tokens=20) as session:
         session.answer(text(2, 6), max_new_tokens=4, sampling=GREEDY)
         before = [buffer.clone() for buffer in model.buffers()]
-        with pytest.raises(ValueError, match=r"room for 11 more tokens of text, got 2 rows of 9 with 4"):
+        with pytest.raises(ValueError, match=r"room for 11 more tokens of text, got 2 rows of 8 and 4"):
             session.answer(text(2, 8), max_new_tokens=4, sampling=GREEDY)
         with pytest.raises(ValueError, match="has 2 rows"):
             session.answer(text(3, 2), max_new_tokens=1, sampling=GREEDY)

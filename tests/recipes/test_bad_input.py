@@ -78,7 +78,7 @@ def break_image(demo):
         (
             "model.fusion_vocab_size=0",
             None,
-            "transform.image_token is 40, but the model embeds ids below 40",
+            "image_token is 40, but the model embeds the ids below 40",
         ),
         ("model.every=9", None, "every=9 fuses no layer of this decoder, which has 4"),
         (

@@ -75,7 +75,7 @@ def test_what_training_took_and_that_asking_changes_nothing(start, digits, tmp_p
 def test_an_architecture_without_experts_has_no_load(start, capsys):
     _, metrics = start("plain", arch="deepstack", data={"train": "demo/questions/train.jsonl"})
     assert "expert_load" not in metrics
-    assert "no question was asked" in capsys.readouterr().out
+    assert "no question was answered" in capsys.readouterr().out
 
 
 def test_questions_to_ask_in_between_must_be_there(start, digits, tmp_path, capsys):

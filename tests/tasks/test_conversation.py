@@ -1,6 +1,6 @@
 import pytest
 import torch
-from prompt_settings import LAYOUTS, MARK, PER_IMAGE, asking, images, model_for
+from prompt_settings import LAYOUTS, MARK, PER_IMAGE, images, make_settings, model_for
 
 from torchfuse import generate
 from torchfuse.data.questions import Question
@@ -8,7 +8,7 @@ from torchfuse.generation import session
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.chat import HELP, chat
 from torchfuse.tasks.conversation import Conversation
-from torchfuse.tasks.prompt_settings import slots_for
+from torchfuse.tasks.prompt_settings import required_slots
 from torchfuse.tasks.prompts import Template
 from torchfuse.tasks.report import Report
 from torchfuse.tasks.text_stream import TextStream
@@ -26,11 +26,11 @@ def turns(folder, layout):
     return [asked[0], asked[1], asked[3]] if layout == "prefix" else asked
 
 
-def from_scratch(model, ask, questions, system=None):
+def from_scratch(model, settings, questions, system=None):
     """Each turn as one prompt with all that was said before it, all its images encoded anew."""
-    transform, sequence, shown, answers = ask.transform, [], [], []
+    transform, sequence, shown, answers = settings.transform, [], [], []
     for question in questions:
-        text = ask.template.fill(question.question, system=None if sequence else system)
+        text = settings.template.fill(question.question, system=None if sequence else system)
         prompt, _ = transform.encode(Question(text, question.images), with_answer=False)
         sequence += prompt[bool(sequence) :]
         shown += question.images
@@ -40,25 +40,30 @@ def from_scratch(model, ask, questions, system=None):
             mask = transform.encoder_mask(sequence, len(shown))
             given = {"encoder_input": {"images": pixels[None]}, "encoder_mask": mask[None]}
         tokens = torch.tensor([sequence])
-        new = ask.max_new_tokens
+        new = settings.max_new_tokens
         got = generate(
-            model, tokens, **given, max_new_tokens=new, stop_tokens=ask.stops, **vars(ask.sampling)
+            model,
+            tokens,
+            **given,
+            max_new_tokens=new,
+            stop_tokens=settings.stops,
+            **vars(settings.sampling),
         )
-        answers.append(ask.until_stop(got[0, len(sequence) :].tolist()))
+        answers.append(settings.until_stop(got[0, len(sequence) :].tolist()))
         sequence = sequence + answers[-1]
-    return sequence, [ask.text(answer) for answer in answers]
+    return sequence, [settings.text(answer) for answer in answers]
 
 
 @pytest.mark.parametrize("system", [None, "w13 w14"], ids=["plain", "system"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_follow_ups_equal_the_whole_conversation_from_scratch(tmp_path, layout, system):
     model, questions = model_for(layout), turns(tmp_path, layout)
-    ask = asking(tmp_path, layout, template=Template("{text} w15 ", "w16 {text} w17"))
-    expected = from_scratch(model, ask, questions, system)
+    settings = make_settings(tmp_path, layout, template=Template("{text} w15 ", "w16 {text} w17"))
+    expected = from_scratch(model, settings, questions, system)
     model.encoder.seen = 0
     report = Report()
     options = {"max_tokens": 80, "max_images": 4, "system": system, "report": report}
-    with Conversation(model, ask, **options) as conversation:
+    with Conversation(model, settings, **options) as conversation:
         said = [conversation.ask(question) for question in questions]
         assert (conversation.tokens, said) == expected
     assert len(set(said)) > 1
@@ -66,18 +71,18 @@ def test_follow_ups_equal_the_whole_conversation_from_scratch(tmp_path, layout, 
     assert model.encoder.seen == report.images == num
     assert not model.caches_are_setup()
     blind = from_scratch(
-        model, ask, [Question(q.question.replace("<image>", "")) for q in questions], system
+        model, settings, [Question(q.question.replace("<image>", "")) for q in questions], system
     )
     assert blind[1] != said
 
 
 def test_stops_end_an_answer_and_the_conversation_goes_on_behind_them(tmp_path):
     model, questions = model_for("all"), turns(tmp_path, "all")
-    free = from_scratch(model, asking(tmp_path, "all"), questions[:1])[1][0].split()
+    free = from_scratch(model, make_settings(tmp_path, "all"), questions[:1])[1][0].split()
     stop = int(free[2][1:])
-    ask = asking(tmp_path, "all", stop_tokens=(stop,))
-    expected = from_scratch(model, ask, questions)
-    with Conversation(model, ask, max_tokens=80, max_images=4) as conversation:
+    settings = make_settings(tmp_path, "all", stop_tokens=(stop,))
+    expected = from_scratch(model, settings, questions)
+    with Conversation(model, settings, max_tokens=80, max_images=4) as conversation:
         assert [conversation.ask(question) for question in questions] == expected[1]
         assert conversation.tokens == expected[0]
     assert expected[1][0].split() == free[: free.index(free[2])]
@@ -86,8 +91,8 @@ def test_stops_end_an_answer_and_the_conversation_goes_on_behind_them(tmp_path):
 @pytest.mark.parametrize("layout", ["all", "placeholder"])
 def test_a_new_conversation_is_as_the_first(tmp_path, layout):
     model, questions = model_for(layout), turns(tmp_path, layout)
-    ask = asking(tmp_path, layout, sampling=Sampling(temperature=1.5), seed=3)
-    with Conversation(model, ask, max_tokens=80, max_images=4) as conversation:
+    settings = make_settings(tmp_path, layout, sampling=Sampling(temperature=1.5), seed=3)
+    with Conversation(model, settings, max_tokens=80, max_images=4) as conversation:
         first = [conversation.ask(question) for question in questions]
         for index, same in ((0, True), (1, False)):
             conversation.reset(index=index)
@@ -97,8 +102,8 @@ def test_a_new_conversation_is_as_the_first(tmp_path, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, layout):
     model, questions = model_for(layout), turns(tmp_path, layout)
-    ask, picture = asking(tmp_path, layout), images(tmp_path)["a"]
-    with Conversation(model, ask, max_tokens=40, max_images=3) as conversation:
+    settings, picture = make_settings(tmp_path, layout), images(tmp_path)["a"]
+    with Conversation(model, settings, max_tokens=40, max_images=3) as conversation:
         first = conversation.ask(questions[0])
         before = list(conversation.tokens)
         seen = model.encoder.seen
@@ -114,17 +119,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, layout):
             conversation.ask(Question(" "))
         assert (conversation.tokens, model.encoder.seen) == (before, seen)
         second = conversation.ask(questions[1])
-    assert [first, second] == from_scratch(model, ask, questions[:2])[1]
+    assert [first, second] == from_scratch(model, settings, questions[:2])[1]
 
 
 def test_a_failure_in_the_middle_starts_anew(tmp_path):
     model, questions = model_for("all"), turns(tmp_path, "all")
-    ask = asking(tmp_path, "all")
+    settings = make_settings(tmp_path, "all")
 
     def fails(text):
         raise KeyboardInterrupt
 
-    with Conversation(model, ask, max_tokens=80, max_images=4) as conversation:
+    with Conversation(model, settings, max_tokens=80, max_images=4) as conversation:
         first = conversation.ask(questions[0])
         with pytest.raises(KeyboardInterrupt, match="^$"):
             conversation.ask(questions[1], stream=fails)
@@ -134,7 +139,9 @@ def test_a_failure_in_the_middle_starts_anew(tmp_path):
 
 def test_pieces_of_a_stream_are_the_answer(tmp_path):
     model, questions = model_for("all"), turns(tmp_path, "all")
-    with Conversation(model, asking(tmp_path, "all"), max_tokens=80, max_images=4) as conversation:
+    with Conversation(
+        model, make_settings(tmp_path, "all"), max_tokens=80, max_images=4
+    ) as conversation:
         for question in questions:
             pieces = []
             answer = conversation.ask(question, stream=pieces.append)
@@ -170,7 +177,7 @@ def test_a_stream_whose_text_changes_is_written_anew():
 
 def test_chat(tmp_path):
     model, pictures = model_for("all"), images(tmp_path)
-    ask, shown = asking(tmp_path, "all"), []
+    settings, shown = make_settings(tmp_path, "all"), []
     (tmp_path / "broken.png").write_text("no image")
     lines = f"""
         /image {pictures["a"]}
@@ -190,14 +197,14 @@ def test_chat(tmp_path):
         w13
     """.splitlines()
     report = Report()
-    with Conversation(model, ask, max_tokens=60, max_images=2, report=report) as conversation:
+    with Conversation(model, settings, max_tokens=60, max_images=2, report=report) as conversation:
         chat(conversation, lines, shown.append)
     asked = [
         Question("w4 <image> w5 <image> w6", (pictures["a"], pictures["b"])),
         Question("w7 w8 w9"),
         Question("w12"),
     ]
-    answers = from_scratch(model, ask, asked)[1] + from_scratch(model, ask, asked[2:])[1]
+    answers = from_scratch(model, settings, asked)[1] + from_scratch(model, settings, asked[2:])[1]
     said = "".join(shown).splitlines()
     assert said[:2] == [f"[{name}.png comes with the next question]" for name in "ab"]
     assert "none.png cannot be opened" in said[2]
@@ -207,25 +214,26 @@ def test_chat(tmp_path):
     assert said[6] == answers[0]
     assert said[7] == f"[/what is no command. {HELP}]"
     assert said[8] == answers[1]
-    assert "[This turn does not fit any more: 91 tokens" in said[9]
+    assert "[This turn does not fit any more: 90 tokens" in said[9]
     assert said[10:] == [answers[2], "[a new conversation]", answers[3]]
     assert report.images == 2
 
 
 def test_what_does_not_fit_the_model_is_named(tmp_path):
-    ask = asking(tmp_path, "all", stop_tokens=(-1, 999), max_new_tokens=0)
-    ask = type(ask)(**vars(ask) | {"sampling": Sampling(temperature=-1), "template": Template("x", "")})
-    text = "; ".join(ask.problems(model_for("all")))
+    settings = make_settings(tmp_path, "all", stop_tokens=(-1, 999), max_new_tokens=0)
+    settings = type(settings)(
+        **vars(settings) | {"sampling": Sampling(temperature=-1), "template": Template("x", "")}
+    )
+    text = "; ".join(settings.problems(model_for("all")))
     for problem in (
         "temperature must be at least 0, got -1",
         "template.system must hold {text} once and no <image>, got 'x'",
         "template.question must hold {text} once",
         "max_new_tokens must be at least 1, got 0",
-        "stop_tokens [-1] are no ids",
-        f"stop_tokens [999] must lie in [0, {MARK}), what the head scores",
+        f"stop_tokens [-1, 999] must lie in [0, {MARK}), what the head scores",
     ):
         assert problem in text
-    assert asking(tmp_path, "all").problems(model_for("all")) == []
+    assert make_settings(tmp_path, "all").problems(model_for("all")) == []
 
 
 @pytest.mark.parametrize(
@@ -237,35 +245,54 @@ def test_what_does_not_fit_the_model_is_named(tmp_path):
     ],
 )
 def test_a_transform_of_another_model_is_named(tmp_path, layout, model, problem):
-    (found,) = asking(tmp_path, layout).problems(model_for(model))
+    (found,) = make_settings(tmp_path, layout).problems(model_for(model))
     with pytest.raises(ValueError, match=problem):
         raise ValueError(found)
 
 
 def test_tokens_and_features_of_another_model_are_named(tmp_path):
-    ask = asking(tmp_path, "all")
-    ask.transform.image_token, ask.transform.features_per_image = MARK + 3, PER_IMAGE + 1
-    problems = ask.problems(model_for("all"))
+    settings = make_settings(tmp_path, "all")
+    settings.transform.image_token, settings.transform.features_per_image = MARK + 3, PER_IMAGE + 1
+    problems = settings.problems(model_for("all"))
     assert problems == [
-        f"image_token is {MARK + 3}, but the model embeds ids below {MARK + 1}",
+        f"image_token is {MARK + 3}, but the model embeds the ids below {MARK + 1}; fusion_vocab_size=1 "
+        "adds a row for it",
         "features_per_image is 3, but 'encoder' makes 2 of an image",
     ]
-    assert ask.problems(model_for("placeholder"))[0] == (
+    assert settings.problems(model_for("placeholder"))[0] == (
         f"image_token is {MARK + 3}, but in this model features replace ({MARK},)"
+    )
+
+
+def test_ids_of_another_tokenizer_are_named(tmp_path):
+    settings = make_settings(tmp_path, "all")
+    tokenizer = settings.transform.tokenizer
+    tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id = MARK + 1, (2, MARK + 2), -1
+    settings.transform.image_token = -3
+    assert settings.problems(model_for("all")) == [
+        f"bos_token_id [{MARK + 1}] must lie in [0, {MARK + 1}), the ids that the model embeds",
+        f"eos_token_id [{MARK + 2}] must lie in [0, {MARK + 1}), the ids that the model embeds",
+        f"pad_token_id [-1] must lie in [0, {MARK + 1}), the ids that the model embeds",
+        f"image_token is -3, but the model embeds the ids below {MARK + 1}; fusion_vocab_size=1 adds a "
+        "row for it",
+    ]
+    tokenizer.bos_id = MARK
+    assert f"bos_token_id [{MARK}] cannot be text: in this model features replace [{MARK}]" in (
+        settings.problems(model_for("placeholder"))
     )
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_slots_are_enough_for_all_turns(tmp_path, compile, monkeypatch):
     monkeypatch.setattr(session, "compiled", lambda function, device: function)
-    model, ask = model_for("all", 89), asking(tmp_path, "all", compile=compile)
+    model, settings = model_for("all", 89), make_settings(tmp_path, "all", compile=compile)
 
     def slots(*lengths):
         encoded = [[list(range(n + (not i))) for i, n in enumerate(lengths)]]
-        return slots_for(model, ask, encoded, 0, path="p")
+        return required_slots(model, settings, encoded, 0, path="p")
 
     for lengths in ([83], [20, 3, 11], [15, 16, 17]):
-        with Conversation(model, ask, max_tokens=slots(*lengths)) as conversation:
+        with Conversation(model, settings, max_tokens=slots(*lengths)) as conversation:
             for n in lengths:
                 conversation.ask(Question(" ".join(["w4"] * n)))
     with pytest.raises(ValueError, match=r"p, prompt 1: 85 tokens in 1 turns, .* are 90, and 89 fit"):

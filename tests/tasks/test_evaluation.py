@@ -12,14 +12,14 @@ def question(number, images=1, kind="k"):
 
 
 def test_accuracy_by_kind():
-    answered = [
+    predictions = [
         Prediction(question(1), "answer 1"),
         Prediction(question(2), "answer  2 "),
         Prediction(question(3), "answer 1"),
         Prediction(question(4, kind="other"), ""),
         Prediction(Question("other", answer="yes"), ""),
     ]
-    assert accuracy(answered) == {"k": 2 / 3, "other": 0.0, "question": 0.0, "all": 0.4}
+    assert accuracy(predictions) == {"k": 2 / 3, "other": 0.0, "question": 0.0, "all": 0.4}
 
 
 def test_every_question_gets_the_images_of_another():

@@ -1,7 +1,8 @@
-"""The language model's own tokenizer, as its directory holds it."""
+"""The tokenizer in a language model's directory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ __all__ = ["TextTokenizer"]
 class TextTokenizer:
     """Text to ids and back, with the special tokens that the model's configuration names.
 
-    ``eos_id`` ends a text that is learned; any of ``eos_ids`` ends one that is generated.
+    ``eos_id`` ends a text in training; any of ``eos_ids`` ends one in generation. ``pad_id`` is the
+    configured ``pad_token_id``. Where there is none, or one outside the vocabulary (-1 in early Llama
+    directories), it is ``eos_id``: padding is masked, so any id that the model embeds serves. Only
+    ``bos_id`` does not, since padding in front of a prompt must differ from its first token.
 
     Args:
         path: directory with ``tokenizer.json``, and ``config.json`` or ``generation_config.json`` for
-            the ids of the sequence's begin and end. Padding is the configured one, or the end; where
-            that is the begin too, as in some small models, it is another id, since padding in front of
-            a prompt must not look like its begin.
+            ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
 
     Raises:
-        DataError: if a file is missing or an id is not configured.
+        DataError: if a file is missing, or the first or last token is not configured.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,24 +47,31 @@ class TextTokenizer:
         self.bos_id = _ids(config, "bos_token_id", path)[0]
         self.eos_ids = _ids(config, "eos_token_id", path)
         self.eos_id = self.eos_ids[0]
-        pad = config.get("pad_token_id")
-        self.pad_id: int = self.eos_id if pad is None else int(pad)
+        pad, vocab_size = config.get("pad_token_id"), _vocab_size(config)
+        self.pad_id: int = pad if isinstance(pad, int) and 0 <= pad < vocab_size else self.eos_id
         if self.pad_id == self.bos_id:
-            self.pad_id = int(self.bos_id == 0)  # what it is does not matter: padding is masked
+            self.pad_id = int(self.bos_id == 0)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end."""
+        """Return the ids of a text, without special tokens around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Return the text of ids, special tokens left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def _ids(config: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
-    """One id or several, as Llama 3 lists its ends."""
+    """Return the one id, or the several that Llama 3 lists."""
     value = config.get(name)
     ids = tuple(value) if isinstance(value, list) else (value,)
-    if not ids or not all(isinstance(i, int) for i in ids):
-        raise DataError(f"{path} does not configure {name}.")
+    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise DataError(f"{path} must configure {name}, an id or a list of ids, got {value!r}.")
     return ids
+
+
+def _vocab_size(config: dict[str, Any]) -> float:
+    """Return how many ids the model embeds, without limit where the configuration lacks it."""
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) else math.inf

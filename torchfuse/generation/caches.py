@@ -1,4 +1,4 @@
-"""Whose a model's caches are: a conversation's that sets them up, or the model's that finds them."""
+"""The caches of one conversation: set up and removed with it, or the model's own, used and emptied."""
 
 from __future__ import annotations
 
@@ -10,37 +10,47 @@ from torch import Tensor
 from torchfuse.errors import ModelError
 from torchfuse.naming import unwrap
 
-__all__ = ["Caches", "slots_of"]
+__all__ = ["Caches", "num_extra_tokens", "num_slots", "room_for_text"]
 
 
-def slots_of(model: Any) -> tuple[int, str]:
-    """How many tokens a model holds, those of encoders included, and what says so."""
+def num_slots(model: Any) -> tuple[int, str]:
+    """Return the longest sequence that fits, encoder tokens included, and the name of that limit."""
     if model.caches_are_setup() and model.decoder_max_cache_seq_len is not None:
         return int(model.decoder_max_cache_seq_len), "decoder_max_seq_len of the caches"
     return int(model.max_seq_len), "model's max_seq_len"
 
 
+def room_for_text(model: Any, num_features: int) -> int:
+    """Return how many tokens of text fit beside this many features."""
+    return num_slots(model)[0] - num_extra_tokens(model, num_features)
+
+
+def num_extra_tokens(model: Any, num_features: int) -> int:
+    """Return how many positions of the decoder's sequence this many features take beside the text."""
+    strategy = getattr(unwrap(model), "strategy", None)
+    return 0 if strategy is None else int(strategy.extra_tokens(num_features))
+
+
 class Caches:
     """Caches for one conversation at a time.
 
-    Those that are there are used, if they are large enough and empty, and given back empty; otherwise
-    caches are set up, and removed at the end.
+    Caches that the model has are used if they are large enough and empty, and are emptied at the end;
+    otherwise caches are set up, and removed at the end.
 
     Args:
         model: a fused model, or a plain decoder.
         batch_size: rows.
-        max_tokens: tokens of text at most.
-        max_features: encoder tokens of one turn at most.
+        max_tokens: most tokens of text.
+        max_features: most encoder tokens of one turn.
 
     Raises:
-        ModelError: if as much does not fit, or the caches hold a sequence.
+        ModelError: if the sequence does not fit, or the caches hold one already.
     """
 
     def __init__(self, model: Any, *, batch_size: int, max_tokens: int, max_features: int) -> None:
         self.model = model
-        strategy = getattr(unwrap(model), "strategy", None)
-        extra = 0 if strategy is None else strategy.extra_tokens(max_features)
-        most, limit = slots_of(model)
+        most, limit = num_slots(model)
+        extra = num_extra_tokens(model, max_features)
         self._found = bool(model.caches_are_setup())
         problems = []
         if max_tokens + extra > most:
@@ -49,14 +59,14 @@ class Caches:
                 f"{most}"
             )
         if self._found:
-            problems += self._misfits(batch_size, max_features)
+            problems += self._found_problems(batch_size, max_features)
         if problems:
             raise ModelError(f"{'; '.join(problems)}.")
         self.slots = most if self._found else max_tokens + extra
         if not self._found:
             self._set_up(batch_size, max(max_features, 1))
 
-    def _misfits(self, batch_size: int, max_features: int) -> list[str]:
+    def _found_problems(self, batch_size: int, max_features: int) -> list[str]:
         caches: list[Any] = [getattr(module, "kv_cache", None) for module in self.model.modules()]
         caches = [cache for cache in caches if cache is not None]
         problems = []
@@ -80,7 +90,7 @@ class Caches:
             )
 
     def release(self) -> None:
-        """Leave the model as it was found: without caches, or with empty ones."""
+        """Remove the caches that were set up, or empty those that the model had."""
         from torchtune.modules.common_utils import delete_kv_caches
 
         if not self.model.caches_are_setup():

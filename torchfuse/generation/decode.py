@@ -1,4 +1,4 @@
-"""One prompt of each row, one answer of each row."""
+"""``generate``: one prompt and one answer a row."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
-from torchfuse.generation.caches import slots_of
-from torchfuse.generation.checks import Scores, answer_problems, num_features
+from torchfuse.generation.caches import num_extra_tokens, num_slots
+from torchfuse.generation.checks import Scores, answer_problems, input_id_problems, num_features
 from torchfuse.generation.sampling import Generators, Sampling
 from torchfuse.generation.session import Session
 from torchfuse.generation.steps import bucket
 from torchfuse.naming import unwrap
 
-__all__ = ["evaluating", "generate"]
+__all__ = ["evaluation_mode", "generate"]
 
 
 @torch.no_grad()
@@ -48,33 +48,34 @@ def generate(
         tokens: prompts, ``[b, s]``, shorter ones padded on the left by ``pad_id``.
         encoder_input: keywords of the encoder, as for the model's own call.
         encoder_embeds: what ``model.encode`` returned, in place of ``encoder_input``.
-        encoder_mask: which features count, as for the model's own call, ``[b, s, n]`` or ``[b, n]``. New
-            tokens see what the last prompt token sees.
-        max_new_tokens: how many tokens to add at most.
-        temperature: divides the logits; 0 takes the likeliest token always.
+        encoder_mask: which features count, as for the model's call: bool ``[b, s, n]`` or ``[b, n]``,
+            True: may be attended to. New tokens attend to what the last prompt token attends to.
+        max_new_tokens: the most tokens to add.
+        temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample from this many likeliest tokens only.
         top_p: sample from the likeliest tokens that together have this probability only.
         repetition_penalty: above 1 makes tokens that a row holds already less likely.
         stop_tokens: ids after which a row is finished, or a list of them for each row; generation ends
             when all rows are.
-        pad_id: id of padding, in the prompt and behind finished rows.
+        pad_id: id of padding, in the prompt and behind finished rows. The model must embed it.
         generator: source of randomness, on the device of ``tokens``; a list with one for each row makes
             a row's answer independent of the batch.
         compile: whether prompt and steps run as one compiled graph each. Graphs are kept: prompts of one
             bucket of lengths share one, and a second call compiles nothing.
-        stream: called with the new token of every row, ``[b]``, as soon as it is known.
-        scores: ``"logits"`` or ``"log_probs"`` to get those of every new token, before sampling, too.
+        stream: called with the new token of every row, ``[b]``, as soon as it is chosen.
+        scores: ``"logits"`` or ``"log_probs"`` to also return those of every step, before sampling.
 
     Returns:
         Prompts and new tokens, ``[b, s + n]`` with ``n <= max_new_tokens``; with ``scores``, a pair of
         that and ``[b, n, v]``.
 
     Raises:
-        ModelError: if the arguments are out of range or the sequence does not fit the model; nothing but
-            the encoders has run then.
+        ModelError: if arguments or ids are out of range, before any module runs; if the sequence does
+            not fit the model, before the decoder runs.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     problems = answer_problems(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
+    problems += input_id_problems(model, {"pad_id": [pad_id]})
     if encoder_input is not None and encoder_embeds is not None:
         problems.append("give encoder_input or encoder_embeds, not both")
     if problems:
@@ -83,8 +84,8 @@ def generate(
     strategy = getattr(unwrap(model), "strategy", None)
     if strategy is not None:
         strategy.check_prompt(fused.encoder_names, tokens, encoder_mask)
-    _room(fused, tokens.shape[1], 0, max_new_tokens, compile)  # before an encoder runs for nothing
-    with evaluating(model):
+    _room(fused, tokens.shape[1], 0, max_new_tokens, compile)  # before an encoder runs in vain
+    with evaluation_mode(model):
         if encoder_input is not None:
             encoder_embeds = fused.encode(encoder_input)
         features = num_features(encoder_embeds)
@@ -107,8 +108,8 @@ def generate(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, and each of its modules as it was afterwards."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -124,10 +125,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _room(model: Any, prompt: int, features: int, new: int, compiled: bool) -> int:
-    """Tokens of text that caches are needed for; a round number where each needs a graph of its own."""
-    strategy = getattr(unwrap(model), "strategy", None)
-    extra = 0 if strategy is None else strategy.extra_tokens(features)
-    slots, limit = slots_of(model)
+    """Return the tokens of text to make caches for, rounded where each number needs its own graph."""
+    slots, limit = num_slots(model)
+    extra = num_extra_tokens(model, features)
     most = slots - extra
     if prompt + new > most:
         raise ModelError(

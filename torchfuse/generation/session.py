@@ -1,10 +1,10 @@
-"""A conversation with a model on one set of caches.
+"""Several turns on one set of caches.
 
-Prompts are padded on the left, so that every row's next token stands in the same column; padding is
-masked and positions are counted from each row's first token, so that a row gives what it would give on
-its own. What a row must not see again (padding behind a finished answer) is masked in the same way, so
-that the next turn simply goes on behind it. Everything that changes from step to step is a tensor that
-keeps its place: a step is one graph, and needs nothing from the host but the next token.
+Prompts are padded on the left, so that every row's next token has the same column; padding is masked and
+positions are counted from each row's first token, so that a row's result is that of the row alone. What
+a row must not attend to later (padding behind a finished answer) is masked in the same way, so that the
+next turn is written behind it. Everything that changes from step to step is a tensor with a fixed
+address: a step is one graph, and needs nothing from the host but the next token.
 """
 
 from __future__ import annotations
@@ -19,34 +19,43 @@ from torch import Tensor, nn
 from torchfuse.data.masks import left_padding
 from torchfuse.errors import ModelError
 from torchfuse.generation.caches import Caches
-from torchfuse.generation.checks import Scores, answer_problems, num_features, stop_table, vocab_size
+from torchfuse.generation.checks import (
+    Scores,
+    answer_problems,
+    input_id_problems,
+    num_features,
+    special_tokens,
+    stop_table,
+    vocab_size,
+)
 from torchfuse.generation.sampling import Generators, Sampling, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, read_prompt
 from torchfuse.naming import unwrap
 
 __all__ = ["Session"]
 
-# How often a device is asked whether all rows are finished; asking waits for it.
+# After how many steps the host checks whether all rows are finished, for which it waits for the device.
 _CHECK_EVERY: Final = 8
 
 
 class Session:
-    """Caches of a model and what has been said on them.
+    """A conversation with a model, batched: prompts and answers, turn by turn, on caches that are kept.
 
-    Use it as a context manager, or call ``close``: the caches are the model's until then.
+    Use it as a context manager, or call ``close``, which gives the caches back.
 
     Args:
         model: a fused model, or a plain decoder, in evaluation mode. Caches that it has already are
-            used and stay, otherwise they are set up and removed again.
+            used and kept; otherwise caches are set up, and removed by ``close``.
         batch_size: rows.
-        max_tokens: text of all turns together at most, prompts, their padding, and answers.
-        max_features: encoder tokens of one turn at most.
-        pad_id: id of padding, in prompts and behind finished rows.
+        max_tokens: most tokens of text of all turns together: prompts, their padding, and answers.
+        max_features: most encoder tokens of one turn.
+        pad_id: id of padding, in prompts and behind finished rows. The model must embed it.
         compile: whether prompts and steps run as one compiled graph each. Prompts are then padded to
-            the lengths of ``bucket``, so that few graphs serve all.
+            the lengths of ``bucket``, so that they share a few graphs.
 
     Raises:
-        ModelError: if the model or its caches cannot hold as much, or the caches hold a sequence.
+        ModelError: if the model or its caches are too small, the caches hold a sequence, or the model
+            does not embed ``pad_id``.
 
     Examples:
         >>> from torchtune.models.llama3_2 import llama3_2
@@ -70,6 +79,8 @@ class Session:
         pad_id: int = 0,
         compile: bool = False,
     ) -> None:
+        if problems := input_id_problems(model, {"pad_id": [pad_id]}):
+            raise ModelError(f"Session: {'; '.join(problems)}.")
         fused: Any = model
         self.model = fused
         self.pad_id, self.compile, self.max_tokens = pad_id, compile, max_tokens
@@ -82,26 +93,31 @@ class Session:
         self._keeps_features = strategy is not None and (
             strategy.caches_features or strategy.extra_tokens(1) > 0
         )
-        special = () if strategy is None else strategy.special_tokens()
         with next(fused.tok_embeddings.parameters()).device:
-            self._special = torch.tensor(special, dtype=torch.long)
+            self._special = torch.tensor(special_tokens(model), dtype=torch.long)
             self._valid = torch.zeros(batch_size, self._caches.slots, dtype=torch.bool)
             self._count = torch.zeros(batch_size, dtype=torch.long)
             self._column = torch.zeros(1, dtype=torch.long)
         for state in (self._special, self._valid, self._count, self._column):
-            # Recorded steps write where they did when they were recorded.
+            # A recorded graph writes to the addresses of its recording.
             torch._dynamo.mark_static_address(state, guard=False)
-        # The last token of an answer, which the model has not read yet, and whether it counts.
-        self._unread: tuple[Tensor, Tensor] | None = None
+        # The last token of an answer, which is in no cache yet, and whether it counts.
+        self._pending: tuple[Tensor, Tensor] | None = None
         self._seen: Tensor | None = None
         self.length = 0
 
+    @property
+    def room(self) -> int:
+        """How many tokens the next prompt and its answer can have together."""
+        # A pending token is run with the next prompt; the last new one is in no cache.
+        return self.max_tokens - self.length - int(self._pending is not None) + 1
+
     def reset(self) -> None:
-        """Forget what has been said; caches and graphs stay for the next conversation."""
+        """Empty the caches for a new conversation; they and the graphs are used again."""
         self.model.reset_caches()
         for state in (self._valid, self._count, self._column):
             state.zero_()
-        self._unread = self._seen = None
+        self._pending = self._seen = None
         self.length = 0
 
     @torch.no_grad()
@@ -115,40 +131,45 @@ class Session:
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
         generator: Generators = None,
+        on_prefill: Callable[[], None] | None = None,
         stream: Callable[[Tensor], None] | None = None,
         scores: Scores = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Read a prompt behind what has been said, and answer it.
+        """Append a prompt to the conversation, and generate its answer.
 
         Args:
             tokens: ids ``[b, s]``, padded on the left.
-            max_new_tokens: how many tokens to add at most.
-            encoder_embeds: features that this turn brings, as ``model.encode`` returns them. Without
-                any, the turn sees what the last token of the turn before saw.
+            max_new_tokens: the most tokens to add.
+            encoder_embeds: new features of this turn, as ``model.encode`` returns them. None: the turn
+                attends to the features that the last token of the turn before attended to.
             encoder_mask: which features count, as for the model's own call.
             sampling: how tokens are chosen.
             stop_tokens: ids after which a row is finished; the same for all rows, or by row.
             generator: see ``sample``.
-            stream: called with the new token of every row, ``[b]``, as soon as it is known.
-            scores: ``"logits"`` or ``"log_probs"`` of every token at every step, before sampling.
+            on_prefill: called once, when the model has run on the prompt, before any token is chosen.
+            stream: called with the new token of every row, ``[b]``, as soon as it is chosen.
+            scores: ``"logits"`` or ``"log_probs"`` to also return those of every step, before sampling.
 
         Returns:
-            New tokens ``[b, n]``, and scores ``[b, n, v]`` if asked for.
+            New tokens ``[b, n]``, and scores ``[b, n, v]``, or None without ``scores``.
 
         Raises:
-            ModelError: if it does not fit into what is left of the session.
+            ModelError: if the turn does not fit into what is left of the session, or an argument is out
+                of range; the conversation is unchanged then.
         """
         sampling = sampling or Sampling()
         problems = answer_problems(
             self.model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores
         )
-        if not problems:  # otherwise there may be no rows and columns to speak of
-            problems = self._misfits(tokens, max_new_tokens, num_features(encoder_embeds))
+        if not problems:  # otherwise tokens may have no rows and columns
+            problems = self._room_problems(tokens, max_new_tokens, num_features(encoder_embeds))
         if problems:
             raise ModelError(f"answer: {'; '.join(problems)}.")
         padding = self._padding(tokens, max_new_tokens)
         stop = stop_table(stop_tokens, tokens)
-        logits = self._read(tokens, padding, encoder_embeds, encoder_mask, sampling)
+        logits = self._prefill(tokens, padding, encoder_embeds, encoder_mask, sampling)
+        if on_prefill is not None:
+            on_prefill()
         finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         new: list[Tensor] = []
         kept: list[Tensor] = []
@@ -173,20 +194,18 @@ class Session:
             if done:
                 break
             logits = self._step(chosen, counts)
-        self._unread = (chosen, counts)
+        self._pending = (chosen, counts)
         num = int(torch.stack(alive).sum()) if stop.shape[1] else len(new)
         scored = torch.stack(kept[:num], dim=1) if kept else None
         return torch.stack(new[:num], dim=1), scored
 
-    def _misfits(self, tokens: Tensor, max_new_tokens: int, features: int) -> list[str]:
-        """What is too large for what is left of the session, in words."""
-        rows, left = self._valid.shape[0], self.max_tokens - self.length
-        length = tokens.shape[1] + int(self._unread is not None)
-        problems = []
-        if tokens.shape[0] != rows or length > left - (max_new_tokens - 1):  # the last is never read
+    def _room_problems(self, tokens: Tensor, max_new_tokens: int, features: int) -> list[str]:
+        """Return what is too large for what is left of the session."""
+        rows, problems = self._valid.shape[0], []
+        if tokens.shape[0] != rows or tokens.shape[1] + max_new_tokens > self.room:
             problems.append(
-                f"this session has {rows} rows and room for {left} more tokens of text, got "
-                f"{tokens.shape[0]} rows of {length} with {max_new_tokens} new ones to come"
+                f"this session has {rows} rows and room for {self.room} more tokens of text, got "
+                f"{tokens.shape[0]} rows of {tokens.shape[1]} and {max_new_tokens} new ones"
             )
         if self._keeps_features and features > self.max_features:
             problems.append(
@@ -195,13 +214,14 @@ class Session:
         return problems
 
     def _padding(self, tokens: Tensor, max_new_tokens: int) -> int:
-        """By how much a prompt that fits is padded on the left."""
+        """Return by how many tokens a prompt is padded on the left."""
         if not self.compile:
             return 0
-        length = tokens.shape[1] + int(self._unread is not None)
-        return bucket(length, self.max_tokens - self.length - (max_new_tokens - 1)) - length
+        pending = int(self._pending is not None)
+        length = tokens.shape[1] + pending
+        return bucket(length, self.room + pending - max_new_tokens) - length
 
-    def _read(
+    def _prefill(
         self,
         tokens: Tensor,
         padding: int,
@@ -209,11 +229,11 @@ class Session:
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         sampling: Sampling,
     ) -> Tensor:
-        """Logits ``[b, v]`` of the first token behind a prompt."""
+        """Run the model on a prompt; return the logits ``[b, v]`` of the token behind it."""
         valid = left_padding(tokens, self.pad_id)
         front, front_valid = tokens[:, :0], valid[:, :0]
-        if self._unread is not None:
-            front, front_valid = (part[:, None] for part in self._unread)
+        if self._pending is not None:
+            front, front_valid = (part[:, None] for part in self._pending)
         pads = tokens.new_full((tokens.shape[0], padding), self.pad_id)
         tokens = torch.cat([front, pads, tokens], dim=1)
         valid = torch.cat([front_valid, torch.zeros_like(pads, dtype=torch.bool), valid], dim=1)
@@ -231,15 +251,15 @@ class Session:
         if self.compile and getattr(self.model, "cache_state", None) is not None:
             # The next recorded graph overwrites what this one returned.
             self.model.cache_state = _copied(self.model.cache_state)
-        # The model may refuse what it is given; a turn is noted only after that.
+        # The model may raise; nothing of the turn is recorded before it has run.
         if sampling.repetition_penalty != 1:
             self._remember_all(tokens, valid)
-        self._unread = None
+        self._pending = None
         self.length += tokens.shape[1]
         return logits
 
     def _step(self, token: Tensor, counts: Tensor) -> Tensor:
-        """Logits ``[b, v]`` of the token after this one."""
+        """Run the model on one token a row; return the logits ``[b, v]`` of the next."""
         run: Callable[..., Tensor] = next_logits
         if self.compile:
             run = compiled(next_logits, token.device.type)
@@ -249,7 +269,7 @@ class Session:
         return logits
 
     def _remember_all(self, tokens: Tensor, valid: Tensor) -> None:
-        """Note which tokens rows hold; those that the head does not score share a column."""
+        """Record which tokens rows hold; those that the head does not score share a column."""
         vocab = vocab_size(self.model)
         if self._seen is None:
             self._seen = torch.zeros(tokens.shape[0], vocab + 1, dtype=torch.bool, device=tokens.device)
@@ -261,7 +281,7 @@ class Session:
             self._remember_all(chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))
 
     def close(self) -> None:
-        """Give the caches back: those that were there stay, empty; those set up for this go."""
+        """Give the caches back: the model's own are emptied, those that were set up are removed."""
         self._caches.release()
 
     def __enter__(self) -> Session:
@@ -289,7 +309,7 @@ def _detached(embeds: Tensor | Mapping[str, Tensor]) -> Any:
 
 
 def _widen(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Any:
-    """A mask by token, for what stands in front of the prompt, too, which sees what its start does."""
+    """Extend a mask by token to what is put in front of the prompt, which gets its first row."""
     if isinstance(mask, Mapping):
         return {name: _widen(part, length) for name, part in mask.items()}
     if mask is None or mask.dim() == 2 or mask.shape[1] == length:

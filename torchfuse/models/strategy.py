@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ConfigError
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
+from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
 __all__ = [
     "ModalityStrategy",
     "build_modality_strategy",
     "check_rows",
+    "features_per_image",
     "register_modality_strategy",
 ]
 
@@ -79,11 +81,11 @@ class ModalityStrategy(ABC):
             num_frames: frames of a clip, or images a row.
 
         Raises:
-            ConfigError: if an encoder does not say how many features an image has, and it matters.
+            ConfigError: if the number of features of an image matters and is unknown.
         """
         if not self.special_tokens() and not self.extra_tokens(1):
             return 0
-        each = sum(_features_of_an_image(model, name) for name in model.encoder_names)
+        each = sum(features_per_image(model, name) for name in model.encoder_names)
         return num_frames * each
 
     def special_tokens(self) -> tuple[int, ...]:
@@ -222,17 +224,27 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
     return call_with_options(_REGISTRY[arch], what=f"architecture {arch!r}", options=options)
 
 
-def _features_of_an_image(model: StrategyModel, name: str) -> int:
-    """Features of one image of an encoder, behind its adapter."""
-    encoder, adapter = model.get_encoder(name), model.get_adapter(name)
-    num = getattr(encoder, "num_tokens", None)
+def features_per_image(model: StrategyModel, name: str, *, one_tile: bool = False) -> int:
+    """Return how many features of one image an encoder and its adapter make.
+
+    Args:
+        model: the fused model.
+        name: of the encoder, one of ``model.encoder_names``.
+        one_tile: where the encoder cuts images into tiles, count the features of one tile; otherwise
+            those of all tiles that it pads an image to.
+
+    Raises:
+        ConfigError: if the encoder has no ``num_tokens``, or the adapter no ``output_num_tokens``.
+    """
+    encoder, adapter = unwrap(model.get_encoder(name)), model.get_adapter(name)
+    num = getattr(encoder, "tokens_per_tile", None) if one_tile else None
+    num = getattr(encoder, "num_tokens", None) if num is None else num
     count: Any = getattr(adapter, "output_num_tokens", None)
     if not isinstance(num, int) or (adapter is not None and count is None):
-        known = isinstance(num, int)
-        silent = f"adapter of {name!r} ({type(adapter).__name__}) has no output_num_tokens"
-        if not known:
-            silent = f"encoder {name!r} ({type(encoder).__name__}) does not say num_tokens"
-        raise ConfigError(f"How many features an image has is not known: the {silent}.")
+        unknown = f"adapter of {name!r} ({type(adapter).__name__}) has no output_num_tokens"
+        if not isinstance(num, int):
+            unknown = f"encoder {name!r} ({type(encoder).__name__}) has no num_tokens"
+        raise ConfigError(f"The number of features of an image is unknown: the {unknown}.")
     return num if adapter is None else int(count(num))
 
 

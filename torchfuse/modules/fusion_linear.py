@@ -222,6 +222,11 @@ class TiedFusionLinear:
             )
         self.tied_module = tied_module
 
+    @property
+    def out_features(self) -> int:
+        """Number of tokens that are scored."""
+        return self.tied_module.num_embeddings
+
     def __call__(self, input: Tensor) -> Tensor:
         """Score tokens.
 

@@ -1,4 +1,4 @@
-"""What became of a model: how many questions it answers right, and what training it took."""
+"""Evaluation of a trained model: accuracy by kind of question, and the costs of its training."""
 
 from __future__ import annotations
 
@@ -7,120 +7,57 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
-from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.questions import Question, QuestionTransform
+from torchfuse.data.questions import Question
 from torchfuse.errors import DataError
-from torchfuse.generation import generate
 from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load
 from torchfuse.params import get_fusion_params
+from torchfuse.tasks.predict import Prediction
 from torchfuse.training.record import TrainingRecord
 
 __all__ = [
-    "Prediction",
     "accuracy",
     "accuracy_by_kind",
     "accuracy_table",
-    "answer_questions",
-    "answer_record",
-    "costs_in_words",
     "evaluate",
+    "format_costs",
+    "prediction_record",
     "swap_images",
     "training_costs",
 ]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A question and what the model said."""
-
-    question: Question
-    said: str
-
-    @property
-    def is_correct(self) -> bool:
-        """Whether the model said the answer, word for word."""
-        return self.question.answer is not None and self.said.split() == self.question.answer.split()
-
-
-def answer_questions(
-    model: nn.Module,
-    transform: QuestionTransform,
-    questions: Sequence[Question],
-    *,
-    batch_size: int = 64,
-    max_new_tokens: int = 8,
-    desc: str = "answer",
-) -> list[Prediction]:
-    """Ask a model questions and take its likeliest answers.
-
-    Args:
-        model: a fused model, or a decoder if no question has an image.
-        transform: the transform that the model was trained with.
-        questions: questions of any kind, mixed.
-        batch_size: questions in a batch.
-        max_new_tokens: longest answer, the end of the sequence included.
-        desc: label of the progress bar.
-
-    Returns:
-        What the model said to each question, in their order.
-    """
-    device = next(model.parameters()).device
-    answered = []
-    batches = range(0, len(questions), batch_size)
-    for start in tqdm(batches, desc=desc, disable=None, leave=False):
-        asked = questions[start : start + batch_size]
-        samples = [transform(question, with_answer=False) for question in asked]
-        batch = padded_collate_images(samples, padding_idx=transform.pad_id, pad_left=True)
-        images = batch.get("encoder_input")
-        mask = batch.get("encoder_mask")
-        tokens = generate(
-            model,
-            batch["tokens"].to(device),
-            encoder_input=None if images is None else {k: v.to(device) for k, v in images.items()},
-            encoder_mask=None if mask is None else mask.to(device),
-            max_new_tokens=max_new_tokens,
-            temperature=0,
-            stop_tokens=transform.stop_tokens,
-            pad_id=transform.pad_id,
-        )
-        new = tokens[:, batch["tokens"].shape[1] :].tolist()
-        answered += [Prediction(q, transform.decode(row)) for q, row in zip(asked, new, strict=True)]
-    return answered
-
-
-def accuracy(answered: Sequence[Prediction]) -> dict[str, float]:
-    """The share of right answers by kind of question, and over ``"all"`` of them.
+def accuracy(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Return the share of correct answers by kind of question, and of ``"all"`` questions.
 
     Raises:
         DataError: if a question has no answer to compare with.
     """
-    unknown = sum(one.question.answer is None for one in answered)
-    if unknown or not answered:
-        raise DataError(f"{unknown} of {len(answered)} questions have no answer to compare with.")
+    unknown = sum(p.question.answer is None for p in predictions)
+    if unknown or not predictions:
+        raise DataError(f"{unknown} of {len(predictions)} questions have no answer to compare with.")
     by_kind: dict[str, list[Prediction]] = {}
-    for one in answered:
-        by_kind.setdefault(one.question.kind, []).append(one)
-    groups = {**by_kind, "all": list(answered)}
-    return {kind: sum(a.is_correct for a in group) / len(group) for kind, group in groups.items()}
+    for prediction in predictions:
+        by_kind.setdefault(prediction.question.kind, []).append(prediction)
+    groups = {**by_kind, "all": list(predictions)}
+    return {kind: sum(p.is_correct for p in group) / len(group) for kind, group in groups.items()}
 
 
-def accuracy_by_kind(answered: Sequence[Prediction]) -> dict[str, float]:
-    """As ``accuracy``, by kind of question alone, and to four digits."""
-    return {kind: round(share, 4) for kind, share in accuracy(answered).items() if kind != "all"}
+def accuracy_by_kind(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Return ``accuracy`` without ``"all"``, rounded to four digits."""
+    return {kind: round(share, 4) for kind, share in accuracy(predictions).items() if kind != "all"}
 
 
 def accuracy_table(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """What ``accuracy`` said on several occasions, one beside the other.
+    """Return several results of ``accuracy`` as the columns of a table.
 
     Args:
-        shares: for each occasion the share of right answers by kind of question.
+        shares: for each column the share of correct answers by kind of question.
 
     Examples:
         >>> print(accuracy_table({"before": {"text": 1.0}, "after": {"one_image": 0.987, "text": 1.0}}))
@@ -129,7 +66,7 @@ def accuracy_table(shares: Mapping[str, Mapping[str, float]]) -> str:
         one_image                               98.7%
     """
     if not shares:
-        return "no question was asked"
+        return "no question was answered"
     kinds = list(dict.fromkeys(kind for by_kind in shares.values() for kind in by_kind))
     width = max(map(len, ["accuracy", *kinds]))
     lines = [f"{'accuracy':<{width}}" + "".join(f"  {name:>16}" for name in shares)]
@@ -139,91 +76,92 @@ def accuracy_table(shares: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def answer_record(answered: Prediction, folder: str | Path) -> str:
-    """A question and its answer as a line of JSON, images relative to the folder it shall stand in.
+def prediction_record(prediction: Prediction, folder: str | Path) -> str:
+    """Return a prediction as a line of JSON, paths of images relative to the folder of the file.
 
     Examples:
-        >>> asked = Question("<image> which digit ?", (Path("a/images/7.png"),), "seven")
-        >>> print(answer_record(Prediction(asked, "one"), "a/run"))  # doctest: +NORMALIZE_WHITESPACE
+        >>> question = Question("<image> which digit ?", (Path("a/images/7.png"),), "seven")
+        >>> line = prediction_record(Prediction(question, "one"), "a/run")
+        >>> print(line)  # doctest: +NORMALIZE_WHITESPACE
         {"kind": "question", "question": "<image> which digit ?", "images": ["../images/7.png"],
-         "answer": "seven", "said": "one"}
+         "answer": "seven", "text": "one"}
     """
-    question = answered.question
+    question = prediction.question
     return json.dumps(
         {
             "kind": question.kind,
             "question": question.question,
             "images": [os.path.relpath(image, folder) for image in question.images],
             "answer": question.answer,
-            "said": answered.said,
+            "text": prediction.text,
         }
     )
 
 
 def swap_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """Show each question the images of another one with as many; leave out what has no such other.
+    """Give each question the images of another one with as many; drop those without such another.
 
-    A model that looks at its images gets most of these wrong: the check that features reach the answer.
+    A model whose answers depend on its images gets most of these wrong.
 
     Args:
         questions: questions with images.
-        seed: of the order in which images are handed on.
+        seed: of the order in which images are swapped.
 
     Raises:
-        DataError: if no question has an other with as many images.
+        DataError: if no two questions have the same number of images.
     """
     by_number: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
         by_number.setdefault(len(question.images), []).append(index)
-    exchanged: dict[int, Question] = {}
+    swapped: dict[int, Question] = {}
     rng = random.Random(seed)
     for number, indices in by_number.items():
         if len(indices) < 2 or not number:
             continue
         rng.shuffle(indices)
         for index, other in zip(indices, indices[1:] + indices[:1], strict=True):
-            exchanged[index] = replace(questions[index], images=questions[other].images)
-    if not exchanged:
-        raise DataError("No two questions have the same number of images, so none can be exchanged.")
-    return [exchanged[index] for index in sorted(exchanged)]
+            swapped[index] = replace(questions[index], images=questions[other].images)
+    if not swapped:
+        raise DataError("No two questions have the same number of images, so none can be swapped.")
+    return [swapped[index] for index in sorted(swapped)]
 
 
 def evaluate(
-    ask: Callable[[list[Question]], list[Prediction]], questions: Sequence[Question], seed: int = 0
+    predict: Callable[[list[Question]], list[Prediction]], questions: Sequence[Question], seed: int = 0
 ) -> tuple[list[Prediction], dict[str, dict[str, float]]]:
-    """Ask a trained model questions, and once more with the images of others.
+    """Evaluate a trained model on questions, and again with their images swapped.
 
     Args:
-        ask: asks the model.
+        predict: answers questions.
         questions: questions with answers.
         seed: see ``swap_images``.
 
     Returns:
-        What the model said, and accuracy by kind of question ``"after"`` training (over ``"all"``, too)
-        and with ``"images_exchanged"``; nothing where there is nothing to ask.
+        The predictions, and accuracy by kind of question: ``"after"`` training (of ``"all"`` too), and
+        with ``"images_exchanged"`` where questions have images to swap. Both empty without questions.
     """
     if not questions:
         return [], {}
-    answered = ask(list(questions))
-    shares = {"after": accuracy_by_kind(answered) | {"all": round(accuracy(answered)["all"], 4)}}
+    predictions = predict(list(questions))
+    shares = {"after": accuracy_by_kind(predictions) | {"all": round(accuracy(predictions)["all"], 4)}}
     numbers = Counter(len(question.images) for question in questions)
-    if seeing := [q for q in questions if q.images and numbers[len(q.images)] > 1]:
-        # Without "all", which would be of other questions than the other.
-        shares["images_exchanged"] = accuracy_by_kind(ask(swap_images(seeing, seed)))
-    return answered, shares
+    if with_images := [q for q in questions if q.images and numbers[len(q.images)] > 1]:
+        # Without "all", which would be of fewer questions than the other.
+        shares["images_exchanged"] = accuracy_by_kind(predict(swap_images(with_images, seed)))
+    return predictions, shares
 
 
 def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
-    """What fusion added to a model, what training took, and what experts took when they last ran.
+    """Return the cost of training a model, and the load of its experts in their last run.
 
     Args:
         model: the trained model.
-        record: how it was trained.
+        record: of its training.
 
     Returns:
         ``new_parameters``, ``steps``, ``training_seconds``, ``tokens`` (by modality),
         ``tokens_per_second``, ``accuracy_at_step`` and, for a model with experts of modalities,
-        ``expert_load``; all of it fit for JSON.
+        ``expert_load``; all of it JSON.
     """
     costs: dict[str, Any] = {
         "new_parameters": sum(p.numel() for p in get_fusion_params(model).values()),
@@ -241,13 +179,13 @@ def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
     return costs
 
 
-def costs_in_words(costs: Mapping[str, Any]) -> str:
-    """What ``training_costs`` returned, for a reader.
+def format_costs(costs: Mapping[str, Any]) -> str:
+    """Return the result of ``training_costs`` as text.
 
     Examples:
         >>> costs = {"new_parameters": 1234, "steps": 5, "training_seconds": 2.5}
         >>> costs |= {"tokens": {"text": 4100, "image": 900}, "tokens_per_second": 2000}
-        >>> print(costs_in_words(costs | {"expert_load": {"layers.0": {"image": [0.25, 0.125]}}}))
+        >>> print(format_costs(costs | {"expert_load": {"layers.0": {"image": [0.25, 0.125]}}}))
         trained 1,234 new parameters for 2.5 s, on 4,100 tokens of text and 900 of image: 2,000 a second
         layers.0: its experts of image took 25%, 12% of the tokens when they last ran
     """

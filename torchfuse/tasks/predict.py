@@ -1,13 +1,14 @@
 """Answers to many questions, in batches of rows with any number of images.
 
-Questions that are about as long, with as many images, go together, which pads least; each draws from a
-generator of its own, so that its answer does not depend on its neighbours.
+Questions of similar length with as many images share a batch, which pads least; each is sampled with a
+generator of its own, so that its answer does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,82 +18,98 @@ from tqdm import tqdm
 
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import Question
-from torchfuse.tasks.prompt_settings import PromptSettings, encode_images, slots_for
-from torchfuse.tasks.report import Report, TimedSession
+from torchfuse.generation.decode import evaluation_mode
+from torchfuse.generation.session import Session
+from torchfuse.tasks.image_inputs import encode_images
+from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
+from torchfuse.tasks.report import Report
 
-__all__ = ["answer_in_batches"]
+__all__ = ["Prediction", "predict"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A question and the text that a model answered it with."""
+
+    question: Question
+    text: str
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the text is the question's answer, word for word."""
+        return self.question.answer is not None and self.text.split() == self.question.answer.split()
 
 
 @torch.no_grad()
-def answer_in_batches(
+def predict(
     model: nn.Module,
-    asking: PromptSettings,
+    settings: PromptSettings,
     questions: Sequence[Question],
     *,
     batch_size: int,
     report: Report | None = None,
-    desc: str = "answer",
-) -> list[str]:
-    """Ask a model questions that have nothing to do with each other.
+    desc: str = "predict",
+) -> list[Prediction]:
+    """Answer questions that do not depend on each other.
 
     Args:
-        model: a fused model without caches, in evaluation mode.
-        asking: how questions are put and answers made. Compiled, every batch is padded to the shape of
-            the largest, so that few graphs serve all.
-        questions: questions with none, one or several images, mixed.
+        model: a fused model without caches, or a decoder if no question has an image; it is put into
+            evaluation mode for the call.
+        settings: how questions become prompts, and how answers are generated. Compiled, every batch is
+            padded to the shape of the largest, so that a few graphs serve all.
+        questions: questions with any number of images, mixed.
         batch_size: questions in a batch.
-        report: notes what everything took.
+        report: what counts and times are added to.
         desc: label of the progress bar.
 
     Returns:
-        The answers, in the order of the questions.
+        The predictions, in the order of the questions.
 
     Raises:
-        DataError: if a question and its answer do not fit the model; nothing has been answered then.
+        ConfigError: if a question and its answer do not fit the model, before any is answered.
     """
     if not questions:
         return []
-    transform = asking.transform
-    filled = [replace(q, question=asking.template.fill(q.question)) for q in questions]
+    transform = settings.transform
+    filled = [replace(q, question=settings.template.fill(q.question)) for q in questions]
     encoded = [transform.encode(question, with_answer=False)[0] for question in filled]
     most_images = max(len(question.images) for question in filled)
-    slots = slots_for(model, asking, [[turn] for turn in encoded], most_images, path="questions")
+    longest, most_features = max(map(len, encoded)), most_images * transform.features_per_image
+    slots = required_slots(model, settings, [[turn] for turn in encoded], most_images, path="questions")
     order = sorted(range(len(filled)), key=lambda i: (len(filled[i].images), len(encoded[i])))
-    answers = [""] * len(filled)
+    answers: dict[int, str] = {}
     report, rows = report or Report(), min(batch_size, len(filled))
-    session = TimedSession(
-        model,
-        report=report,
-        batch_size=rows,
-        max_tokens=slots,
-        max_features=most_images * transform.features_per_image,
-        pad_id=transform.pad_id,
-        compile=asking.compile,
-    )
-    with session, tqdm(total=len(filled), desc=desc, disable=None) as bar:
+    sizes = {"batch_size": rows, "max_tokens": slots, "max_features": most_features}
+    bar = tqdm(total=len(filled), desc=desc, disable=None, leave=False)
+    with (
+        evaluation_mode(model),
+        bar,
+        Session(model, **sizes, pad_id=transform.pad_id, compile=settings.compile) as session,
+    ):
         for start in range(0, len(order), rows):
             indices = order[start : start + rows]
-            full = indices + indices[-1:] * (rows - len(indices))  # the caches have that many rows
-            batch = padded_collate_images(
-                [transform(filled[i], with_answer=False) for i in full], transform.pad_id, pad_left=True
-            )
-            number = sum(len(filled[i].images) for i in indices)
-            features = _encode(model, batch, report, number)
-            if asking.compile:
-                most = most_images * transform.features_per_image
-                features = _pad(batch, features, max(map(len, encoded)), most, transform.pad_id)
-            for i, answer in zip(indices, _answer(session, asking, batch, features, full), strict=False):
-                answers[i] = asking.text(answer)
+            full = indices + indices[-1:] * (rows - len(indices))  # the caches have this many rows
+            samples = [transform(filled[i], with_answer=False) for i in full]
+            batch = padded_collate_images(samples, transform.pad_id, pad_left=True)
+            features = _encode(model, batch, report)
+            report.images += sum(len(filled[i].images) for i in indices)
+            if settings.compile:
+                features = _pad(batch, features, longest, most_features, transform.pad_id)
+            new = _answer(session, settings, batch, features, full, report)[: len(indices)]
+            report.count(sum(len(encoded[i]) for i in indices), new)
+            answers |= {i: settings.text(answer) for i, answer in zip(indices, new, strict=True)}
             bar.update(len(indices))
-    return answers
+    return [Prediction(question, answers[i]) for i, question in enumerate(questions)]
 
 
-def _encode(model: nn.Module, batch: dict[str, Any], report: Report, number: int) -> Tensor | None:
+def _encode(model: nn.Module, batch: dict[str, Any], report: Report) -> Tensor | None:
+    """Replace a batch's images by their features."""
     given = batch.pop("encoder_input", None)
     if given is None:
         return None
     device = next(model.parameters()).device
-    return encode_images(model, given["images"].to(device), report, number)
+    with report.timing("encode", device):
+        return encode_images(model, given["images"].to(device))
 
 
 def _pad(
@@ -109,26 +126,27 @@ def _pad(
 
 
 def _answer(
-    session: TimedSession,
-    asking: PromptSettings,
+    session: Session,
+    settings: PromptSettings,
     batch: dict[str, Any],
     features: Tensor | None,
     indices: Sequence[int],
+    report: Report,
 ) -> list[list[int]]:
-    """The answers of all rows, each up to its end; rows that repeat one count once."""
+    """Return the answers of all rows, each up to its stop token."""
     device = next(session.model.parameters()).device
-    generators = [asking.generator(i, device) for i in indices]
+    generators = [settings.generator(i, device) for i in indices]
     mask = batch.get("encoder_mask")
     session.reset()
-    said, _ = session.answer(
-        batch["tokens"].to(device),
-        max_new_tokens=asking.max_new_tokens,
-        encoder_embeds=features,
-        encoder_mask=None if mask is None else mask.to(device),
-        sampling=asking.sampling,
-        stop_tokens=asking.stops,
-        generator=[generator for generator in generators if generator is not None] or None,
-    )
-    answers = [asking.until_stop(row) for row in said.tolist()]
-    session.count(answers[: len(set(indices))])
-    return answers
+    with report.timing("prefill", device) as begin:
+        new, _ = session.answer(
+            batch["tokens"].to(device),
+            max_new_tokens=settings.max_new_tokens,
+            encoder_embeds=features,
+            encoder_mask=None if mask is None else mask.to(device),
+            sampling=settings.sampling,
+            stop_tokens=settings.stops,
+            generator=[generator for generator in generators if generator is not None] or None,
+            on_prefill=partial(begin, "decode"),
+        )
+    return [settings.until_stop(row) for row in new.tolist()]

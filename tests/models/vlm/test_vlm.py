@@ -267,9 +267,9 @@ def test_image_tokens_of_several_encoders_add_up():
     assert model.strategy.num_image_tokens(model, 2) == 2 * (5 + 3)
 
 
-def test_num_image_tokens_that_nobody_knows():
+def test_unknown_numbers_of_image_tokens_are_refused():
     model = VLMWrapper(TinyEncoder(), "linear", tiny_decoder(), strategy_of("prefix"))
-    with pytest.raises(ValueError, match=r"encoder 'encoder' \(TinyEncoder\) does not say num_tokens"):
+    with pytest.raises(ValueError, match=r"encoder 'encoder' \(TinyEncoder\) has no num_tokens"):
         _ = model.num_image_tokens
     model = VLMWrapper(Patches(), nn.Linear(11, 18), tiny_decoder(), strategy_of("prefix"))
     with pytest.raises(ValueError, match=r"adapter of 'encoder' \(Linear\) has no output_num_tokens"):

@@ -1,0 +1,68 @@
+"""Images in the shape that a model's tower takes: whole, or cut into tiles.
+
+A tower that cuts images into tiles (Mllama's) gets each image as one tile. It pads every image to its
+number of tiles, and nothing may attend to the features of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchfuse.naming import unwrap
+
+__all__ = ["encode_images", "fit_to_encoder"]
+
+
+def fit_to_encoder(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose images and mask fit the model's encoder.
+
+    Args:
+        model: a fused model with one encoder, or a plain decoder.
+        batch: what ``padded_collate_images`` made.
+
+    Returns:
+        The batch itself, or, for a tower of tiles, one with ``images`` ``[b, m, 1, c, h, w]`` and an
+        ``encoder_mask`` that is False at the features of padding tiles.
+    """
+    per_tile = _tokens_per_tile(model)
+    if per_tile is None or "encoder_input" not in batch:
+        return dict(batch)
+    images, mask = batch["encoder_input"]["images"], batch["encoder_mask"].unflatten(2, (-1, per_tile))
+    padding = _encoder(model).num_tokens - per_tile
+    return {
+        **batch,
+        "encoder_input": {"images": images.unsqueeze(2)},
+        "encoder_mask": F.pad(mask, (0, padding)).flatten(2),
+    }
+
+
+def encode_images(model: Any, images: Tensor) -> Tensor:
+    """Return the features of images, image by image, without those of padding tiles.
+
+    Args:
+        model: a fused model with one encoder.
+        images: normalised pixels, ``[b, m, c, h, w]``.
+
+    Returns:
+        ``[b, m * features_per_image, d]``.
+    """
+    per_tile = _tokens_per_tile(model)
+    if per_tile is None:
+        return model.encode({"images": images})
+    features = model.encode({"images": images.unsqueeze(2)})
+    return features.unflatten(1, (images.shape[1], -1))[:, :, :per_tile].flatten(1, 2)
+
+
+def _tokens_per_tile(model: nn.Module) -> int | None:
+    """Features of a tile, for an encoder that cuts images into tiles; None for any other."""
+    return getattr(_encoder(model), "tokens_per_tile", None)
+
+
+def _encoder(model: nn.Module) -> Any:
+    owner: Any = unwrap(model)
+    names = getattr(owner, "encoder_names", [])
+    return unwrap(owner.get_encoder(names[0])) if names else None

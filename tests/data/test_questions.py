@@ -176,7 +176,9 @@ def test_tokenizers_and_their_special_tokens(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "pad_token_id": None}))
     assert TextTokenizer(folder).eos_ids == (5,)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="must configure bos_token_id, an id or a list of ids, got None"):
+    with pytest.raises(
+        ValueError, match="must configure bos_token_id, an id or a list of ids, got None"
+    ):
         TextTokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer"):

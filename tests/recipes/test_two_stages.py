@@ -153,11 +153,11 @@ def test_a_run_resumes_with_the_configuration_it_was_started_with_or_is_refused(
     whole = runs.run("whole", train=train, resume=True)  # no checkpoint: it starts at the first step
     before = load_file(whole / "fusion" / "fusion.safetensors")
     for changes, complaints in (
-        ({}, ["step_1 is of an earlier run: resume=true goes on with it"]),
+        ({}, ["step_1 is of an earlier run: resume it with resume=true"]),
         (
             {"resume": True, "seed": 8, "train": {"max_steps": 3, "batch_size": 8}},
             [
-                "is of a run that went otherwise: ",
+                "was made with a different configuration: ",
                 "seed was 7 and is 8",
                 "train.max_steps was 1 and is 3",
                 "questions a step was 16 and is 8",

@@ -1,11 +1,14 @@
+import copy
 import re
 import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 
 import pytest
 from omegaconf import MISSING, OmegaConf
 
-from torchfuse.training.config import build, read_config, recipe, typed
+from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
+from torchfuse.training.config import _override, build, read_config, recipe, typed
 
 
 @dataclass
@@ -97,14 +100,15 @@ def test_files_that_are_no_configuration(tmp_path, text, complaint):
 
 
 def test_build():
-    got = build({"_component_": "test_config.Inner", "rate": 3.0}, what="section")
+    got = build({"_component_": "training.test_config.Inner", "rate": 3.0}, what="section")
     assert type(got).__name__ == "Inner"
     with pytest.raises(
-        ValueError, match=r"section \(test_config\.Inner\): unknown option 'rte'; it takes rate, steps"
+        ValueError,
+        match=r"section \(training\.test_config\.Inner\): unknown option 'rte'; it takes rate, steps",
     ):
-        build({"_component_": "test_config.Inner", "rte": 3.0}, what="section")
+        build({"_component_": "training.test_config.Inner", "rte": 3.0}, what="section")
     with pytest.raises(ValueError, match="there is no component 'test_config.Nothing'"):
-        build({"_component_": "test_config.Nothing"}, what="section")
+        build({"_component_": "training.test_config.Nothing"}, what="section")
     with pytest.raises(ValueError, match="there is no component 'no_such_package.x'"):
         build({"_component_": "no_such_package.x"}, what="section")
     with pytest.raises(ValueError, match="section must name its _component_"):
@@ -113,15 +117,18 @@ def test_build():
         with pytest.raises(ValueError, match="section must name its _component_, a dotted path; got "):
             build(nothing, what="section")
     with pytest.raises(
-        ValueError, match=r"section \(test_config\.Inner\): steps must be an integer or null, got 'x'\."
+        ValueError,
+        match=r"section \(training\.test_config\.Inner\): steps must be an integer or null, got 'x'\.",
     ):
-        build({"_component_": "test_config.Inner", "steps": "x"}, what="section")
+        build({"_component_": "training.test_config.Inner", "steps": "x"}, what="section")
     with pytest.raises(
-        ValueError, match=r"section \(test_config\) must be a function or class .* <module"
+        ValueError, match=r"section \(training\.test_config\) must be a function or class .* <module"
     ):
-        build({"_component_": "test_config"}, what="section")
-    with pytest.raises(ValueError, match=r"\(test_config\.Inner\) must make a Schema, got a Inner"):
-        build({"_component_": "test_config.Inner"}, what="section", kind=Schema)
+        build({"_component_": "training.test_config"}, what="section")
+    with pytest.raises(
+        ValueError, match=r"\(training\.test_config\.Inner\) must return a Schema, got a Inner"
+    ):
+        build({"_component_": "training.test_config.Inner"}, what="section", kind=Schema)
 
 
 def run(main, tmp_path, monkeypatch, *overrides):
@@ -142,8 +149,8 @@ def test_a_recipe_gets_what_file_and_command_line_say(tmp_path, monkeypatch):
     [
         (["number=many"], "Configuration key 'number': "),
         (["number={a"], "Override number={a: while parsing a flow mapping"),
-        (["number"], "Override number: .* form of key=value"),
-        (["~other"], "Override ~other: Could not find key other"),
+        (["number"], "Override number: expected key=value"),
+        (["~other"], "Override ~other: there is no key 'other' to remove"),
         (["~name.x"], "Override ~name.x: "),
         (["[=1"], "Override \\[=1: "),
         (["inner=[1]"], "Override inner=\\[1\\]: "),
@@ -162,24 +169,60 @@ def test_a_mistake_on_the_command_line_ends_a_recipe(
     assert re.match(f"error: {complaint}", said.err)
 
 
-def test_the_callers_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "override",
+    [
+        "number=5",
+        "inner.rate=1e-3",
+        "inner.new.deep=null",
+        "name=None",
+        "model=other.component",
+        "model.width=7",
+        "~inner.rate",
+        "~number",
+        "name=[1, 2]",
+    ],
+)
+def test_overrides_are_merged_as_torchtune_merges_them(override):
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    given = {
+        "name": "x",
+        "number": 3,
+        "inner": {"rate": 2.5},
+        "model": {"_component_": "some.component", "width": 5},
+    }
+    expected = _merge_yaml_and_cli_args(Namespace(**copy.deepcopy(given)), [override])
+    assert _override(OmegaConf.create(given), override) == expected
+
+
+def test_a_value_may_hold_an_equals_sign():
+    assert _override(OmegaConf.create({"name": "x"}), "name=a=b").name == "a=b"
+
+
+@pytest.mark.parametrize("path", ["~model", "~model._component_"])
+def test_a_component_cannot_be_removed(path):
+    config = OmegaConf.create({"model": {"_component_": "some.component", "width": 5}})
+    with pytest.raises(ConfigError, match="a component cannot be removed"):
+        _override(config, path)
+
+
+def test_an_error_of_the_caller_is_one_sentence_and_any_other_keeps_its_traceback(
+    tmp_path, monkeypatch, capsys
+):
     def fails_with(error):
         def main(config):
             raise error
 
         return main
 
-    with pytest.raises(SystemExit, match="^1$"):
-        run(fails_with(ValueError("say this")), tmp_path, monkeypatch)
-    assert capsys.readouterr().err == "error: say this\n"
-    for bug in (
-        TypeError("a bug"),
-        FileNotFoundError("a bug"),
-        RuntimeError("a bug"),
-        KeyError("a bug"),
-    ):
+    for kind in (ConfigError, DataError, CheckpointError):
+        with pytest.raises(SystemExit, match="^1$"):
+            run(fails_with(kind("this sentence")), tmp_path, monkeypatch)
+        assert capsys.readouterr().err == "error: this sentence\n"
+    for bug in (ValueError("a bug"), ModelError("a bug"), RuntimeError("a bug"), KeyError("a bug")):
         with pytest.raises(type(bug), match="a bug"):
             run(fails_with(bug), tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHFUSE_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="say this"):
-        run(fails_with(ValueError("say this")), tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match="this sentence"):
+        run(fails_with(ConfigError("this sentence")), tmp_path, monkeypatch)

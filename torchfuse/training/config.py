@@ -1,11 +1,14 @@
-"""What recipes share: a typed configuration, components by name, and one clear sentence on failure."""
+"""Configurations of recipes: typed, with components by name, and one sentence for all that is wrong.
+
+Nothing here imports torchtune: a mistyped key is reported before the seconds that its import takes.
+"""
 
 from __future__ import annotations
 
 import os
 import pkgutil
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from torchfuse.errors import ConfigError
+from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
 from torchfuse.options import call_with_options
 
 __all__ = ["build", "read_config", "read_yaml", "recipe", "typed"]
@@ -28,8 +31,8 @@ def read_yaml(path: str | Path, hint: str, *, load: Callable[[TextIO], Any] = ya
 
     Args:
         path: the file.
-        hint: what the file is, for whoever gave the wrong one.
-        load: what reads the open file.
+        hint: what kind of file is expected, for the message.
+        load: reads the open file.
 
     Raises:
         ConfigError: if it cannot be read or is no YAML, naming it.
@@ -48,10 +51,10 @@ def read_config(path: str | Path, hint: str) -> DictConfig:
 
     Args:
         path: the file.
-        hint: what the file is, for whoever gave the wrong one.
+        hint: what kind of file is expected, for the message.
 
     Raises:
-        ConfigError: if it is no such file, naming it.
+        ConfigError: if the file cannot be read or holds anything else, naming it.
     """
     config = read_yaml(path, hint, load=OmegaConf.load)
     if not isinstance(config, DictConfig):
@@ -65,7 +68,7 @@ def typed(given: DictConfig, schema: type[_Schema]) -> _Schema:
     """Turn a parsed YAML into an instance of a dataclass.
 
     Args:
-        given: what the YAML and the command line say.
+        given: the YAML with the overrides of the command line.
         schema: a dataclass; fields without a value must be given, nested dataclasses are sections.
 
     Raises:
@@ -105,17 +108,17 @@ def _merge(config: DictConfig, given: Mapping[Any, Any], prefix: str = "") -> It
 
 
 def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
-    """Call the component that a section of a configuration names with the rest of the section.
+    """Call the component that a section of a configuration names with the other keys of the section.
 
     Args:
-        section: ``_component_``, a dotted path, and keywords for what stands there.
+        section: ``_component_``, the dotted path of a function or class, and its keywords.
         *args: positional arguments that the recipe adds.
         what: the name of the section, for messages.
-        kind: what the component must make.
+        kind: the type that the component must return.
 
     Raises:
-        ConfigError: if there is no such component, it does not take the keywords, or it makes something
-            else.
+        ConfigError: if there is no such component, it does not take the keywords, it refuses their
+            values, or it returns another type.
     """
     options = dict(section) if isinstance(section, Mapping) else {"_component_": section}
     path = options.pop("_component_", None)
@@ -125,31 +128,37 @@ def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
         component = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{what}: there is no component {path!r} ({error}).") from error
-    built = call_with_options(component, *args, what=f"{what} ({path})", options=options)
+    try:
+        built = call_with_options(component, *args, what=f"{what} ({path})", options=options)
+    except ModelError as error:  # the keywords of a section are a matter of configuration
+        raise ConfigError(f"{what} ({path}): {error}") from error
     if not isinstance(built, kind):
-        raise ConfigError(f"{what} ({path}) must make a {kind.__name__}, got a {type(built).__name__}.")
+        raise ConfigError(
+            f"{what} ({path}) must return a {kind.__name__}, got a {type(built).__name__}."
+        )
     return built
 
 
 def recipe(
     schema: type[_Schema], *, flags: Mapping[str, str] | None = None
 ) -> Callable[[Callable[[_Schema], None]], Callable[[], None]]:
-    """Make a function of a typed configuration the main of a recipe for ``tune run``.
+    """Turn a function of a typed configuration into the main function of a recipe for ``tune run``.
 
-    What the caller got wrong, a ``ValueError``, ends it with one sentence and exit code 1; everything
-    else keeps its traceback, and with ``TORCHFUSE_TRACEBACK`` in the environment so does that.
+    A ``ConfigError``, ``DataError`` or ``CheckpointError`` ends the recipe with one sentence on stderr
+    and exit code 1. Any other exception keeps its traceback; with ``TORCHFUSE_TRACEBACK`` set in the
+    environment, those three do too.
 
     Args:
         schema: the configuration, see ``typed``.
-        flags: keys that ``--key`` on the command line sets to true, and what each does.
+        flags: keys that ``--key`` on the command line sets to true, with a help text for each.
     """
 
     def decorate(main: Callable[[_Schema], None]) -> Callable[[], None]:
         def run() -> None:
             sys.path.append(os.getcwd())  # components of the user's own, as torchtune allows them
             try:
-                main(typed(_given(main.__doc__, flags or {}), schema))
-            except ValueError as error:
+                main(typed(_parse_arguments(main.__doc__, flags or {}), schema))
+            except (ConfigError, DataError, CheckpointError) as error:
                 if os.environ.get("TORCHFUSE_TRACEBACK"):
                     raise
                 sys.stdout.flush()
@@ -162,11 +171,8 @@ def recipe(
     return decorate
 
 
-def _given(description: str | None, flags: Mapping[str, str]) -> DictConfig:
-    """What ``--config`` and the command line say.
-
-    torchtune's own parser is not asked: it has no word about what is wrong with the file.
-    """
+def _parse_arguments(description: str | None, flags: Mapping[str, str]) -> DictConfig:
+    """Parse ``--config`` and the overrides of the command line."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file; key=value overrides a key of it")
     for flag, does in flags.items():
@@ -177,23 +183,46 @@ def _given(description: str | None, flags: Mapping[str, str]) -> DictConfig:
     problems = []
     for override in overrides:
         try:
-            _override(config, [override])
-        except ValueError as error:
-            problems.append(str(error))
+            config = _override(config, override)
+        except (ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException) as error:
+            problems.append(f"Override {override}: {_one_line(error)}.")
     if problems:
         raise ConfigError(" ".join(problems))
-    return _override(config, overrides)
+    return config
 
 
-def _override(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """A configuration with what the command line says, by torchtune's rules."""
-    from torchtune.config._utils import _merge_yaml_and_cli_args
+def _override(config: DictConfig, override: str) -> DictConfig:
+    """Return a configuration with one override of the command line, by torchtune's rules.
 
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=False)
-    try:
-        return _merge_yaml_and_cli_args(Namespace(**values), overrides)
-    except (ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"Override {' '.join(overrides)}: {_one_line(error)}.") from error
+    ``key=value`` sets a key; ``section=path`` sets the ``_component_`` of a section that has one;
+    ``None`` is null; ``~key`` removes a key, and the sections that become empty by it.
+    """
+    key, equals, value = override.partition("=")
+    if key.startswith("~"):
+        return _remove(config, key[1:].split("."))
+    if not equals or not key:
+        raise ConfigError("expected key=value, or ~key to remove a key")
+    if _is_component(OmegaConf.select(config, key)):
+        key += "._component_"
+    text = "null" if value == "None" else value
+    return OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={text}"]))
+
+
+def _remove(section: DictConfig, path: list[str]) -> DictConfig:
+    name, *rest = path
+    if not isinstance(section, DictConfig) or name not in section:
+        raise ConfigError(f"there is no key {name!r} to remove")
+    if rest:
+        _remove(section[name], rest)
+    if not rest and (name == "_component_" or _is_component(section[name])):
+        raise ConfigError("a component cannot be removed")
+    if not rest or not section[name]:
+        del section[name]
+    return section
+
+
+def _is_component(node: Any) -> bool:
+    return isinstance(node, DictConfig) and "_component_" in node
 
 
 def _first_line(error: OmegaConfBaseException) -> str:

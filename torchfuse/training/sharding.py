@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from torchfuse.errors import ModelError
 from torchfuse.naming import unwrap
@@ -21,8 +20,8 @@ def shard(model: nn.Module, **options: Any) -> None:
 
     Under FSDP2 every rank must run the same modules in every step, so fuse with
     ``on_missing="participate"``. What fusion added starts with rank zero's values on every rank,
-    whatever each was seeded with. An encoder of another dtype than the decoder's is sharded as one more
-    unit. What trains is no matter here: nothing is replicated, frozen or not, and it may change later
+    however each was seeded. An encoder of another dtype than the decoder's is sharded as a unit of its
+    own. Trainable and frozen parameters are sharded alike, so which of them train may change later
     (see ``torchfuse.params.FreezeSchedule``).
 
     Args:
@@ -30,15 +29,17 @@ def shard(model: nn.Module, **options: Any) -> None:
         **options: for ``torch.distributed.fsdp.fully_shard``, such as ``mesh`` and ``mp_policy``.
 
     Raises:
-        ModelError: if there is no layer to shard, or a batch without images would stop the ranks.
+        ModelError: if there is no layer to shard, or a batch without images would block the other ranks.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes over a second
+
     layers = [layer for part in parts_of(model).values() for layer in _layers(part)]
     if not layers:
         raise ModelError("There is no layer to shard: no part of the model has an nn.ModuleList.")
     if getattr(unwrap(model), "on_missing", "participate") != "participate":
         raise ModelError(
             'A sharded model needs on_missing="participate": without it a rank whose batch has no image '
-            "runs fewer modules than the others, and all wait for ever."
+            "runs fewer modules than the others, which then wait forever."
         )
     for tensor in [*get_fusion_params(model).values(), *fusion_buffers(model).values()]:
         if not tensor.is_meta:

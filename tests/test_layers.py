@@ -13,6 +13,7 @@ PACKAGE = Path(torchfuse.__file__).parent
 # From the ground up: a module imports from its own layer and from those before it.
 LAYERS = [
     "errors",
+    "_lazy",
     "naming",
     "options",
     "io",

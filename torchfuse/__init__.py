@@ -1,23 +1,20 @@
 """Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
 
-from torchfuse.checkpoint.artifact.fusion import (
+from torchfuse.checkpoint import (
+    export,
+    from_pretrained,
     fusion_state_dict,
     load_fusion,
     load_fusion_state_dict,
+    load_pretrained,
     save_fusion,
+    save_pretrained,
+    seed_adapters,
 )
-from torchfuse.checkpoint.artifact.seeding import seed_adapters
-from torchfuse.checkpoint.build import from_pretrained
-from torchfuse.checkpoint.export import export, save_pretrained
-from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.errors import CheckpointError, ConfigError, DataError, FusionError, ModelError
 from torchfuse.generation import generate
-from torchfuse.models.fuse import fuse
-from torchfuse.models.strategies.cross_attention import DeepFusionModel
-from torchfuse.models.strategies.joint_decoder import EarlyFusionModel
-from torchfuse.models.strategies.layerwise import MixtureFusionModel
-from torchfuse.modules.fusion_embedding import FusionEmbedding
-from torchfuse.modules.fusion_layer import FusionLayer
-from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
+from torchfuse.models import DeepFusionModel, EarlyFusionModel, MixtureFusionModel, fuse
+from torchfuse.modules import FusionEmbedding, FusionLayer, FusionLinear, TiedFusionLinear
 from torchfuse.params import (
     describe,
     get_fusion_params,
@@ -26,6 +23,8 @@ from torchfuse.params import (
     set_trainable,
 )
 from torchfuse.quantization import quantize
+
+__version__ = "0.2.0"
 
 __all__ = [
     # fuse
@@ -57,4 +56,10 @@ __all__ = [
     "set_trainable",
     "param_groups",
     "describe",
+    # errors
+    "FusionError",
+    "ConfigError",
+    "DataError",
+    "CheckpointError",
+    "ModelError",
 ]

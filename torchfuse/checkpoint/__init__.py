@@ -1,22 +1,43 @@
-"""Checkpoints: what the world has, in; what fusion learned, out and in again."""
+"""Checkpoints: pretrained models in and out, what fusion learned, and training runs."""
 
+from typing import TYPE_CHECKING
+
+from torchfuse._lazy import lazy_exports
 from torchfuse.checkpoint.artifact.fusion import (
     fusion_state_dict,
     load_fusion,
     load_fusion_state_dict,
     save_fusion,
 )
+from torchfuse.checkpoint.artifact.seeding import seed_adapters
+from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
 from torchfuse.checkpoint.build import from_pretrained
 from torchfuse.checkpoint.export import export, save_pretrained
 from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.checkpoint.tune import FusionCheckpointer
+
+if TYPE_CHECKING:
+    from torchfuse.checkpoint.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 __all__ = [
+    "FusionCheckpointer",
     "export",
     "from_pretrained",
     "fusion_state_dict",
+    "latest_checkpoint",
+    "load_checkpoint",
     "load_fusion",
     "load_fusion_state_dict",
     "load_pretrained",
+    "load_trained",
+    "save_checkpoint",
     "save_fusion",
     "save_pretrained",
+    "save_trained",
+    "seed_adapters",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    dict.fromkeys(("latest_checkpoint", "load_checkpoint", "save_checkpoint"), "run.checkpoint"),
+)

@@ -1,7 +1,7 @@
-"""Text from a fused model: rows of any length with any number of images, in one batch."""
+"""Generation: rows of any length with any number of images, with caches and compiled steps."""
 
 from torchfuse.generation.decode import generate
-from torchfuse.generation.sampling import sample
+from torchfuse.generation.sampling import Sampling, sample
 from torchfuse.generation.session import Session
 
-__all__ = ["Session", "generate", "sample"]
+__all__ = ["Sampling", "Session", "generate", "sample"]

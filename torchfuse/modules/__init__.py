@@ -1,1 +1,48 @@
-"""The parts that fusion needs, on torch alone; numbers and foreign layers come in from outside."""
+"""Parts of a fused model, on torch alone; sizes and foreign layers are arguments."""
+
+from torchfuse.modules.adapters import (
+    Adapter,
+    AttentionalPoolAdapter,
+    AvgPoolAdapter,
+    LinearAdapter,
+    MLP2LayerAdapter,
+    adapter_names,
+    build_adapter,
+    register_adapter,
+)
+from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
+from torchfuse.modules.deepstack import DeepStackLayer
+from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm
+from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load, scale_auxiliary_losses
+from torchfuse.modules.experts.routing import Routing, keep_in_graph
+from torchfuse.modules.fusion_embedding import FusionEmbedding
+from torchfuse.modules.fusion_layer import FusionLayer
+from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
+from torchfuse.modules.kv_cache import EncoderKVCache, KVCache
+
+__all__ = [
+    "Adapter",
+    "AttentionalPoolAdapter",
+    "AvgPoolAdapter",
+    "CrossAttention",
+    "DeepStackLayer",
+    "EncoderKVCache",
+    "FusionEmbedding",
+    "FusionLayer",
+    "FusionLinear",
+    "GatedCrossAttentionLayer",
+    "KVCache",
+    "LinearAdapter",
+    "MLP2LayerAdapter",
+    "MoMaLayer",
+    "MoTLayer",
+    "MoTNorm",
+    "Routing",
+    "TiedFusionLinear",
+    "adapter_names",
+    "build_adapter",
+    "expert_load",
+    "keep_in_graph",
+    "register_adapter",
+    "scale_auxiliary_losses",
+]

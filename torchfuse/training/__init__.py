@@ -1,6 +1,9 @@
-"""What a training loop needs around a fused model."""
+"""Training: the loss, sharding, and configurations of recipes."""
 
+from torchfuse.training.config import build, recipe
+from torchfuse.training.device import device_and_dtype
 from torchfuse.training.loss import next_token_loss
+from torchfuse.training.record import TrainingRecord
 from torchfuse.training.sharding import shard
 
-__all__ = ["next_token_loss", "shard"]
+__all__ = ["TrainingRecord", "build", "device_and_dtype", "next_token_loss", "recipe", "shard"]

@@ -29,7 +29,7 @@ from torchfuse.recipes.draw_digits import COLORS, FAINT, read_json, save_figure,
 from tqdm import tqdm
 
 from torchfuse.errors import ConfigError
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_text
 from torchfuse.training.config import read_config, recipe, typed
 
 # What may differ between runs that are compared.
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     metrics = {name: read_json(Path(given.output_dir) / "metrics.json") for name, given in runs.items()}
     numbers, picture = Path(f"{config.output_dir}.json"), Path(f"{config.output_dir}.png")
     text = json.dumps({"budget": config.budget, "runs": metrics}, indent=2) + "\n"
-    write_whole(numbers, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(numbers, text)
     draw(picture, metrics)
     print(f"{table(metrics)}\n\nwrote {picture} and {numbers}")
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_file, write_text
 
 INK: Final = "#22252b"
 FAINT: Final = "#8a909c"
@@ -51,7 +51,7 @@ def main() -> None:
         parser.error(f"{folder} holds no finished run.")
     metrics = {name: read_json(run / "metrics.json") for name, run in runs.items()}
     text = json.dumps(metrics, indent=2) + "\n"
-    write_whole(folder / "metrics.json", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / "metrics.json", text)
     set_style()
     draw_losses(
         folder / "loss.png", {name: read_json(run / "losses.json") for name, run in runs.items()}
@@ -184,7 +184,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     def write(file: Path) -> None:
         figure.savefig(file, dpi=120, facecolor="white", format="png")
 
-    write_whole(path, write)
+    write_file(path, write)
     plt.close(figure)
 
 

@@ -29,7 +29,7 @@ from torchfuse.data.questions import (
 )
 from torchfuse.data.steps import count_tokens, optimizer_steps
 from torchfuse.errors import CheckpointError, ConfigError
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_text
 from torchfuse.modules.experts.modality_experts import scale_auxiliary_losses
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.evaluation import (
@@ -318,4 +318,4 @@ def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> 
 
 
 def _write_file(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path, text)

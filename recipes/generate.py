@@ -38,7 +38,7 @@ from torchfuse.data.questions import Question, read_questions
 from torchfuse.errors import ConfigError
 from torchfuse.generation import sampling as how
 from torchfuse.generation.caches import room_for_text
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_text
 from torchfuse.quantization import Scheme
 from torchfuse.tasks.chat import HELP, chat
 from torchfuse.tasks.conversation import Conversation
@@ -291,7 +291,7 @@ def _write(path: Path, prompts: list[Prompt], answers: list[list[str]]) -> None:
         if prompt.system is not None:
             whole = {"system": prompt.system, **whole}
         lines.append(json.dumps(whole, ensure_ascii=False) + "\n")
-    write_whole(path, lambda file: file.write_text("".join(lines), encoding="utf-8"))
+    write_text(path, "".join(lines))
     print(f"wrote {len(lines)} answers to {path}")
 
 

@@ -1,18 +1,23 @@
 import errno
+import fcntl
 import json
 import os
-import shutil
+import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from torchfuse.io import atomic as files
-from torchfuse.io.atomic import holds_only_a_checkpoint, write_directory, write_whole
+from torchfuse.errors import CheckpointError
+from torchfuse.io import atomic
+from torchfuse.io.atomic import contains_only_checkpoint_files, write_directory, write_file, write_text
+from torchfuse.io.save_lock import SaveLock
 
 
 def write(number):
@@ -41,7 +46,7 @@ def write_other(folder):
 def way(request, monkeypatch):
     """Both ways to replace a directory."""
     if request.param == "two renames":
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
 
 
 @pytest.mark.parametrize("before", ["nothing", "parents", "empty", "older", "link"])
@@ -67,10 +72,10 @@ def test_a_directory_is_the_new_one_and_nothing_is_left(tmp_path, before):
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
 def test_the_exchange_is_one_step_here(tmp_path, monkeypatch):
     write_directory(tmp_path / "x", write(2))
-    monkeypatch.setattr(files.Path, "replace", None)
+    monkeypatch.setattr(atomic.Path, "replace", None)
     done = []
-    exchange = files._exchange
-    monkeypatch.setattr(files, "_exchange", lambda *pair: done.append(exchange(*pair)) or done[-1])
+    exchange = atomic._exchange
+    monkeypatch.setattr(atomic, "_exchange", lambda *pair: done.append(exchange(*pair)) or done[-1])
     write_directory(tmp_path / "x", write(3))
     assert done == [True]
 
@@ -107,10 +112,12 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, stage):
             full_disk()
 
     if stage == "fsync":
-        monkeypatch.setattr(files.os, "fsync", full_disk)
+        monkeypatch.setattr(os, "fsync", full_disk)
     elif stage == "rename":
-        monkeypatch.setattr(files.Path, "rename", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr(atomic.Path, "rename", full_disk)
+    with pytest.raises(
+        CheckpointError, match="x was not written: the disk is full .* previous one is int"
+    ):
         write_directory(path, writer)
     monkeypatch.undo()
     assert tree(tmp_path) == before
@@ -120,7 +127,7 @@ def test_the_second_of_two_renames_fails(tmp_path, monkeypatch):
     path = tmp_path / "x"
     write_directory(path, write(2))
     before = tree(tmp_path)
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     rename, calls = Path.rename, []
 
     def fails_once(self, target):
@@ -129,8 +136,10 @@ def test_the_second_of_two_renames_fails(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(files.Path, "rename", fails_once)
-    with pytest.raises(OSError, match="Input/output"):
+    monkeypatch.setattr(atomic.Path, "rename", fails_once)
+    with pytest.raises(
+        CheckpointError, match="x was not written: the disk reported an input/output error"
+    ):
         write_directory(path, write(3))
     assert tree(tmp_path) == before
 
@@ -144,10 +153,10 @@ def test_file_systems_that_cannot_exchange(tmp_path, monkeypatch, code):
         def renameat2(*arguments):
             return -1
 
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **options: Libc)
-    monkeypatch.setattr(files.ctypes, "get_errno", lambda: code)
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *args, **options: Libc)
+    monkeypatch.setattr(atomic.ctypes, "get_errno", lambda: code)
     if code == errno.EXDEV:
-        with pytest.raises(OSError, match="cross-device"):
+        with pytest.raises(CheckpointError, match="cross-device"):
             write_directory(tmp_path / "x", write(3))
         assert (tmp_path / "x" / "config.json").read_text() == "2"
     else:
@@ -159,14 +168,14 @@ def test_file_systems_that_cannot_exchange(tmp_path, monkeypatch, code):
 def test_all_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     path, events = tmp_path / "x", []
     write_directory(path, write(2))
-    fsync, exchange = os.fsync, files._exchange
+    fsync, exchange = os.fsync, atomic._exchange
 
     def recorded(descriptor):
         events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
-    monkeypatch.setattr(files.os, "fsync", recorded)
-    monkeypatch.setattr(files, "_exchange", lambda *pair: events.append("put") or exchange(*pair))
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(atomic, "_exchange", lambda *pair: events.append("put") or exchange(*pair))
 
     def nested(folder):
         write(3)(folder)
@@ -201,9 +210,9 @@ def test_what_may_be_missed_is_never_removed(tmp_path, strangers):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text("mine")
     before = tree(tmp_path)
-    assert not holds_only_a_checkpoint(path)
+    assert not contains_only_checkpoint_files(path)
     plain = strangers in (["notes.txt", "config.json"], ["config.json", ".bashrc"])
-    assert holds_only_a_checkpoint(path, besides=["notes.txt", ".bashrc"]) == plain
+    assert contains_only_checkpoint_files(path, besides=["notes.txt", ".bashrc"]) == plain
     with pytest.raises(ValueError, match="home is not replaced, .* nothing was written") as info:
         write_directory(path, lambda folder: pytest.fail("written for nothing"))
     assert strangers[0].split("/")[0] in str(info.value)
@@ -248,7 +257,7 @@ def test_permissions_are_the_usual_ones(tmp_path, mask):
     old = os.umask(mask)
     try:
         write_directory(tmp_path / "x", private)
-        write_whole(tmp_path / "y", lambda file: file.write_text("3"))
+        write_file(tmp_path / "y", lambda file: file.write_text("3"))
         assert os.umask(mask) == mask
     finally:
         os.umask(old)
@@ -259,7 +268,7 @@ def test_permissions_are_the_usual_ones(tmp_path, mask):
 
 def test_a_file_is_written_whole(tmp_path):
     path = tmp_path / "x"
-    write_whole(path, lambda file: file.write_text("2"))
+    write_file(path, lambda file: file.write_text("2"))
 
     def fails(file):
         file.write_text("half")
@@ -267,63 +276,86 @@ def test_a_file_is_written_whole(tmp_path):
         raise RuntimeError("cut off")
 
     with pytest.raises(RuntimeError, match="cut off"):
-        write_whole(path, fails)
+        write_file(path, fails)
     assert tree(tmp_path) == {"x": b"2"}
-    with pytest.raises(FileNotFoundError, match="none"):
-        write_whole(tmp_path / "none" / "x", lambda file: file.write_text("3"))
+    write_file(tmp_path / "new" / "x", lambda file: file.write_text("3"))
+    assert tree(tmp_path / "new") == {"x": b"3"}
 
 
-def dead_process():
-    """The number of a process that was, and when another one began."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+LEFTOVERS = [".x.0123abcd.tmp", ".x.host-3.4711-77.0123abcd.new"]  # the second by an earlier version
+OTHERS = [".y.0123abcd.tmp", ".x.0123abcd", "x.0123abcd.tmp", ".x.mine.tmp", ".xx.0123abcd.tmp"]
 
 
 @pytest.fixture
-def left_overs(tmp_path):
-    """Left-overs of writers to ``x``: those to be removed, and those that are not."""
-    host, dead, living = files._host(), dead_process(), os.getppid()
-    since = files._started(living)
-    removed = [
-        f".x.{host}.{dead}-77.0123abcd.new",
-        f".x.{host}.{living}-7.0123abcd.new",  # the number was given again
-        f".x.{host}.{dead}-77.0123abcd.old",
-    ]
-    kept = [
-        f".x.{host}.{living}-{since}.0123abcd.new",
-        f".x.another-host.{dead}-77.0123abcd.new",
-        f".y.{host}.{dead}-77.0123abcd.new",
-        f".x.{host}.{dead}-77.0123abcd",
-        f"x.{host}.{dead}-77.0123abcd.new",
-    ]
-    for name in removed + kept:
+def leftovers(tmp_path):
+    for name in LEFTOVERS + OTHERS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("1")
-    return removed, kept
+    (tmp_path / ".x.lock").touch()
 
 
-def test_left_overs_of_the_dead_are_removed(tmp_path, left_overs):
-    _, kept = left_overs
-    write_directory(tmp_path / "x", write(2))
-    assert (tmp_path / "x" / "config.json").read_text() == "2"
-    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x"])
+@pytest.mark.usefixtures("leftovers")
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_leftovers_of_killed_processes_are_removed(tmp_path, kind):
+    if kind == "directory":
+        write_directory(tmp_path / "x", write(2))
+    else:
+        write_text(tmp_path / "x", "2")
+    assert sorted(os.listdir(tmp_path)) == sorted([*OTHERS, "x"])
 
 
-def test_left_overs_of_files_are_removed(tmp_path, left_overs):
-    removed, kept = left_overs
-    shutil.rmtree(tmp_path / removed[2])  # of a directory
-    write_whole(tmp_path / "x", lambda file: file.write_text("2"))
-    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x"])
+@pytest.mark.parametrize("name", [".x.0123abcd.old", ".x.host-3.4711-77.0123abcd.old"])
+def test_a_directory_that_was_moved_away_comes_back(tmp_path, name):
+    (tmp_path / name).mkdir()
+    write(1)(tmp_path / name)
 
-
-def test_what_a_dead_writer_had_moved_away_comes_back(tmp_path, left_overs):
     def fails(folder):
         raise RuntimeError("cut off")
 
     with pytest.raises(RuntimeError, match="cut off"):
         write_directory(tmp_path / "x", fails)
     assert (tmp_path / "x" / "config.json").read_text() == "1"
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path):
+    order = []
+
+    def slowly(file):
+        second.start()
+        time.sleep(0.2)
+        order.append(sorted(os.listdir(tmp_path)))
+        file.write_text("first")
+
+    second = threading.Thread(target=lambda: write_text(tmp_path / "x", "second"))
+    write_file(tmp_path / "x", slowly)
+    second.join()
+    assert len(order[0]) == 2  # the lock, and one temporary directory
+    assert tree(tmp_path) == {"x": b"second"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_lock_ends_when_it_is_released_although_a_forked_process_has_it_open(tmp_path):
+    lock = SaveLock(tmp_path / "lock")
+    assert lock.acquire()
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        lock.release()
+        assert SaveLock(tmp_path / "lock").acquire(wait=False)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_nothing_is_removed_where_there_are_no_locks(tmp_path, monkeypatch, leftovers):
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none"))
+    )
+    write_text(tmp_path / "x", "2")
+    assert {*LEFTOVERS, *OTHERS} < set(os.listdir(tmp_path))
+    assert (tmp_path / "x").read_text() == "2"
 
 
 def killed(kind, folder, num_kills, seed):

@@ -18,7 +18,7 @@ from torchfuse.checkpoint.formats.key_table import KeyTable, Layout
 from torchfuse.checkpoint.formats.loading import tensors_of
 from torchfuse.checkpoint.formats.models import spec_to_export
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import holds_only_a_checkpoint, write_directory
+from torchfuse.io.atomic import contains_only_checkpoint_files, write_directory
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import canonical_name, model_behind
 
@@ -91,7 +91,7 @@ def export(
         _write_shards(shards, folder)
 
     def may_replace(folder: Path) -> bool:
-        return holds_only_a_checkpoint(folder, besides=names)
+        return contains_only_checkpoint_files(folder, besides=names)
 
     if is_rank_zero():
         write_directory(path, write, may_replace=may_replace)

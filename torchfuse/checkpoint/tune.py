@@ -21,7 +21,7 @@ from torchfuse.checkpoint.artifact.fusion import fusion_state_dict, load_fusion
 from torchfuse.checkpoint.artifact.trained import load_trained, trained_pretrained_names, write_trained
 from torchfuse.checkpoint.load import load_pretrained
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_file
 
 __all__ = ["FusionCheckpointer"]
 
@@ -124,4 +124,9 @@ class FusionCheckpointer:
         write_trained(folder, fusion, trained, self._description)
         if intermediate_checkpoint:
             rest = {key: value for key, value in state_dict.items() if key != _MODEL}
-            write_whole(state_file, lambda file: torch.save(rest, file))
+
+            def write(file: Path) -> None:
+                with file.open("wb") as stream:  # given a path, torch.save hides errors of the disk
+                    torch.save(rest, stream)
+
+            write_file(state_file, write)

@@ -1,8 +1,7 @@
-"""Files and directories that are there whole or not at all.
+"""Files and directories that appear whole or not at all, also after ``kill -9`` or on a full disk.
 
-Both are written beside their place, brought to the disk and put into place in one step. What is written
-beside carries the writer's host and process in its name, so that whoever writes there next can tell the
-left-overs of a killed writer from the work of a living one.
+Content is written to a temporary name beside its path, synced to the disk and renamed. A ``SaveLock`` is
+held meanwhile, so that whoever writes to the path next can remove what a killed process left.
 """
 
 from __future__ import annotations
@@ -13,19 +12,29 @@ import os
 import re
 import secrets
 import shutil
-import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from torchfuse.errors import CheckpointError
+from torchfuse.io.disk_errors import disk_errors
+from torchfuse.io.save_lock import SaveLock
 
-__all__ = ["holds_only_a_checkpoint", "write_directory", "write_whole"]
+__all__ = [
+    "contains_only_checkpoint_files",
+    "fsync_path",
+    "remove_leftovers",
+    "tmp_path",
+    "write_directory",
+    "write_file",
+    "write_text",
+]
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
-# What writers of checkpoints leave in a directory, and nobody else does under these names.
+# One of these is in each checkpoint and artifact, and other programs do not use these names.
 _MARKS: Final = frozenset({"config.json", "fusion.safetensors"})
 _WEIGHTS: Final = re.compile(
     r"(model|adapter_model|fusion|trained)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -38,75 +47,75 @@ _COMPANIONS: Final = frozenset(
 )
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place and rename it into place.
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its path and rename it.
 
-    Whoever reads ``path``, during the writing or after a crash, finds the old file or the new one.
+    Readers of ``path``, during the writing or after a crash, find the old file or the new one. Another
+    process that writes to the same path is waited for.
 
     Args:
-        path: the file; its directory must exist.
+        path: the file; missing parents are made.
         write: writes the content to the path that it is given.
+
+    Raises:
+        CheckpointError: if the disk is full or cannot be written to; the old file is intact then.
     """
-    _remove_left_overs(path)
-    beside = _beside(path)  # a directory, because some writers write beside their file, too
-    beside.mkdir()
-    try:
-        write(beside / path.name)
-        _settle(beside)
-        (beside / path.name).replace(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    _to_disk(path.parent)
+    with _replacing(path) as tmp:  # a directory, since some writers make temporary files of their own
+        tmp.mkdir()
+        write(tmp / path.name)
+        _fsync_tree(tmp)
+        (tmp / path.name).replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as ``write_file`` does."""
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_directory(
     path: str | Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     may_replace: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Write a directory beside its place and put it there at once.
+    """Write a directory beside its path and put it there in one step.
 
-    Whoever reads ``path``, during the writing or after a crash, finds the old directory or the new one,
-    never files of both. (Where the system cannot exchange two directories, which Linux can, a crash in
-    the moment between two renames leaves the old one beside its place, and the next write puts it back.)
+    Readers of ``path``, during the writing or after a crash, find the old directory or the new one,
+    never files of both. (Where the system cannot exchange two directories, which Linux can, a crash
+    between two renames leaves the old one under a temporary name, and the next write puts it back.)
+    Another process that writes to the same path is waited for.
 
     Args:
-        path: the directory; parents are made if need be. If it is a link, what it leads to is replaced.
+        path: the directory; missing parents are made. If it is a link, its target is replaced.
         write: writes the content into the empty directory that it is given.
-        may_replace: whether a directory in this place, unless it is empty, may be removed with all that
-            is in it. None: if it ``holds_only_a_checkpoint``.
+        may_replace: whether an existing directory that is not empty may be removed with all that it
+            contains. The default is ``contains_only_checkpoint_files``.
 
     Raises:
-        CheckpointError: if a file is in this place, or a directory that may not be replaced. Nothing
-            has been written then.
+        CheckpointError: if the path is a file, or a directory that may not be replaced, and nothing has
+            been written then; if the disk is full or cannot be written to, and the old directory is
+            intact then.
     """
-    place = Path(os.path.realpath(path))
-    _check_replaceable(place, may_replace or holds_only_a_checkpoint)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(place)
-    beside = _beside(place)
-    beside.mkdir()
-    try:
-        write(beside)
-        _settle(beside)
-        _check_replaceable(place, may_replace or holds_only_a_checkpoint)  # writing takes its time
-        _put(beside, place)
-    finally:
-        # Either what failed to be written or, after the exchange, what was replaced.
-        shutil.rmtree(beside, ignore_errors=True)
-    _to_disk(place.parent)
+    path = Path(os.path.realpath(path))
+    may_replace = may_replace or contains_only_checkpoint_files
+    _check_replaceable(path, may_replace)
+    with _replacing(path) as tmp:
+        tmp.mkdir()
+        write(tmp)
+        _fsync_tree(tmp)
+        _check_replaceable(path, may_replace)  # again, since writing takes time
+        _put(tmp, path)
 
 
-def holds_only_a_checkpoint(path: Path, besides: Collection[str] = ()) -> bool:
-    """Whether a directory is a checkpoint or an artifact, and holds nothing else that would be missed.
+def contains_only_checkpoint_files(path: Path, besides: Collection[str] = ()) -> bool:
+    """Whether a directory is a checkpoint or an artifact without any other file.
 
-    It must hold ``config.json`` or ``fusion.safetensors``, and besides only regular files with names
-    that weights, configurations, tokenizers and processors have.
+    It must contain ``config.json`` or ``fusion.safetensors``, and apart from these only regular files
+    under the usual names of weights, configurations, tokenizers and processors.
 
     Args:
         path: the directory.
-        besides: names of files that may be there, too, because the new directory has its own.
+        besides: other names of files that may be in it.
     """
     with os.scandir(path) as entries:
         names = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
@@ -116,39 +125,92 @@ def holds_only_a_checkpoint(path: Path, besides: Collection[str] = ()) -> bool:
     )
 
 
-def _check_replaceable(place: Path, may_replace: Callable[[Path], bool]) -> None:
-    if not os.path.lexists(place):
+def tmp_path(path: Path) -> Path:
+    """Return a new hidden name beside a path."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed processes left under names of ``tmp_path``; the lock of the path must be held.
+
+    Args:
+        folder: the directory of the path.
+        name: a regular expression of the name of the path.
+    """
+    # Earlier versions put host and process into the name, and had other suffixes.
+    pattern = re.compile(
+        rf"\.({name})\.([\w-]+\.\d+-\d+\.)?[0-9a-f]{{8}}\.(?P<suffix>tmp|old|new|saving)"
+    )
+    for leftover in folder.iterdir():
+        found = pattern.fullmatch(leftover.name)
+        if found is None:
+            continue
+        if found["suffix"] == "old" and not os.path.lexists(folder / found[1]):
+            leftover.rename(folder / found[1])
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Sync a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name for a path; lock the path and remove leftovers before, sync afterwards."""
+    lock = SaveLock(path.with_name(f".{path.name}.lock"))
+    tmp = tmp_path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if lock.acquire():
+                remove_leftovers(path.parent, re.escape(path.name))
+            yield tmp
+            fsync_path(path.parent)
+        finally:
+            # Either what could not be written or, after an exchange, what was replaced.
+            shutil.rmtree(tmp, ignore_errors=True)
+            lock.release()
+
+
+def _check_replaceable(path: Path, may_replace: Callable[[Path], bool]) -> None:
+    if not os.path.lexists(path):
         return
-    if not place.is_dir():
-        raise CheckpointError(f"{place} is a file; a checkpoint is a directory.")
-    held = sorted(os.listdir(place))
-    if held and not may_replace(place):
-        some = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; a checkpoint is a directory.")
+    names = sorted(os.listdir(path))
+    if names and not may_replace(path):
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise CheckpointError(
-            f"{place} is not replaced, because it may hold more than a checkpoint ({some}); nothing was "
-            "written. Give a new directory, or remove this one first."
+            f"{path} is not replaced, because it may contain more than a checkpoint ({some}); nothing "
+            "was written. Give a new directory, or remove this one first."
         )
 
 
-def _put(beside: Path, place: Path) -> None:
-    """Put a directory into its place; what was there is at ``beside`` or gone afterwards."""
+def _put(tmp: Path, path: Path) -> None:
+    """Rename a directory; afterwards the one that it replaced is at ``tmp`` or removed."""
     try:
-        beside.rename(place)  # over nothing, or over an empty directory
+        tmp.rename(path)  # possible if there is none, or an empty one
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     else:
         return
-    if _exchange(beside, place):
+    if _exchange(tmp, path):
         return
-    aside = beside.with_suffix(".old")
-    place.rename(aside)
+    old = tmp.with_suffix(".old")
+    path.rename(old)
     try:
-        beside.rename(place)
+        tmp.rename(path)
     except BaseException:
-        aside.rename(place)
+        old.rename(path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -167,72 +229,15 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _settle(folder: Path) -> None:
-    """Bring a tree to the disk, with the permissions that files usually get."""
-    mode = 0o666 & ~_umask()
-    for parent, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            file = Path(parent, name)
+def _fsync_tree(folder: Path) -> None:
+    """Sync a directory and all that it contains, and give files the usual permissions.
+
+    safetensors makes files that nobody but their owner can read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder, topdown=False):
+        for file in (Path(parent, name) for name in names):
             if file.is_file() and not file.is_symlink():
                 file.chmod(mode)
-                _to_disk(file)
-        _to_disk(Path(parent))
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _beside(path: Path) -> Path:
-    """A fresh name beside a path that says who writes there."""
-    pid = os.getpid()
-    mark = f"{_host()}.{pid}-{_started(pid)}.{secrets.token_hex(4)}"
-    return path.with_name(f".{path.name}.{mark}.new")
-
-
-def _remove_left_overs(path: Path) -> None:
-    """Remove what writers to this place left who were killed; put back what one had moved away."""
-    left = re.compile(
-        rf"\.{re.escape(path.name)}\.{re.escape(_host())}\.(\d+)-(\d+)\.[0-9a-f]{{8}}\.(new|old)"
-    )
-    for name in os.listdir(path.parent):
-        found = left.fullmatch(name)
-        if found is None or _lives(int(found[1]), found[2]):
-            continue
-        beside = path.with_name(name)
-        if found[3] == "old" and not os.path.lexists(path):
-            beside.rename(path)
-        else:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _lives(pid: int, started: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's; no number of a process
-        return True
-    return _started(pid) == started
-
-
-def _started(pid: int) -> str:
-    """When a process began, since numbers of processes are given again; 0 where the system hides it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except OSError:
-        return "0"
-
-
-def _host() -> str:
-    return re.sub(r"[^\w-]", "-", socket.gethostname())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+                fsync_path(file)
+        fsync_path(Path(parent))

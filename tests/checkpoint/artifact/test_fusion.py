@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -21,7 +22,7 @@ from torchfuse import (
 from torchfuse.checkpoint.artifact.description import describe_fusion
 from torchfuse.checkpoint.artifact.fusion import write_artifact
 from torchfuse.checkpoint.artifact.trained import load_trained
-from torchfuse.io import atomic as files
+from torchfuse.errors import CheckpointError
 from torchfuse.modules.adapters.builtin import build_adapter
 from torchfuse.training.sharding import shard
 
@@ -153,10 +154,10 @@ def test_a_failed_save_leaves_the_old_artifact(tmp_path, monkeypatch):
     before = sorted(os.listdir(tmp_path)), (tmp_path / "fusion.safetensors").read_bytes()
 
     def full_disk(descriptor):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(CheckpointError, match=r"fusion\.safetensors was not written: the disk is full"):
         save_fusion(learned(), tmp_path)
     assert (sorted(os.listdir(tmp_path)), (tmp_path / "fusion.safetensors").read_bytes()) == before
 

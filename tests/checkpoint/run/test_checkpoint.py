@@ -280,7 +280,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, asynchronous):
 
     model, _ = trained()
     with monkeypatch.context() as patch:
-        patch.setattr(dcp_storage, "write_whole", full)
+        patch.setattr(dcp_storage, "write_text", full)
         with pytest.raises(RuntimeError, match=r"step_1 was not saved: rank 0: OSError.*disk is full"):
             save_checkpoint(tmp_path, model, step=1, asynchronous=asynchronous).wait()
     assert os.listdir(tmp_path) == [".saving.lock"]

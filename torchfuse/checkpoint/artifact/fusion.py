@@ -31,7 +31,7 @@ from torchfuse.checkpoint.artifact.fingerprint import (
 )
 from torchfuse.checkpoint.formats.loading import copy_into
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_file, write_text
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.params import FreezeSpec, FreezeStage, fusion_buffers, get_fusion_params, is_sharded
 
@@ -204,8 +204,8 @@ def write_artifact(
     # Tensors that share memory cannot stand in one file.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / ARTIFACT_FILE, lambda file: save_file(plain, file, {_KEY: text}))
-    write_whole(path / _DESCRIPTION, lambda file: _write_text(file, text + "\n"))
+    write_file(path / ARTIFACT_FILE, lambda file: save_file(plain, file, {_KEY: text}))
+    write_text(path / _DESCRIPTION, text + "\n")
 
 
 def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> FusionMismatch:
@@ -271,7 +271,3 @@ def read_artifact(
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as every rank may have it: gathered if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")

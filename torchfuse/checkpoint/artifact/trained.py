@@ -29,7 +29,7 @@ from torchfuse.checkpoint.artifact.fusion import (
 )
 from torchfuse.checkpoint.formats.loading import copy_into
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_file
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSpec, FreezeStage
@@ -105,7 +105,7 @@ def write_trained(
     if trained:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trained.items()}
         header = {_KEY: _digest(path)}
-        write_whole(path / _FILE, lambda file: save_file(tensors, file, header))
+        write_file(path / _FILE, lambda file: save_file(tensors, file, header))
     else:
         (path / _FILE).unlink(missing_ok=True)
 

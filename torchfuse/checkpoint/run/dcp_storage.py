@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from torchfuse.checkpoint.run.dcp_index import read_index
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_whole
+from torchfuse.io.atomic import write_text
 
 __all__ = ["DESCRIPTION", "Place", "Reader", "Writer", "read_tensors", "reasons", "write_tensors"]
 
@@ -115,7 +115,7 @@ class Writer(FileSystemWriter):
         # Runs on rank zero alone, after the others have written and before they are told.
         super().finish(metadata, results)
         directory = Path(self.path)
-        write_whole(directory / DESCRIPTION, lambda file: _write_text(file, self._text))
+        write_text(directory / DESCRIPTION, self._text)
         directory.rename(self._final)
         folder = os.open(self._final.parent, os.O_RDONLY)
         try:
@@ -198,7 +198,3 @@ def reasons(error: CheckpointException) -> str:
 
 def _allow_single_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")

@@ -84,7 +84,7 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
             own = {"output_dir": f"{config.output_dir}/{name}"}
             runs[name] = OmegaConf.merge(given, config.budget, own)  # type: ignore[assignment]
             known = typed(runs[name], finetune_config.Config)
-            finetune_config.check_numbers(known)
+            finetune_config.check_config(known)
         except ValueError as error:
             problems.append(f"{path}: {str(error).rstrip('.')}")
             continue

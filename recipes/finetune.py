@@ -14,7 +14,7 @@ from the newest one, to the bit:
     tune run torchfuse/recipes/finetune.py --config ... save_every=100 resume=true
 """
 
-from torchfuse.recipes.finetune_config import Config, check_numbers
+from torchfuse.recipes.finetune_config import Config, check_config
 
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.training.config import recipe
@@ -23,7 +23,7 @@ from torchfuse.training.config import recipe
 @recipe(Config)
 def main(config: Config) -> None:
     """Finetune a fused model on questions about images."""
-    check_numbers(config)
+    check_config(config)
     stages = FreezeSchedule(read_freeze_meta(config.freeze))
     # Imported here: torchtune takes seconds, and the configuration is checked before.
     from torchfuse.recipes.finetune_run import run

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from torchfuse.errors import ConfigError
 
-__all__ = ["Config", "Data", "Pretrained", "Train", "check_numbers", "flat", "resume_signature"]
+__all__ = ["Config", "Data", "Pretrained", "Train", "check_config", "flat", "resume_signature"]
 
 # What may differ between the two halves of a run: where and how it runs, and what is asked meanwhile.
 _NO_MATTER: Final = frozenset(
@@ -30,10 +30,14 @@ _SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
 
 @dataclass
 class Pretrained:
-    """Directories of pretrained checkpoints; an encoder's by name where encoders have names."""
+    """Directories of pretrained checkpoints: a decoder's and an encoder's, or a whole model's.
 
-    decoder: str = MISSING
-    encoder: Any = MISSING
+    Named encoders have their directories by name.
+    """
+
+    decoder: str | None = None
+    encoder: Any = None
+    path: str | None = None
 
 
 @dataclass
@@ -89,9 +93,15 @@ class Config:
     resume: bool = False
 
 
-def check_numbers(config: Config) -> None:
-    """Raise one ``ValueError`` for all numbers out of range."""
-    train = config.train
+def check_config(config: Config) -> None:
+    """Raise a ``ConfigError`` for missing checkpoints, or one for all numbers out of range."""
+    train, pretrained = config.train, config.pretrained
+    missing = [name for name in ("decoder", "encoder") if getattr(pretrained, name) is None]
+    if missing and pretrained.path is None:
+        raise ConfigError(
+            f"Configuration key 'pretrained.{missing[0]}': missing, and must be given; or give "
+            "pretrained.path, the directory of a whole model."
+        )
     problems = [
         f"{name}={value} must be at least {least}"
         for name, value, least in (

@@ -78,7 +78,8 @@ def run(config: Config, stages: FreezeSchedule) -> None:
     now_and_then = _to_ask_in_training(held_out, config)
     model = _build_model(config, shard_it=distributed_run)
     settings.check(model)
-    check_images(model, transform.image_transform, config.pretrained.encoder)
+    pretrained = config.pretrained
+    check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
     run = _Training(model, stages, questions, config)
     log(f"\n{describe(model)}\n")
 

@@ -50,6 +50,18 @@ def test_equals_the_model_without_caches(name):
     assert not torch.allclose(*logits, rtol=0.01)  # the features matter to what was compared
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_new_tokens_that_the_head_scores_can_be_penalized_and_end_an_answer(tied):
+    decoder = tiny_decoder(tied=tied)
+    model = fuse(decoder, TinyEncoder(), every=2, fusion_vocab_size=3, fusion_head=True).eval()
+    options = {"max_new_tokens": 5, "temperature": 0, "repetition_penalty": 1.5, "scores": "logits"}
+    _, scores = generate(model, text(), **options)
+    assert scores.shape[-1] == VOCAB + 3
+    generate(model, text(), **options, stop_tokens=[VOCAB + 2])
+    with pytest.raises(ValueError, match=rf"stop_tokens \[{VOCAB + 3}\] must lie in \[0, {VOCAB + 3}\)"):
+        generate(model, text(), **options, stop_tokens=[VOCAB + 3])
+
+
 def test_new_tokens_see_what_the_last_prompt_token_sees():
     model, tokens = make("cross_attention"), prompt("cross_attention")
     mask = torch.rand(2, 11, FEATURES) < 0.5

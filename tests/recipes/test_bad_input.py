@@ -109,7 +109,7 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ("data=x", "Configuration key 'data': expected a section with train, test, limit, got 'x'"),
         (
             "pretrained=x",
-            "Configuration key 'pretrained': expected a section with decoder, encoder, got 'x'",
+            "Configuration key 'pretrained': expected a section with decoder, encoder, path, got 'x'",
         ),
         ("pretrained.decoder=null", "Configuration key 'pretrained.decoder': "),
         ("train.epochs=many sed=7", "Configuration key 'sed': unknown; there are output_dir, model, "),

@@ -14,6 +14,7 @@ def config(**train):
     return finetune_config.Config(
         train=finetune_config.Train(**train),
         data=finetune_config.Data(limit=limit),
+        pretrained=finetune_config.Pretrained(path="model"),
         eval_batch_size=train.get("batch_size", 1),
         **asking,
     )
@@ -44,14 +45,22 @@ def config(**train):
 )
 def test_numbers_out_of_range_are_one_error(given, complaints):
     with pytest.raises(ValueError, match="must be") as info:
-        finetune_config.check_numbers(config(**given))
+        finetune_config.check_config(config(**given))
     for complaint in complaints:
         assert complaint in str(info.value)
 
 
+@pytest.mark.parametrize("given", [{}, {"decoder": "llama"}, {"encoder": "clip"}], ids=str)
+def test_missing_checkpoints_are_named(given):
+    incomplete = finetune_config.Config(pretrained=finetune_config.Pretrained(**given))
+    name = "encoder" if "decoder" in given else "decoder"
+    with pytest.raises(ValueError, match=rf"'pretrained\.{name}': missing.* give pretrained\.path"):
+        finetune_config.check_config(incomplete)
+
+
 def test_numbers_in_range():
-    finetune_config.check_numbers(config())
-    finetune_config.check_numbers(
+    finetune_config.check_config(config())
+    finetune_config.check_config(
         config(lr={"fusion": 1, "decoder": 0.5}, clip_grad_norm=None, max_steps=3)
     )
 

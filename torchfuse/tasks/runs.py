@@ -107,7 +107,9 @@ def read_run(path: str | Path) -> Loadable:
         model = build_model(
             config["model"], config["pretrained"], device=device, dtype=dtype, where=where
         )
-        check_images(model, transform.image_transform, config["pretrained"].get("encoder"))
+        pretrained = config["pretrained"]
+        folder = pretrained.get("encoder") or pretrained.get("path")
+        check_images(model, transform.image_transform, folder)
         load_trained(model, Path(path) / "fusion")
         return model
 

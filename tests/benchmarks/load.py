@@ -37,7 +37,7 @@ MOST_TIME, MOST_MEMORY = 1.1, 1.15
 HEAD_DIM = 64
 LAYOUTS = ("shards", "one file")
 IMPORTS = [
-    "torchfuse.checkpoint.build",
+    "torchfuse.checkpoint.load",
     "torchfuse.encoders.clip",
     "torchfuse.models.decoders.llama",
     "transformers.models.llama.modeling_llama",
@@ -86,7 +86,7 @@ def calls(options, folder, kind):
         return lambda: LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE)
     clip = folder.parent / "clip"
     if kind == FUSED:
-        from torchfuse.checkpoint.build import from_pretrained
+        from torchfuse.checkpoint.load import from_pretrained
 
         return functools.partial(
             from_pretrained, decoder=folder, encoder=clip, arch="cross_attention", every=6, dtype=DTYPE

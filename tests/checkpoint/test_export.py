@@ -126,11 +126,11 @@ def test_files_travel_along_and_a_checkpoint_is_replaced(folders, tmp_path):
         ),
         (
             "torchtune",
-            "the adapter of 'encoder': torchtune has none beside an encoder. Formats that can",
+            "the adapter of 'encoder': torchtune has no adapters. Formats that can",
         ),
         (
             "gguf",
-            "Unknown format 'gguf' for a fused model; there are torchfuse, llava, mllama, torchtune",
+            "Unknown format 'gguf' for a fused model; there are llava, mllama, torchfuse, torchtune",
         ),
         ("llama", "Unknown format 'llama' for a fused model"),
     ],
@@ -144,7 +144,9 @@ def test_what_a_format_cannot_hold_is_named(folders, tmp_path, format_, complain
 
 def test_parts_that_nothing_can_describe_are_named(folders, tmp_path):
     model = fuse(tiny_decoder(), TinyEncoder(), every=3, adapter=nn.Linear(11, 18))
-    with pytest.raises(ValueError, match=r"encoder 'encoder', a TinyEncoder.*the adapter of 'encoder'"):
+    with pytest.raises(
+        ValueError, match=r"encoder 'encoder': no format for a TinyEncoder.*the adapter of 'encoder'"
+    ):
         save_pretrained(model, tmp_path / "out")
 
 
@@ -157,7 +159,9 @@ def test_a_quantized_or_empty_model_and_missing_files_are_named(folders, tmp_pat
     with pytest.raises(ValueError, match=r"the file .*nowhere\.json does not exist"):
         save_pretrained(model, tmp_path / "out", files=[tmp_path / "nowhere.json"])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"a file config\.json cannot be copied beside"):
+    with pytest.raises(
+        ValueError, match=r"a file config\.json cannot be copied, the format has its own"
+    ):
         save_pretrained(model, tmp_path / "out", files=[tmp_path / "config.json"])
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- formats -->\n", "<!-- /formats -->"
 
 def rows():
     """Format, direction, what is checked, from the mark of every test that has one."""
-    for file in sorted((ROOT / "tests" / "checkpoint").glob("test_*.py")):
+    for file in sorted((ROOT / "tests" / "checkpoint").rglob("test_*.py")):
         tree = ast.parse(file.read_text())
         constants = {
             node.targets[0].id: node.value.value

@@ -207,7 +207,7 @@ def test_saved_and_loaded(name, tmp_path):
     load_fusion(other, tmp_path / "fusion")
     assert same_state(state(model), other)
     assert same_state(state(model), copy.deepcopy(model))
-    with pytest.raises(ValueError, match="encoder 'encoder', a RandomEncoder: it can hold"):
+    with pytest.raises(ValueError, match="encoder 'encoder': no format for a RandomEncoder, only"):
         save_pretrained(model, tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 

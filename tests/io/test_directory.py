@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from torchfuse.checkpoint.formats.models import open_checkpoint
 from torchfuse.io.directory import CheckpointDirectory
 from torchfuse.io.strict_json import read_json
-from torchfuse.io.torch_file import CheckpointFile
+from torchfuse.io.torch_file import CheckpointFile, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 TENSORS = {

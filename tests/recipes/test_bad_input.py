@@ -87,7 +87,7 @@ def break_image(demo):
             "demo/images is not a checkpoint: it has no config.json",
         ),
         ("pretrained.encoder=demo/nowhere", None, "demo/nowhere is not a directory"),
-        ("pretrained.encoder=demo/llama", None, "model_type 'llama'; known here: clip"),
+        ("pretrained.encoder=demo/llama", None, "model_type 'llama' is not supported, only clip"),
         ("data.train=demo/nowhere.jsonl", None, "demo/nowhere.jsonl cannot be read"),
         ("seed=7", break_line, "questions/train.jsonl, line 6: no JSON"),
         ("seed=7", break_image, "broken.png is no image that can be opened"),

@@ -11,9 +11,8 @@ from torchfuse.checkpoint.artifact.fusion import (
 )
 from torchfuse.checkpoint.artifact.seeding import seed_adapters
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
-from torchfuse.checkpoint.build import from_pretrained
 from torchfuse.checkpoint.export import export, save_pretrained
-from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.checkpoint.tune import FusionCheckpointer
 
 if TYPE_CHECKING:

@@ -1,37 +1,134 @@
-"""Pretrained checkpoints into a fused model, unchanged.
-
-Everything is compared before anything is written: every pretrained name must be there once, with its
-shape, and nothing else may be; settings that no shape shows (heads, rotary base, epsilons) must agree
-with the checkpoint's own configuration. All differences are one error, and the model is as it was.
-"""
+"""Pretrained checkpoints as fused models, and into fused models."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 
-from torchfuse.checkpoint.formats.loading import Source, fill, find_sources, tensors_of
-from torchfuse.checkpoint.formats.models import open_checkpoint, read_model_spec
-from torchfuse.checkpoint.formats.parts import DECODERS, ENCODERS, format_of
-from torchfuse.checkpoint.formats.spec import Spec
-from torchfuse.errors import CheckpointError
-from torchfuse.io.directory import Checkpoint, CheckpointDirectory
-from torchfuse.modules.fusion_embedding import FusionEmbedding
-from torchfuse.modules.fusion_linear import FusionLinear
-from torchfuse.naming import canonical_name, unwrap
-from torchfuse.params import get_fusion_params, parts_of
+from torchfuse.checkpoint.building import build_fused_parts, build_model, located
+from torchfuse.checkpoint.derived import reinitializers
+from torchfuse.checkpoint.formats.registry import read_model_spec
+from torchfuse.checkpoint.formats.spec import UNNAMED
+from torchfuse.checkpoint.matching import match_model, match_parts
+from torchfuse.checkpoint.streaming import fill
+from torchfuse.errors import ConfigError
+from torchfuse.io.directory import CheckpointDirectory
+from torchfuse.io.torch_file import open_checkpoint
+from torchfuse.models.base import FusedModel
+from torchfuse.models.types import OnMissing
+from torchfuse.naming import unwrap
+from torchfuse.params import get_fusion_params, parts_of, set_trainable
 
-__all__ = ["load_pretrained", "sources_of_model", "sources_of_part"]
-
-_NOTHING: Final = "Nothing was loaded, because not everything fits.\n"
+__all__ = ["from_pretrained", "load_pretrained"]
 
 PathLike = str | Path
+
+
+def from_pretrained(
+    path: PathLike | None = None,
+    *,
+    decoder: PathLike | None = None,
+    encoder: PathLike | Mapping[str, PathLike] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    max_seq_len: int | None = None,
+    feature_layer: int | Mapping[str, int] | None = None,
+    keep_cls: bool | Mapping[str, bool] | None = None,
+    intermediate_layers: Sequence[int] | None = None,
+    decoder_trainable: bool = False,
+    encoder_trainable: bool | Mapping[str, bool] = False,
+    fusion_trainable: bool = True,
+    on_missing: OnMissing | None = None,
+    prepare: Callable[[FusedModel], Any] | None = None,
+    **fuse_options: Any,
+) -> FusedModel:
+    """Build a fused model from directories and load it, in one call.
+
+    Either from one directory with a whole model (``save_pretrained``, LLaVA, Llama 3.2 Vision), or from
+    a decoder's and an encoder's, which are fused. Memory holds the model and little else.
+
+    Args:
+        path: directory of a whole model.
+        decoder: directory of a Llama.
+        encoder: directory of a vision or audio tower, or of a whole model with one; several by name.
+        dtype: of all parameters. None: as in the checkpoint's configuration.
+        device: where the model is put.
+        max_seq_len: longest sequence. None: as in the checkpoint.
+        feature_layer: which hidden state of the tower the features are; by name for named encoders.
+        keep_cls: whether the tower's class token is a feature too; by name for named encoders.
+        intermediate_layers: for a directory of Llama 3.2 Vision: the layers of the tower after which the
+            hidden states are taken that features are projected from. None: as in the checkpoint.
+        decoder_trainable: whether the pretrained decoder trains.
+        encoder_trainable: whether the encoders train; also ``{name: bool}``.
+        fusion_trainable: whether what fusion added trains.
+        on_missing: see ``FusedModel``. None: as in the directory of a whole model, else ``"skip"``.
+        prepare: called with the model of a whole directory before it has memory, for example
+            ``torchfuse.training.sharding.shard``, so that no rank ever holds more than its own shard.
+        **fuse_options: for ``decoder`` and ``encoder``: the options of ``fuse``, ``arch``, ``every``,
+            ``adapter`` and so on.
+
+    Raises:
+        ConfigError: for arguments or options that cannot be given together.
+        CheckpointError: for a directory that is no checkpoint, a setting that is not supported, or
+            tensors that do not fit the configuration, all by name.
+    """
+    if (path is None, decoder is None, encoder is None) not in (
+        (False, True, True),
+        (True, False, False),
+    ):
+        raise ConfigError(
+            "from_pretrained needs the directory of a whole model, or decoder= and encoder=; got "
+            f"path={path}, decoder={decoder}, encoder={encoder}."
+        )
+    place = torch.device(device)
+    flags: dict[str, Any] = {"decoder": decoder_trainable, "encoder": encoder_trainable}
+    if path is not None:
+        _refuse(
+            {"feature_layer": feature_layer, "keep_cls": keep_cls, **fuse_options},
+            "the directory of a whole model describes how it is fused",
+        )
+        layers = None if intermediate_layers is None else tuple(intermediate_layers)
+        settings = {"max_seq_len": max_seq_len, "intermediate_layers": layers}
+
+        def prepared(model: FusedModel) -> None:
+            # A model without any fusion parameter is allowed; the default must not refuse it.
+            fusion = fusion_trainable and bool(get_fusion_params(model))
+            set_trainable(model, **flags, fusion=fusion)
+            if on_missing is not None:
+                model.set_on_missing(on_missing)
+            if prepare is not None:
+                prepare(model)
+
+        with open_checkpoint(path) as checkpoint:
+            return build_model(checkpoint, settings, dtype, place, prepared)
+    _refuse(
+        {"intermediate_layers": intermediate_layers, "prepare": prepare},
+        "only for the directory of a whole model",
+    )
+    assert decoder is not None
+    assert encoder is not None
+    folders = dict(encoder) if isinstance(encoder, Mapping) else {UNNAMED: encoder}
+    chosen = {"feature_layer": feature_layer, "keep_cls": keep_cls}
+    by_part: dict[str, dict[str, Any]] = {"decoder": {"max_seq_len": max_seq_len}}
+    for name in folders:
+        by_part[f"encoder.{name}"] = {
+            key: value.get(name) if isinstance(value, Mapping) else value
+            for key, value in chosen.items()
+        }
+    options = {f"{part}_trainable": value for part, value in flags.items()}
+    options |= {"fusion_trainable": fusion_trainable, "on_missing": on_missing or "skip"}
+    return build_fused_parts(decoder, folders, by_part, dtype, place, {**fuse_options, **options})
+
+
+def _refuse(arguments: Mapping[str, Any], why: str) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)} cannot be given: {why}.")
 
 
 def load_pretrained(
@@ -45,143 +142,50 @@ def load_pretrained(
     """Load a fused model, or pretrained parts of it, from directories.
 
     Tensors are streamed one by one in the model's dtype to the model's device, with a progress bar by
-    bytes where someone looks. A sharded model keeps of each tensor what is its own.
+    bytes on a terminal. A sharded model takes its own shard of each tensor.
 
-    New tokens that ``fusion_init="mean"`` gave the mean of the table as it was, and that nothing has
-    changed since, get the mean of the loaded table; so do new rows of the head. Experts that began as
-    copies of pretrained weights become copies of those loaded, under the same condition.
+    New tokens that ``fusion_init="mean"`` gave the mean of the old table, and that have not changed
+    since, get the mean of the loaded table; so do new rows of the head. Experts that were initialized as
+    copies of pretrained weights become copies of the loaded ones, under the same condition.
 
     Args:
         model: a fused model.
         path: a whole model's checkpoint, for all tensors: a directory of ``save_pretrained``, of LLaVA
-            or of Llama 3.2 Vision, or a file with torchtune's names.
+            or of Llama 3.2 Vision, or a file with torchtune's or Meta's keys.
         decoder: directory of a Llama (``model.safetensors``, or shards with an index).
         encoder: directory of a CLIP vision tower, of a whole CLIP model, or of whatever tower the
             model's encoder wraps; by name for named encoders, where a name may be left out.
         device: where parts that are on the meta device get their memory.
 
     Raises:
+        ConfigError: for arguments that cannot be given together, or parts that the model does not have.
         CheckpointError: with everything that does not fit: names missing or unexpected, shapes,
-            settings. The model is as it was then.
+            settings. The model is unchanged then.
     """
     if path is not None:
-        if decoder is not None or encoder is not None:
-            raise CheckpointError("Give the checkpoint of a whole model, or of its parts, not both.")
-        _load_whole(model, path, torch.device(device))
+        _refuse({"decoder": decoder, "encoder": encoder}, "path is the checkpoint of a whole model")
+        with open_checkpoint(path) as checkpoint:
+            with located(checkpoint):
+                spec = read_model_spec(checkpoint, model)
+            fill(match_model(model, checkpoint, spec), [unwrap(model)], torch.device(device))
         return
     parts = parts_of(model)
-    wanted = {"decoder": decoder} if decoder is not None else {}
+    paths = {"decoder": decoder} if decoder is not None else {}
     if isinstance(encoder, Mapping):
-        wanted |= {f"encoder.{name}": path for name, path in encoder.items()}
+        paths |= {f"encoder.{name}": folder for name, folder in encoder.items()}
     elif encoder is not None:
-        wanted["encoder"] = encoder
-    unknown = [part for part in wanted if part not in parts]
-    if unknown or not wanted:
-        raise CheckpointError(
+        paths["encoder"] = encoder
+    unknown = [part for part in paths if part not in parts]
+    if unknown or not paths:
+        raise ConfigError(
             f"There is nothing to load {'into ' + ', '.join(unknown) if unknown else 'from'}: the "
             f"model's parts are {', '.join(parts)}; give a directory for one of them."
         )
     added = {id(p) for p in get_fusion_params(model).values()}
     with ExitStack() as stack:
-        sources: list[Source] = []
-        problems: list[str] = []
-        for part, path in wanted.items():
-            directory = stack.enter_context(CheckpointDirectory(path))
-            formats = DECODERS if part == "decoder" else ENCODERS
-            found, wrong = sources_of_part(parts[part], directory, formats, added)
-            sources += found
-            problems += [f"{part} from {directory.path}:\n  " + "\n  ".join(wrong)] if wrong else []
-        if problems:
-            raise CheckpointError(_NOTHING + "\n".join(problems))
-        with _StartsFollow(model, sources):
-            fill(sources, [parts[part] for part in wanted], torch.device(device))
-
-
-def _load_whole(model: nn.Module, path: PathLike, device: torch.device) -> None:
-    with open_checkpoint(path) as checkpoint:
-        try:
-            theirs = read_model_spec(checkpoint, model)
-            ours = type(theirs).of(model)
-        except ValueError as error:
-            raise CheckpointError(f"{_NOTHING}{checkpoint.path}: {error}") from error
-        sources, problems = sources_of_model(model, checkpoint, ours)
-        problems += [f"config.json: {problem}" for problem in theirs.differences(ours)]
-        if problems:
-            raise CheckpointError(f"{_NOTHING}{checkpoint.path}:\n  " + "\n  ".join(problems))
-        fill(sources, [unwrap(model)], device)
-
-
-def sources_of_model(
-    model: nn.Module, checkpoint: Checkpoint, spec: Spec
-) -> tuple[list[Source], list[str]]:
-    """Where each tensor of a model comes from, and all that does not fit.
-
-    Args:
-        model: a fused model.
-        checkpoint: of a whole model.
-        spec: the settings of either.
-    """
-    targets = {canonical_name(name): tensor for name, tensor in tensors_of(unwrap(model)).items()}
-    config = checkpoint.config
-    tied = any(c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {}))
-    return find_sources(targets, checkpoint, spec.table(), tied=tied)
-
-
-def sources_of_part(
-    module: nn.Module, directory: CheckpointDirectory, formats: Sequence[type[Spec]], added: set[int]
-) -> tuple[list[Source], list[str]]:
-    """Where each pretrained tensor of a part comes from, and all that does not fit.
-
-    Args:
-        module: the part.
-        directory: the checkpoint.
-        formats: those that the part may be of.
-        added: what is not pretrained, by ``id``.
-    """
-    targets = {
-        canonical_name(name): tensor
-        for name, tensor in tensors_of(unwrap(module)).items()
-        if id(tensor) not in added
-    }
-    try:
-        format_ = format_of(module, formats)
-        kind = directory.config.get("model_type")
-        if not format_.reads(directory.config):
-            known = ", ".join(sorted(format_.model_types))
-            return [], [f"config.json says model_type {kind!r}; known here: {known}."]
-        theirs, ours = format_.from_config(directory.config), format_.of(unwrap(module))
-    except ValueError as error:
-        return [], [str(error)]
-    prefix = ours.prefix_in(directory)
-    tied = bool(directory.config.get("tie_word_embeddings"))
-    sources, problems = find_sources(targets, directory, ours.table(), tied=tied, prefix=prefix)
-    return sources, problems + [f"config.json: {problem}" for problem in theirs.differences(ours)]
-
-
-class _StartsFollow:
-    """What started from pretrained values shall start from those loaded, if nothing has changed it.
-
-    These are new rows that are the mean of the pretrained ones, and experts that are copies of them.
-    """
-
-    def __init__(self, model: nn.Module, sources: list[Source]) -> None:
-        loaded = {id(source.target) for source in sources}
-        self._renew: list[Callable[[], None]] = []
-        for module in model.modules():
-            if not any(id(p) in loaded for p in module.parameters()):
-                continue
-            whole: Any = module  # a layer that copies, and rows that average, say so by these methods
-            if isinstance(module, FusionEmbedding | FusionLinear):
-                if not any(p.is_meta for p in module.parameters()) and whole.new_rows_are_means():
-                    self._renew.append(functools.partial(whole.reset_new_rows, "mean"))
-            elif (
-                callable(getattr(type(module), "experts_are_fresh", None)) and whole.experts_are_fresh()
-            ):
-                self._renew.append(whole.reset_experts)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for renew in self._renew if kind is None else ():
-            renew()
+        directories = {part: stack.enter_context(CheckpointDirectory(p)) for part, p in paths.items()}
+        sources = match_parts({n: (parts[n], file) for n, file in directories.items()}, added)
+        renew = reinitializers(model, [source.target for source in sources])
+        fill(sources, [parts[name] for name in paths], torch.device(device))
+    for call in renew:
+        call()

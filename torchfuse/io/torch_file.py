@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import CheckpointError
-from torchfuse.io.directory import Checkpoint
+from torchfuse.io.directory import Checkpoint, CheckpointDirectory
 from torchfuse.io.strict_json import read_json, regular_file
 
-__all__ = ["CheckpointFile"]
+__all__ = ["CheckpointFile", "open_checkpoint"]
 
 _PICKLES: Final = (".bin", ".pt", ".pth")
 
@@ -108,3 +108,21 @@ def _not_plain(name: Any, value: Any) -> str | None:
     if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
         return "not dense values"
     return None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: a directory, a file of ``torch.save``, or Meta's directory with one such file.
+
+    Raises:
+        CheckpointError: as ``CheckpointDirectory`` and ``CheckpointFile``.
+    """
+    path = Path(path)
+    files = sorted(path.glob("consolidated*.pth"))
+    if not files or (path / "config.json").exists():
+        return CheckpointFile(path) if path.is_file() else CheckpointDirectory(path)
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{path} has {len(files)} files, {files[0].name} and so on, each with a part of every "
+            "tensor. Only models in one file can be read; transformers' directory of the same model can."
+        )
+    return CheckpointFile(files[0])

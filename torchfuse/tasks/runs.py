@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from torchfuse.checkpoint.artifact.trained import load_trained
-from torchfuse.checkpoint.build import from_pretrained
-from torchfuse.checkpoint.load import load_pretrained
+from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.questions import QuestionTransform
 from torchfuse.errors import CheckpointError

@@ -23,10 +23,10 @@ from torchtune_models import (
 )
 
 from torchfuse import load_pretrained
-from torchfuse.checkpoint.build import from_pretrained
 from torchfuse.checkpoint.formats import meta
 from torchfuse.checkpoint.formats.meta import Meta
 from torchfuse.checkpoint.formats.mllama import Mllama
+from torchfuse.checkpoint.load import from_pretrained
 from torchfuse.encoders.mllama_tiles import grid_to_table
 
 HIDDEN = 96  # Meta's rule for the numbers below: 4 * 24 * 2 / 3 = 64, times 1.4 is 89, up to eights

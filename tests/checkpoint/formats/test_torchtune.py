@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torchtune_models import (
 )
 
 from torchfuse import DeepFusionModel, EarlyFusionModel, export, fuse, load_pretrained
-from torchfuse.checkpoint.build import from_pretrained
+from torchfuse.checkpoint.load import from_pretrained
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.mllama_tiles import grid_to_table
 
@@ -188,7 +189,7 @@ def test_a_file_that_does_not_fit_is_refused_whole(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.w1\.weight is \[43, 24\].* is \[41, 24\]"):
         load_pretrained(ours, file)
     same(ours.state_dict(), before)
-    with pytest.raises(ValueError, match="nothing says what model they are of: build it"):
+    with pytest.raises(ValueError, match="there is no configuration of the model: build it"):
         from_pretrained(file)
 
 
@@ -244,9 +245,7 @@ def test_parts_that_no_config_describes_go_out_and_in(tmp_path):
     again = ours_around("plain")
     load_pretrained(again, tmp_path / "export")
     same(again.state_dict(), ours.state_dict())
-    with pytest.raises(
-        ValueError, match="does not say what model this is: build it, and give it to load"
-    ):
+    with pytest.raises(ValueError, match="does not describe the model: build it, and give it to load"):
         from_pretrained(tmp_path / "export")
 
 
@@ -422,7 +421,7 @@ def test_embeddings_of_tiles_that_no_grid_holds_are_named(tmp_path):
     [
         (
             lambda: fuse(tiny_decoder(), Towers.clip(), every=2),
-            ["the adapter of 'encoder': torchtune has none"],
+            ["the adapter of 'encoder': torchtune has no adapters"],
         ),
         (
             lambda: fuse(
@@ -465,5 +464,5 @@ def test_what_torchtune_cannot_hold_is_named(tmp_path, make, complaints):
     with pytest.raises(ValueError, match="The format torchtune cannot hold") as error:
         export(make(), tmp_path / "export", format="torchtune")
     assert [text for text in complaints if text not in str(error.value)] == []
-    assert "Formats that can: torchfuse" in str(error.value)
+    assert re.search(r"Formats that can: .*torchfuse", str(error.value))
     assert not (tmp_path / "export").exists()

@@ -29,7 +29,7 @@ from torchfuse.checkpoint.artifact.fingerprint import (
     pretrained_tensors,
     read_fingerprint,
 )
-from torchfuse.checkpoint.formats.loading import copy_into
+from torchfuse.checkpoint.tensors import copy_into
 from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_file, write_text
 from torchfuse.io.ranks import is_rank_zero

@@ -27,7 +27,7 @@ from torchfuse.checkpoint.artifact.fusion import (
     whole,
     write_artifact,
 )
-from torchfuse.checkpoint.formats.loading import copy_into
+from torchfuse.checkpoint.tensors import copy_into
 from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_file
 from torchfuse.io.ranks import is_rank_zero

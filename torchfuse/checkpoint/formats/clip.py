@@ -1,7 +1,7 @@
-r"""CLIP's vision tower as Hugging Face saves it, and torchtune's names for it.
+"""CLIP's vision tower as Hugging Face saves it, with torchtune's names for its parameters.
 
-Two spellings are about: ``vision_model.embeddings...`` in older files and in whole CLIP models, which
-also hold the text tower, and ``embeddings...`` in towers that newer versions save.
+Keys are ``vision_model.embeddings...`` in older files and in whole CLIP models, which also hold the text
+tower, and ``embeddings...`` in towers that newer versions save.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
+from torchfuse.checkpoint.formats.registry import register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
 from torchfuse.errors import CheckpointError
@@ -20,11 +21,12 @@ from torchfuse.errors import CheckpointError
 __all__ = ["ClipVision"]
 
 
+@register_format("encoder")
 @dataclass(frozen=True)
 class ClipVision(Spec):
     """CLIP's vision tower: torchfuse's ``ClipVisionEncoder``."""
 
-    name = "CLIP vision tower"
+    name = "clip"
     model_types = frozenset({"clip", "clip_vision_model"})
 
     image_size: int = shown_by_shapes()
@@ -35,7 +37,7 @@ class ClipVision(Spec):
     num_heads: int = setting("num_attention_heads")
     activation: str = setting("hidden_act")
     norm_eps: float = setting("layer_norm_eps")
-    # Which of its hidden states are the features is the fused model's choice.
+    # The fused model chooses which hidden state the features are.
     feature_layer: int = shown_by_shapes(default=-2)
     keep_cls: bool = shown_by_shapes(default=False)
 
@@ -44,7 +46,7 @@ class ClipVision(Spec):
         given = Settings(config, cls.name)
         if config.get("model_type") == "clip":
             given = given.section("vision_config")
-        given.refuse_unless("num_channels", 3)
+        given.allow_only("num_channels", 3)
         num_layers = given.count("num_hidden_layers", 12)
         spec = cls(
             image_size=given.count("image_size", 224),
@@ -58,17 +60,17 @@ class ClipVision(Spec):
             feature_layer=given.count("feature_layer", -2, least=-num_layers - 1),
             keep_cls=given.flag("keep_cls", False),
         )
-        given.done()
+        given.raise_problems()
         return spec
 
     @classmethod
-    def holds(cls, module: nn.Module) -> bool:
+    def matches_module(cls, module: nn.Module) -> bool:
         from torchtune.modules import VisionTransformer
 
         return isinstance(module, VisionTransformer)
 
     @classmethod
-    def of(cls, module: nn.Module) -> ClipVision:
+    def from_module(cls, module: nn.Module) -> ClipVision:
         tower: Any = module
         try:
             first = tower.layers[0]
@@ -89,8 +91,7 @@ class ClipVision(Spec):
             )
         except (AttributeError, KeyError, IndexError) as error:
             raise CheckpointError(
-                f"A {type(module).__name__} is no ClipVisionEncoder, which CLIP's tower needs: it lacks "
-                f"{error}."
+                f"A {type(module).__name__} is no ClipVisionEncoder: it lacks {error}."
             ) from error
 
     def to_config(self) -> dict[str, Any]:
@@ -129,12 +130,9 @@ class ClipVision(Spec):
     def num_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2 + int(self.keep_cls)
 
-    def depth(self) -> int:
-        return self.num_layers
-
-    def table(self) -> KeyTable:
+    def key_table(self) -> KeyTable:
         modules = {
-            "pre_layrnorm": "ln_pre",  # their spelling
+            "pre_layrnorm": "ln_pre",  # spelled like this in the files
             "post_layernorm": "ln_post",
             "encoder.layers.{}.layer_norm1": "layers.{}.sa_norm",
             "encoder.layers.{}.layer_norm2": "layers.{}.mlp_norm",
@@ -153,13 +151,13 @@ class ClipVision(Spec):
                     "embeddings.position_embedding.weight", "token_pos_embedding.positional_embedding"
                 ),
                 *(
-                    Entry(f"{theirs}.{kind}", f"{ours}.{kind}")
-                    for theirs, ours in modules.items()
+                    Entry(f"{source}.{kind}", f"{target}.{kind}")
+                    for source, target in modules.items()
                     for kind in ("weight", "bias")
                 ),
             ),
-            spellings=(("vision_model.", ""),),
-            # Computed, not learned; and what else a whole CLIP model holds.
+            aliases=(("vision_model.", ""),),
+            # Computed buffers, and the other parts of a whole CLIP model.
             ignored=(
                 r"embeddings\.position_ids",
                 r"text_model\..+",

@@ -1,7 +1,6 @@
-"""torchfuse's own directories: any fused model, under the names that its parameters have.
+"""torchfuse's own directories: any fused model, under the names of its parameters.
 
-``config.json`` says of what parts the model is made and how they are fused; parts that other libraries
-know are described as those would.
+``config.json`` describes the parts and how they are fused; each part is described as in its own format.
 """
 
 from __future__ import annotations
@@ -14,23 +13,22 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import SAME_NAMES, KeyTable
-from torchfuse.checkpoint.formats.parts import DECODERS, ENCODERS, read_spec
+from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, setting, shown_by_shapes
-from torchfuse.errors import CheckpointError
+from torchfuse.checkpoint.formats.spec import UNNAMED, ModelSpec, Spec, setting, shown_by_shapes
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
 from torchfuse.modules.adapters.builtin import Adapter, build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import model_behind, unwrap
+from torchfuse.naming import unwrap
 
 __all__ = ["Fused"]
 
 _FORMAT: Final = 1
-_ONE: Final = ""  # the name of an encoder without a name
 
 
+@register_format("model")
 @dataclass(frozen=True)
 class Fused(ModelSpec):
     """A fused model of any architecture."""
@@ -41,7 +39,7 @@ class Fused(ModelSpec):
     decoder: Spec
     encoders: Mapping[str, Spec] = field(compare=False)
     arch: str = setting("arch")
-    options: Mapping[str, Any] = shown_by_shapes()  # or by _different_options
+    options: Mapping[str, Any] = shown_by_shapes()  # or compared by _option_differences
     adapters: Mapping[str, Mapping[str, Any]] = setting("adapters")
     fusion_vocab_size: int = setting("fusion_vocab_size")
     fusion_head: bool = setting("fusion_head")
@@ -51,26 +49,26 @@ class Fused(ModelSpec):
     def from_config(cls, config: Mapping[str, Any]) -> Fused:
         given = Settings(config, cls.name)
         if given.count("format") != _FORMAT:
-            given.problem(f"format {config.get('format')!r} is not known here, only {_FORMAT}")
+            given.problems.append(f"format {config.get('format')!r} is not supported, only {_FORMAT}")
         decoder = given.section("decoder").values
         encoders = given.sections("encoders")
         adapters = given.sections("adapters")
         options = dict(given.section("options").values)
         arch = config.get("arch")
         if not isinstance(arch, str):
-            given.problem(f"arch must be the name of an architecture, got {arch!r}")
+            given.problems.append(f"arch must be the name of an architecture, got {arch!r}")
         if not encoders:
-            given.problem("encoders must name one at least")
+            given.problems.append("encoders must have at least one entry")
         if adapters and adapters.keys() != encoders.keys():
-            given.problem(
-                f"adapters {sorted(adapters)} must have the names of encoders {sorted(encoders)}"
+            given.problems.append(
+                f"adapters {sorted(adapters)} must have the same names as encoders {sorted(encoders)}"
             )
         numbers = given.count("fusion_vocab_size", 0, least=0), given.flag("fusion_head", False)
         on_missing = given.choice("on_missing", {n: n for n in ("skip", "participate")}, "skip")
-        given.done()
+        given.raise_problems()
         return cls(
-            read_spec(decoder, DECODERS),
-            {name: read_spec(values, ENCODERS) for name, values in encoders.items()},
+            read_spec(decoder, formats_of("decoder")),
+            {name: read_spec(values, formats_of("encoder")) for name, values in encoders.items()},
             str(arch),
             options,
             adapters,
@@ -79,26 +77,24 @@ class Fused(ModelSpec):
         )
 
     @classmethod
-    def of(cls, module: nn.Module) -> Fused:
-        model = model_behind(module)
-        if not isinstance(model, FusedModel):
-            raise CheckpointError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
+    def from_module(cls, module: nn.Module) -> Fused:
+        model = cls.fused_model(module)
         decoder: Any = unwrap(model.decoder)
         problems: list[str] = []
-        base = cls.spec_of(decoder, DECODERS, "the decoder", problems)
+        base = read_part(decoder, formats_of("decoder"), "the decoder", problems)
         named = not hasattr(model, "encoder")
         encoders, adapters = {}, {}
         for name in model.encoder_names:
-            key = name if named else _ONE
-            encoders[key] = cls.spec_of(model.get_encoder(name), ENCODERS, f"encoder {name!r}", problems)
+            key, encoder = name if named else UNNAMED, model.get_encoder(name)
+            encoders[key] = read_part(encoder, formats_of("encoder"), f"encoder {name!r}", problems)
             adapter = model.get_adapter(name)
             if isinstance(adapter, Adapter) and adapter.name is not None:
                 sizes = {"in_dim": adapter.in_dim, "out_dim": adapter.out_dim}
                 adapters[key] = {"name": adapter.name, **sizes, **adapter.options()}
             elif adapter is not None:
                 problems.append(
-                    f"the adapter of {name!r}, a {type(adapter).__name__}: only adapters that "
-                    "register_adapter knows can be built again"
+                    f"the adapter of {name!r}, a {type(adapter).__name__}: only registered adapters "
+                    "(register_adapter) can be built again"
                 )
         options: dict[str, Any] = {}
         try:
@@ -107,7 +103,7 @@ class Fused(ModelSpec):
         except (TypeError, ValueError) as error:
             problems.append(f"the options of {model.strategy.arch!r}: {error}")
         if problems:
-            raise CheckpointError(cls.cannot_hold(problems))
+            raise cls.cannot_hold(problems)
         assert base is not None
         embedding = decoder.tok_embeddings
         return cls(
@@ -146,44 +142,44 @@ class Fused(ModelSpec):
                 options.pop("name"), options.pop("in_dim"), options.pop("out_dim"), **options
             )
         encoders = {name: spec.build() for name, spec in self.encoders.items()}
-        single = list(encoders) == [_ONE]
+        unnamed = list(encoders) == [UNNAMED]
         return fuse(
             self.decoder.build(),
-            encoders[_ONE] if single else encoders,
+            encoders[UNNAMED] if unnamed else encoders,
             arch=self.arch,
-            adapter=(adapters[_ONE] if single else adapters) if adapters else None,
+            adapter=(adapters[UNNAMED] if unnamed else adapters) if adapters else None,
             fusion_vocab_size=self.fusion_vocab_size,
             fusion_head=self.fusion_head,
             on_missing=self.on_missing,  # type: ignore[arg-type]
             **self.options,
         )
 
-    def depth(self) -> int:
-        return super().depth() + sum(spec.depth() for spec in self.encoders.values())
+    def total_layers(self) -> int:
+        return super().total_layers() + sum(spec.total_layers() for spec in self.encoders.values())
 
-    def table(self) -> KeyTable:
+    def key_table(self) -> KeyTable:
         return SAME_NAMES
 
-    def differences(self, ours: Spec) -> list[str]:
-        problems = super().differences(ours)
-        if isinstance(ours, Fused):
-            if self.arch == ours.arch:
-                problems += self._different_options(ours)
-            for name in self.encoders.keys() & ours.encoders.keys():
-                problems += self.encoders[name].differences(ours.encoders[name])
+    def differences(self, model: Spec) -> list[str]:
+        problems = super().differences(model)
+        if isinstance(model, Fused):
+            if self.arch == model.arch:
+                problems += self._option_differences(model)
+            for name in self.encoders.keys() & model.encoders.keys():
+                problems += self.encoders[name].differences(model.encoders[name])
         return problems
 
-    def _different_options(self, ours: Fused) -> list[str]:
+    def _option_differences(self, model: Fused) -> list[str]:
         try:
-            theirs, here = self._options_in_common(), ours._options_in_common()
+            saved, own = self._compared_options(), model._compared_options()
         except ValueError as error:
             return [str(error)]
         return [
-            f"{name} {theirs.get(name)!r}, the model has {here.get(name)!r}"
-            for name in {**theirs, **here}
-            if theirs.get(name) != here.get(name)
+            f"{name} {saved.get(name)!r}, the model has {own.get(name)!r}"
+            for name in {**saved, **own}
+            if saved.get(name) != own.get(name)
         ]
 
-    def _options_in_common(self) -> dict[str, Any]:
-        """The options that a checkpoint and a model must have in common, as a file holds them."""
+    def _compared_options(self) -> dict[str, Any]:
+        """Return the options in which checkpoint and model must agree, as JSON holds them."""
         return json.loads(json.dumps(build_modality_strategy(self.arch, **self.options).options()))

@@ -1,7 +1,8 @@
-"""Foreign names and ours, as a table; one converter for all of them, in both directions.
+"""Key tables: names in a foreign checkpoint and names in a module, converted in both directions.
 
-A table is data: their name, our name, and where values are laid out otherwise, how. Reading a
-checkpoint and writing one use the same rows, so that what comes in can go out again.
+A table is data: the source key (in the checkpoint), the target key (in the module), and where the values
+are laid out differently, how to convert them. Reading and writing use the same rows, so whatever can be
+read can also be written.
 """
 
 from __future__ import annotations
@@ -14,164 +15,174 @@ from typing import Final
 
 from torch import Tensor
 
-__all__ = ["SAME_NAMES", "Entry", "KeyTable", "Layout", "Numbers"]
+__all__ = ["SAME_NAMES", "Entry", "IndexMap", "KeyTable", "Layout"]
 
-_NUMBER = r"(0|[1-9][0-9]{0,8})"
+_INDEX = r"(0|[1-9][0-9]{0,8})"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How values are laid out there.
+    """A conversion of values between the checkpoint's layout and the module's, exact both ways.
 
     Attributes:
-        read: makes theirs ours, exactly. The result may be a view whose first axes are yet to be
-            flattened into one, so that reading needs no memory of its own.
-        write: makes ours theirs, exactly; where theirs cannot hold all of ours, a ``ValueError``.
-        holds_all: whether theirs can hold all that ours can.
+        to_target: converts a tensor of the checkpoint. The result may be a view whose first axes are
+            still to be flattened into one, so that reading needs no extra memory.
+        to_source: converts a tensor of the module; a ``ValueError`` where the checkpoint's layout cannot
+            represent the values.
+        always_representable: whether ``to_source`` never raises.
     """
 
-    read: Callable[[Tensor], Tensor]
-    write: Callable[[Tensor], Tensor]
-    holds_all: bool = True
+    to_target: Callable[[Tensor], Tensor]
+    to_source: Callable[[Tensor], Tensor]
+    always_representable: bool = True
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """How the number in their name becomes the number in ours, and back; None: not of this kind."""
+class IndexMap:
+    """A conversion of the layer index in a key; None: the entry does not apply to this index."""
 
-    read: Callable[[int], int | None]
-    write: Callable[[int], int | None]
+    to_target: Callable[[int], int | None]
+    to_source: Callable[[int], int | None]
+
+    @classmethod
+    def from_pairs(cls, to_target: Mapping[int, int]) -> IndexMap:
+        """Make a map from source indices to target indices."""
+        return cls(to_target.get, {target: source for source, target in to_target.items()}.get)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind of name.
+    """One row: a key, or the same key of all layers.
 
     Attributes:
-        theirs: their name, with ``{}`` for one number at most, or ``*`` for anything.
-        ours: our name, with the same.
-        layout: None where values are laid out as ours are.
-        numbers: None where both count alike.
+        source_key: the checkpoint's key, with one ``{}`` for a layer index or ``*`` for any text.
+        target_key: the module's key, with the same placeholder.
+        layout: None where values are laid out alike.
+        index_map: None where layers are numbered alike.
     """
 
-    theirs: str
-    ours: str
+    source_key: str
+    target_key: str
     layout: Layout | None = None
-    numbers: Numbers | None = None
+    index_map: IndexMap | None = None
 
-    def under(self, theirs: str, ours: str) -> Entry:
-        """The same entry for a part of something larger."""
-        return replace(self, theirs=theirs + self.theirs, ours=ours + self.ours)
+    def with_prefix(self, source: str, target: str) -> Entry:
+        """Return the entry for a part of something larger."""
+        return replace(self, source_key=source + self.source_key, target_key=target + self.target_key)
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """All names of one kind of checkpoint.
+    """All keys of one kind of checkpoint.
 
     Attributes:
-        entries: the first that fits a name counts.
-        spellings: beginnings of their names that mean another beginning, the one in ``entries``. Each is
-            tried once, in order.
-        ignored: patterns of names that are of no use to us, which they must match whole.
-        tied: our names that may be taken from another of our names where a checkpoint ties them.
-        appended: our names of rows that stand, in the same tensor of theirs, behind those of another of
-            our names.
+        entries: the rows; the first that matches a key applies.
+        aliases: pairs of source key prefixes: the first is replaced by the second, which is the one in
+            ``entries``. Each is tried once, in order.
+        ignored: patterns of source keys that are not loaded, such as computed buffers; full matches.
+        tied: target keys that a checkpoint may tie to another target key.
+        appended: target keys whose rows follow, in one tensor of the checkpoint, the rows of another
+            target key.
     """
 
     entries: tuple[Entry, ...]
-    spellings: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     appended: Mapping[str, str] = field(default_factory=dict)
 
-    def under(self, theirs: str, ours: str) -> KeyTable:
-        """The same table for a part of something larger, whose names begin with these."""
+    def with_prefix(self, source: str, target: str) -> KeyTable:
+        """Return the table for a part of something larger, whose keys have these prefixes."""
         return KeyTable(
-            tuple(entry.under(theirs, ours) for entry in self.entries),
-            tuple((theirs + there, theirs + here) for there, here in self.spellings),
-            tuple(re.escape(theirs) + pattern for pattern in self.ignored),
-            {ours + name: ours + origin for name, origin in self.tied.items()},
-            {ours + name: ours + origin for name, origin in self.appended.items()},
+            tuple(entry.with_prefix(source, target) for entry in self.entries),
+            tuple((source + alias, source + prefix) for alias, prefix in self.aliases),
+            tuple(re.escape(source) + pattern for pattern in self.ignored),
+            {target + name: target + origin for name, origin in self.tied.items()},
+            {target + name: target + origin for name, origin in self.appended.items()},
         )
+
+    def with_aliases(self, *aliases: tuple[str, str]) -> KeyTable:
+        """Return the table with more aliases, which are tried before the present ones."""
+        return replace(self, aliases=aliases + self.aliases)
 
     def __add__(self, other: KeyTable) -> KeyTable:
         return KeyTable(
             self.entries + other.entries,
-            self.spellings + other.spellings,
+            self.aliases + other.aliases,
             self.ignored + other.ignored,
             {**self.tied, **other.tied},
             {**self.appended, **other.appended},
         )
 
-    def spelled(self, *spellings: tuple[str, str]) -> KeyTable:
-        """The same table, in which these spellings are known, too; they are tried first."""
-        return replace(self, spellings=spellings + self.spellings)
+    @cached_property
+    def _source_patterns(self) -> list[tuple[re.Pattern[str], Entry]]:
+        return [(_pattern(entry.source_key), entry) for entry in self.entries]
 
     @cached_property
-    def _read(self) -> list[tuple[re.Pattern[str], Entry]]:
-        return [(_pattern(entry.theirs), entry) for entry in self.entries]
+    def _target_patterns(self) -> list[tuple[re.Pattern[str], Entry]]:
+        return [(_pattern(entry.target_key), entry) for entry in self.entries]
 
-    @cached_property
-    def _write(self) -> list[tuple[re.Pattern[str], Entry]]:
-        return [(_pattern(entry.ours), entry) for entry in self.entries]
-
-    def read(self, keys: Iterable[str]) -> tuple[dict[str, tuple[str, Layout | None]], list[str]]:
-        """Translate their names.
+    def to_targets(self, keys: Iterable[str]) -> tuple[dict[str, tuple[str, Layout | None]], list[str]]:
+        """Translate the keys of a checkpoint.
 
         Returns:
-            For each of our names their name and layout, and the names that nothing here knows (a second
-            name for one of ours among them).
+            For each target key its source key and layout, and the source keys that match nothing, or a
+            target key that another one has already.
         """
         found: dict[str, tuple[str, Layout | None]] = {}
         unknown = []
         for key in keys:
-            plain = self._plain(key)
-            ours, layout = _translate(plain, self._read, lambda e: e.ours, lambda n: n.read)
-            if ours is not None and ours not in found:
-                found[ours] = (key, layout)
-            elif ours is not None or not any(re.fullmatch(p, plain) for p in self.ignored):
+            plain = self._without_alias(key)
+            target, layout = _translate(
+                plain, self._source_patterns, lambda e: e.target_key, lambda m: m.to_target
+            )
+            if target is not None and target not in found:
+                found[target] = (key, layout)
+            elif target is not None or not any(re.fullmatch(p, plain) for p in self.ignored):
                 unknown.append(key)
         return found, unknown
 
-    def write(self, name: str) -> tuple[str, Layout | None] | None:
-        """Their name and layout for one of our names; None where they have none."""
-        theirs, layout = _translate(name, self._write, lambda e: e.theirs, lambda n: n.write)
-        return None if theirs is None else (theirs, layout)
+    def to_source(self, name: str) -> tuple[str, Layout | None] | None:
+        """Return the source key and layout for a target key; None if there is none."""
+        source, layout = _translate(
+            name, self._target_patterns, lambda e: e.source_key, lambda m: m.to_source
+        )
+        return None if source is None else (source, layout)
 
-    def _plain(self, key: str) -> str:
-        for there, here in self.spellings:
-            if key.startswith(there):
-                key = here + key.removeprefix(there)
+    def _without_alias(self, key: str) -> str:
+        for alias, prefix in self.aliases:
+            if key.startswith(alias):
+                key = prefix + key.removeprefix(alias)
         return key
+
+
+SAME_NAMES: Final = KeyTable((Entry("*", "*"),))
+"""The table of a format that has the module's own keys."""
 
 
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template)
-    return re.compile(escaped.replace(r"\{\}", _NUMBER).replace(r"\*", "(.+)"), re.DOTALL)
-
-
-SAME_NAMES: Final = KeyTable((Entry("*", "*"),))
-"""The table of a format that has our names."""
+    return re.compile(escaped.replace(r"\{\}", _INDEX).replace(r"\*", "(.+)"), re.DOTALL)
 
 
 def _translate(
     name: str,
     patterns: list[tuple[re.Pattern[str], Entry]],
-    target: Callable[[Entry], str],
-    direction: Callable[[Numbers], Callable[[int], int | None]],
+    template_of: Callable[[Entry], str],
+    direction: Callable[[IndexMap], Callable[[int], int | None]],
 ) -> tuple[str | None, Layout | None]:
     for pattern, entry in patterns:
         match = pattern.fullmatch(name)
         if match is None:
             continue
         if not match.groups():
-            return target(entry), entry.layout
-        if "*" in entry.theirs:
-            return target(entry).replace("*", match[1]), entry.layout
-        number: int | None = int(match[1])
-        if entry.numbers is not None:
-            assert number is not None
-            number = direction(entry.numbers)(number)
-        if number is not None:
-            return target(entry).format(number), entry.layout
+            return template_of(entry), entry.layout
+        if "*" in entry.source_key:
+            return template_of(entry).replace("*", match[1]), entry.layout
+        index: int | None = int(match[1])
+        if entry.index_map is not None:
+            assert index is not None
+            index = direction(entry.index_map)(index)
+        if index is not None:
+            return template_of(entry).format(index), entry.layout
     return None, None

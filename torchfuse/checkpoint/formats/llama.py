@@ -1,60 +1,44 @@
-r"""Llama as Hugging Face saves it, and torchtune's names for it.
-
-The one thing that is more than a name: torchtune rotates neighbouring pairs of each head, as Meta's
-code does, Hugging Face the two halves, so rows of the query and key projections are reordered.
-"""
+"""Llama as Hugging Face saves it, with torchtune's names for its parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Layout
+from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
+from torchfuse.checkpoint.formats.registry import register_format
+from torchfuse.checkpoint.formats.rope import (
+    rope_from_config,
+    rope_from_module,
+    rope_to_config,
+    rotary_layout,
+)
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
 from torchfuse.errors import CheckpointError
 
-__all__ = ["Llama", "feed_forward_entries", "rotary_layout"]
-
-# Llama 3.1's scaling of the rotary embedding: their name, ours, and what the unscaled one has.
-_SCALING: Final = {
-    "factor": ("scale_factor", 1.0),
-    "low_freq_factor": ("low_freq_factor", 1.0),
-    "high_freq_factor": ("high_freq_factor", 4.0),
-    "original_max_position_embeddings": ("old_context_len", 8192.0),
-}
+__all__ = ["Llama", "feed_forward_entries"]
 
 
-def rotary_layout(head_dim: int) -> Layout:
-    """Rows ``[heads * head_dim, d]`` of a rotated projection: by halves there, by pairs here."""
-
-    def swap(weight: Tensor, there: tuple[int, int]) -> Tensor:
-        return weight.unflatten(0, (-1, *there)).transpose(1, 2)  # [heads, .., .., d]
-
-    half = head_dim // 2
-    return Layout(
-        lambda weight: swap(weight, (2, half)), lambda weight: swap(weight, (half, 2)).flatten(0, 2)
-    )
-
-
-def feed_forward_entries(theirs: str, ours: str) -> tuple[Entry, ...]:
-    """The three maps of a gated feed-forward, below these names."""
+def feed_forward_entries(source: str, target: str) -> tuple[Entry, ...]:
+    """Return the entries of a gated feed-forward, below these prefixes."""
     names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    return tuple(Entry(f"{theirs}{t}.weight", f"{ours}{o}.weight") for t, o in names.items())
+    return tuple(Entry(f"{source}{s}.weight", f"{target}{t}.weight") for s, t in names.items())
 
 
+@register_format("decoder")
 @dataclass(frozen=True)
 class Llama(Spec):
     """A Llama decoder: torchtune's ``TransformerDecoder`` of Llama 2, 3, 3.1 or 3.2.
 
-    What a configuration does not say is as transformers has it, whose files leave defaults out.
+    Settings that a configuration lacks have the defaults of transformers, whose files leave them out.
     """
 
-    name = "Llama"
+    name = "llama"
     model_types = frozenset({"llama"})
 
     vocab_size: int = shown_by_shapes()
@@ -79,17 +63,17 @@ class Llama(Spec):
         embed_dim = given.count("hidden_size", 4096)
         num_heads = given.count("num_attention_heads", 32)
         if embed_dim % num_heads:
-            given.problem(f"num_attention_heads={num_heads} must divide hidden_size={embed_dim}")
+            given.problems.append(f"num_attention_heads={num_heads} must divide hidden_size={embed_dim}")
         num_kv_heads = given.count("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
-            given.problem(
+            given.problems.append(
                 f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}"
             )
         head_dim = given.count("head_dim", max(1, embed_dim // num_heads))
         if head_dim % 2:
-            given.problem(f"head_dim={head_dim} must be even to be rotated")
+            given.problems.append(f"head_dim={head_dim} must be even to be rotated")
         for key, only in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
-            given.refuse_unless(key, only)
+            given.allow_only(key, only)
         spec = cls(
             vocab_size=given.count("vocab_size", 32_000),
             num_layers=given.count("num_hidden_layers", 32),
@@ -101,32 +85,35 @@ class Llama(Spec):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             norm_eps=given.number("rms_norm_eps", 1e-6),
-            **_rope_from(given),
+            **rope_from_config(given),
         )
-        given.done()
+        given.raise_problems()
         return spec
 
     @classmethod
-    def holds(cls, module: nn.Module) -> bool:
+    def matches_module(cls, module: nn.Module) -> bool:
         return hasattr(module, "tok_embeddings") and hasattr(module, "layers")
 
     @classmethod
-    def of(cls, module: nn.Module) -> Llama:
+    def from_module(cls, module: nn.Module) -> Llama:
         decoder: Any = module
         try:
             attentions = [layer.attn for layer in decoder.layers]
             norms = [decoder.norm, *(n for x in decoder.layers for n in (x.sa_norm, x.mlp_norm))]
             shapes = {(attn.num_heads, attn.num_kv_heads, attn.head_dim) for attn in attentions}
-            ropes = {tuple(_rope_of(attn.pos_embeddings).items()) for attn in attentions}
+            ropes = {tuple(rope_from_module(attn.pos_embeddings).items()) for attn in attentions}
             eps = {norm.eps for norm in norms}
             mlp = decoder.layers[0].mlp
-            activations = {type(layer.mlp.activation).__name__ for layer in decoder.layers} - {"SiLU"}
-            if activations or max(len(shapes), len(ropes), len(eps)) > 1:
-                raise CheckpointError(
-                    f"A {type(module).__name__} is no Llama: layers differ in heads {sorted(shapes)}, "
-                    f"rotary embedding or epsilon {sorted(eps)}, or their activation is no SiLU "
-                    f"({', '.join(activations) or 'it is'})."
-                )
+            activations = {type(layer.mlp.activation).__name__ for layer in decoder.layers}
+            per_layer: dict[str, Any] = {"heads": shapes, "rotary embedding": ropes, "epsilon": eps}
+            problems = [
+                f"layers differ in {what}, {sorted(values)}"
+                for what, values in per_layer.items()
+                if len(values) > 1
+            ]
+            problems += [f"the activation is {name}, not SiLU" for name in activations - {"SiLU"}]
+            if problems:
+                raise CheckpointError(f"A {type(module).__name__} is no Llama: {'; '.join(problems)}.")
             ((num_heads, num_kv_heads, head_dim),) = shapes
             return cls(
                 vocab_size=decoder.tok_embeddings.weight.shape[0],
@@ -147,11 +134,6 @@ class Llama(Spec):
             ) from error
 
     def to_config(self) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_theta": self.rope_base, "rope_type": "default"}
-        if self.scale_factor != 1:
-            rope["rope_type"] = "llama3"
-            rope |= {theirs: getattr(self, ours) for theirs, (ours, _) in _SCALING.items()}
-            rope["original_max_position_embeddings"] = int(self.old_context_len)
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -165,7 +147,7 @@ class Llama(Spec):
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": self.norm_eps,
-            "rope_parameters": rope,
+            "rope_parameters": rope_to_config(self),
             "tie_word_embeddings": self.tied,
             "attention_bias": False,
             "mlp_bias": False,
@@ -192,35 +174,32 @@ class Llama(Spec):
             rope_old_context_len=self.old_context_len,
         )
 
-    def to_export(self, module: nn.Module) -> Llama:
+    def for_export(self, module: nn.Module) -> Llama:
         embedding: Any = module.tok_embeddings
         return dataclasses.replace(self, vocab_size=embedding.num_embeddings)
 
-    def rows(self) -> dict[str, int]:
+    def padded_rows(self) -> dict[str, int]:
         return dict.fromkeys(("tok_embeddings.weight", "output.weight"), self.vocab_size)
 
-    def depth(self) -> int:
-        return self.num_layers
-
-    def table(self) -> KeyTable:
-        there, here = "model.layers.{}.", "layers.{}."
+    def key_table(self) -> KeyTable:
+        source, target = "model.layers.{}.", "layers.{}."
         rotated = rotary_layout(self.head_dim)
         return KeyTable(
             entries=(
                 Entry("model.embed_tokens.weight", "tok_embeddings.weight"),
-                Entry(there + "input_layernorm.weight", here + "sa_norm.scale"),
-                Entry(there + "post_attention_layernorm.weight", here + "mlp_norm.scale"),
-                Entry(there + "self_attn.q_proj.weight", here + "attn.q_proj.weight", rotated),
-                Entry(there + "self_attn.k_proj.weight", here + "attn.k_proj.weight", rotated),
-                Entry(there + "self_attn.v_proj.weight", here + "attn.v_proj.weight"),
-                Entry(there + "self_attn.o_proj.weight", here + "attn.output_proj.weight"),
-                *feed_forward_entries(there + "mlp.", here + "mlp."),
+                Entry(source + "input_layernorm.weight", target + "sa_norm.scale"),
+                Entry(source + "post_attention_layernorm.weight", target + "mlp_norm.scale"),
+                Entry(source + "self_attn.q_proj.weight", target + "attn.q_proj.weight", rotated),
+                Entry(source + "self_attn.k_proj.weight", target + "attn.k_proj.weight", rotated),
+                Entry(source + "self_attn.v_proj.weight", target + "attn.v_proj.weight"),
+                Entry(source + "self_attn.o_proj.weight", target + "attn.output_proj.weight"),
+                *feed_forward_entries(source + "mlp.", target + "mlp."),
                 Entry("model.norm.weight", "norm.scale"),
                 Entry("lm_head.weight", "output.weight"),
             ),
             # A LlamaModel without head is saved without the first component.
-            spellings=tuple((name, "model." + name) for name in ("embed_tokens.", "layers.", "norm.")),
-            # Computed, not learned; files of early transformers hold them.
+            aliases=tuple((name, "model." + name) for name in ("embed_tokens.", "layers.", "norm.")),
+            # Computed buffers, in files of early versions of transformers.
             ignored=(
                 r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
                 r"model\.rotary_emb\.inv_freq",
@@ -232,35 +211,3 @@ class Llama(Spec):
                 "output.fusion_linear.weight": "output.weight",
             },
         )
-
-
-def _rope_from(given: Settings) -> dict[str, float]:
-    """The rotary embedding, from either spelling of the configuration."""
-    new, old = (given.values.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
-    if not isinstance(new, Mapping) or not isinstance(old, Mapping):
-        given.problem(f"rope_parameters and rope_scaling must be sections, got {new!r} and {old!r}")
-        new = old = {}
-    said = {"rope_theta": given.values.get("rope_theta"), **old}
-    rope = Settings(said | {k: v for k, v in new.items() if v is not None}, "")
-    rope.refuse_unless("partial_rotary_factor", 1.0)
-    values = {"rope_base": rope.number("rope_theta", 10_000.0)}
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    scaled = kind == "llama3"
-    if not scaled and kind != "default":
-        given.problem(f"rope type {kind!r} cannot be expressed here, only 'default' and 'llama3'")
-    for theirs, (ours, unscaled) in _SCALING.items():
-        values[ours] = float(rope.number(theirs)) if scaled else unscaled
-    for problem in rope.problems:
-        given.problem(f"rope: {problem}")
-    return values
-
-
-def _rope_of(rope: Any) -> dict[str, float]:
-    """The rotary embedding of an attention module, under the names of the fields."""
-    if rope is None or type(rope).__name__ not in ("RotaryPositionalEmbeddings", "Llama3ScaledRoPE"):
-        raise CheckpointError(f"Rotary embeddings of type {type(rope).__name__} are not Llama's.")
-    values = {"rope_base": float(rope.base)}
-    scaled = float(getattr(rope, "scale_factor", 1)) != 1
-    for ours, unscaled in _SCALING.values():
-        values[ours] = float(getattr(rope, ours)) if scaled else unscaled
-    return values

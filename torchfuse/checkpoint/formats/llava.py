@@ -1,6 +1,6 @@
-"""LLaVA as Hugging Face saves it: a Llama, a vision tower, and two linear maps between them.
+"""LLaVA as Hugging Face saves it: a Llama, a vision tower, and two linear layers between them.
 
-Here that is a ``joint_decoder`` model with placeholders and the adapter ``mlp_2layer``.
+In torchfuse that is a ``joint_decoder`` model with placeholders and the adapter ``mlp_2layer``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
 from torchfuse.checkpoint.formats.llama import Llama
-from torchfuse.checkpoint.formats.parts import ENCODERS, read_spec
+from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, setting
-from torchfuse.errors import CheckpointError
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.adapters.builtin import MLP2LayerAdapter
 from torchfuse.naming import unwrap
@@ -29,6 +28,7 @@ _SELECTED: Final = {"default": False, "full": True}
 _DECODER, _TOWER, _PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 
 
+@register_format("model")
 @dataclass(frozen=True)
 class Llava(ModelSpec):
     """A whole LLaVA."""
@@ -55,13 +55,15 @@ class Llava(ModelSpec):
         image_token = given.count(token_key, 32_000, least=0)
         bias = given.flag("multimodal_projector_bias", True)
         feature_layer = given.count("vision_feature_layer", -2, least=-(2**20))
-        given.done()
-        vision = read_spec(tower, ENCODERS).selecting(feature_layer, keep_cls)
-        return cls(read_llama(text), vision, image_token, activation, bias)
+        given.raise_problems()
+        llama = read_spec(text, (Llama,))
+        vision = read_spec(tower, formats_of("encoder")).with_features(feature_layer, keep_cls)
+        assert isinstance(llama, Llama)
+        return cls(llama, vision, image_token, activation, bias)
 
     @classmethod
-    def of(cls, module: nn.Module) -> Llava:
-        model: Any = cls.parts_of(module, arch="joint_decoder")
+    def from_module(cls, module: nn.Module) -> Llava:
+        model: Any = cls.single_encoder_model(module, "joint_decoder")
         options, adapter = model.strategy.options(), model.get_adapter("encoder")
         problems = []
         if options["placement"] != "placeholder":
@@ -70,20 +72,19 @@ class Llava(ModelSpec):
             problems.append(f"the adapter, a {type(adapter).__name__}: LLaVA's is mlp_2layer")
         elif adapter.linear_1.out_features != adapter.out_dim:
             problems.append("the adapter's hidden_dim: LLaVA's is the decoder's width")
-        text = cls.spec_of(model.decoder, (Llama,), "the decoder", problems)
-        vision = cls.spec_of(model.encoder, ENCODERS, "the encoder", problems)
+        text = read_part(model.decoder, (Llama,), "the decoder", problems)
+        vision = read_part(model.encoder, formats_of("encoder"), "the encoder", problems)
         if problems:
-            raise CheckpointError(cls.cannot_hold(problems))
+            raise cls.cannot_hold(problems)
         assert isinstance(text, Llama)
         assert vision is not None
-        token = options["encoder_token"]
-        made = adapter.options()
-        return cls(text, vision, token, made["activation"], made["bias"])
+        token, layers = options["encoder_token"], adapter.options()
+        return cls(text, vision, token, layers["activation"], layers["bias"])
 
-    def to_export(self, module: nn.Module) -> Llava:
+    def for_export(self, module: nn.Module) -> Llava:
         model: Any = unwrap(module)
-        text = self.text.to_export(unwrap(model.decoder))
-        rows = max(text.vocab_size, self.image_token + 1)  # transformers looks the token up, too
+        text = self.text.for_export(unwrap(model.decoder))
+        rows = max(text.vocab_size, self.image_token + 1)  # transformers embeds the image token too
         return dataclasses.replace(self, text=dataclasses.replace(text, vocab_size=rows))
 
     def to_config(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class Llava(ModelSpec):
             decoder, encoder, arch="joint_decoder", adapter=adapter, encoder_token=self.image_token
         )
 
-    def table(self) -> KeyTable:
+    def key_table(self) -> KeyTable:
         kinds = ("weight", "bias") if self.bias else ("weight",)
         projector = KeyTable(
             tuple(
@@ -124,22 +125,17 @@ class Llava(ModelSpec):
                 for kind in kinds
             )
         )
-        tower = self.vision.table().spelled(("vision_model.", "")).under(_TOWER, "encoder.")
-        text = self.text.table().under(_DECODER, "decoder.")
-        return (text + tower + projector).spelled(
-            # As the modules are called since transformers 4.52.
+        tower = (
+            self.vision.key_table().with_aliases(("vision_model.", "")).with_prefix(_TOWER, "encoder.")
+        )
+        text = self.text.key_table().with_prefix(_DECODER, "decoder.")
+        return (text + tower + projector).with_aliases(
+            # Names of the modules since transformers 4.52.
             ("model.language_model.", _DECODER + "model."),
             ("model.vision_tower.", _TOWER),
             ("model.multi_modal_projector.", _PROJECTOR),
             ("lm_head.", _DECODER + "lm_head."),
         )
 
-    def rows(self) -> dict[str, int]:
-        return {f"decoder.{name}": rows for name, rows in self.text.rows().items()}
-
-
-def read_llama(config: Mapping[str, Any]) -> Llama:
-    """The text part of a whole model's configuration, which must be a Llama."""
-    spec = read_spec(config, (Llama,))
-    assert isinstance(spec, Llama)
-    return spec
+    def padded_rows(self) -> dict[str, int]:
+        return {f"decoder.{name}": rows for name, rows in self.text.padded_rows().items()}

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision as Meta published it: ``consolidated.00.pth`` with ``params.json`` beside it."""
+"""Llama 3.2 Vision as Meta published it: ``consolidated.00.pth`` and ``params.json``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, Final
 
 from torch import nn
 
-from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Layout, Numbers
+from torchfuse.checkpoint.formats.key_table import Entry, IndexMap, KeyTable, Layout
 from torchfuse.checkpoint.formats.llama import Llama
 from torchfuse.checkpoint.formats.mllama import Mllama
 from torchfuse.checkpoint.formats.mllama_vision import MllamaVision, layer_entries
+from torchfuse.checkpoint.formats.registry import register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec
 from torchfuse.checkpoint.formats.torchtune import grid_layout
+from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
 
-__all__ = ["Meta", "has_meta_names"]
+__all__ = ["Meta"]
 
 _TOWER: Final = "vision_model.vision_encoder."
-# params.json says nothing of these; all published checkpoints have them.
+# Settings that params.json lacks; they are the same in all published checkpoints.
 _VISION: Final[dict[str, Any]] = {
     "patch_size": 14,
     "hidden_size": 1280,
@@ -29,7 +31,7 @@ _VISION: Final[dict[str, Any]] = {
     "num_global_layers": 8,
     "intermediate_size": 5120,
     "attention_heads": 16,
-    # Behind these layers; Meta's code counts [3, 7, 15, 23, 30], before them.
+    # The states after these layers; Meta's code counts states before layers: [3, 7, 15, 23, 30].
     "intermediate_layers_indices": [2, 6, 14, 22, 29],
 }
 _TEXT: Final = {
@@ -88,12 +90,14 @@ _TOWER_LAYER: Final = {
 }
 
 
+@register_format("model")
 @dataclass(frozen=True)
 class Meta(ModelSpec):
-    """A whole Llama 3.2 Vision under Meta's names."""
+    """A whole Llama 3.2 Vision under Meta's keys."""
 
     name = "meta"
     model_types = frozenset({"meta"})
+    can_export = False
 
     model: Mllama
 
@@ -125,15 +129,23 @@ class Meta(ModelSpec):
             **_VISION,
         }
         if crossing > num_layers:
-            given.problem(f"{crossing} cross-attention layers are more than {num_layers} layers")
-        given.done()
+            given.problems.append(f"{crossing} cross-attention layers are more than {num_layers} layers")
+        given.raise_problems()
         step = math.ceil(num_layers / crossing)
         fused = sorted(range(num_layers - 1, -1, -step)[:crossing])
         return cls(Mllama(Llama.from_config(text), MllamaVision.from_config(vision), tuple(fused)))
 
     @classmethod
-    def of(cls, module: nn.Module) -> Meta:
-        return cls(Mllama.of(module))
+    def from_module(cls, module: nn.Module) -> Meta:
+        return cls(Mllama.from_module(module))
+
+    @classmethod
+    def from_keys(cls, checkpoint: Checkpoint, model: nn.Module | None) -> Meta | None:
+        if "model_type" in checkpoint.config or not _has_meta_keys(checkpoint):
+            return None
+        if "n_layers" not in checkpoint.config and model is not None:
+            return cls.from_module(model)
+        return cls.from_config(checkpoint.config)
 
     def to_config(self) -> dict[str, Any]:
         raise NotImplementedError("Meta's format is read only.")
@@ -141,39 +153,36 @@ class Meta(ModelSpec):
     def build(self) -> FusedModel:
         return self.model.build()
 
-    def table(self) -> KeyTable:
-        ours = dict(enumerate(self.model.fused))
-        theirs = {layer: number for number, layer in ours.items()}
-        numbers = Numbers(ours.get, theirs.get)
-        there, here = "text_model.", "decoder."
-        entries = [Entry(there + t, here + o) for t, o in _TEXT.items()]
+    def key_table(self) -> KeyTable:
+        crossing = IndexMap.from_pairs(dict(enumerate(self.model.fused)))
+        source, target = "text_model.", "decoder."
+        entries = [Entry(source + s, target + t) for s, t in _TEXT.items()]
         entries += [
-            Entry(f"{there}layers.{{}}.{t}", f"{here}layers.{{}}.{o}") for t, o in _LAYER.items()
+            Entry(f"{source}layers.{{}}.{s}", f"{target}layers.{{}}.{t}") for s, t in _LAYER.items()
         ]
         entries += [
             Entry(
-                f"{there}cross_attention_layers.{{}}.{t}",
-                f"{here}layers.{{}}.fusion_layer.{o}",
-                numbers=numbers,
+                f"{source}cross_attention_layers.{{}}.{s}",
+                f"{target}layers.{{}}.fusion_layer.{t}",
+                index_map=crossing,
             )
-            for t, o in _CROSSING.items()
+            for s, t in _CROSSING.items()
         ]
-        vision = [Entry(t, o) for t, o in _PLAIN.items()]
+        vision = [Entry(s, t) for s, t in _PLAIN.items()]
         grid = grid_layout(self.model.vision)
-        vision += [Entry(_TOWER + t, o, grid) for t, o in _GRIDS.items()]
+        vision += [Entry(_TOWER + s, t, grid) for s, t in _GRIDS.items()]
         vision.append(Entry(_TOWER + "conv1._linear.weight", "clip.conv.weight", self._patches()))
-        for t, o in {"transformer": "clip", "global_transformer": "projection"}.items():
-            vision += layer_entries(f"{_TOWER}{t}.resblocks.{{}}.", f"{o}.layers.{{}}.", _TOWER_LAYER)
-        entries += [entry.under("", "encoder.") for entry in vision]
+        for s, t in {"transformer": "clip", "global_transformer": "projection"}.items():
+            vision += layer_entries(f"{_TOWER}{s}.resblocks.{{}}.", f"{t}.layers.{{}}.", _TOWER_LAYER)
+        entries += [entry.with_prefix("", "encoder.") for entry in vision]
         return KeyTable(tuple(entries), ignored=(r"text_model\.rope\.freqs",))
 
     def _patches(self) -> Layout:
-        """The first convolution, which is a linear map of flattened patches there."""
+        """Return the layout of the first convolution, which Meta has as a linear layer over patches."""
         side = self.model.vision.patch_size
         return Layout(lambda flat: flat.unflatten(1, (3, side, side)), lambda kernel: kernel.flatten(1))
 
 
-def has_meta_names(keys: Collection[str]) -> bool:
-    """Whether all names are those of Meta's Llama 3.2 Vision."""
+def _has_meta_keys(keys: Collection[str]) -> bool:
     starts = ("text_model.", "vision_model.")
     return all(key.startswith(starts) for key in keys) and "text_model.tok_embeddings.weight" in keys

@@ -1,8 +1,8 @@
-"""Llama 3.2 Vision as Hugging Face saves it, which calls it Mllama.
+"""Llama 3.2 Vision as Hugging Face saves it, under the name Mllama.
 
-Here that is a ``cross_attention`` model. Hugging Face counts the cross-attention layers among the
-decoder's; here each stands in front of the decoder layer that follows it. Rows of the embedding behind
-those that the head scores are the fusion embedding.
+In torchfuse that is a ``cross_attention`` model. Hugging Face counts the cross-attention layers among
+the decoder's layers; torchfuse attaches each to the decoder layer that follows it. The embedding has
+more rows than the head; the extra ones are the fusion embedding.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, Final
 
 from torch import nn
 
-from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Numbers
+from torchfuse.checkpoint.formats.key_table import Entry, IndexMap, KeyTable
 from torchfuse.checkpoint.formats.llama import Llama, feed_forward_entries
 from torchfuse.checkpoint.formats.mllama_vision import MllamaVision
+from torchfuse.checkpoint.formats.registry import read_part, register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec, setting
-from torchfuse.errors import CheckpointError
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap
 
 __all__ = ["NEW_TOKENS", "Mllama"]
 
-NEW_TOKENS: Final = 8  # rows that the embedding has and the head has not
+NEW_TOKENS: Final = 8  # extra rows of the embedding
 _DECODER: Final = "language_model."
 _TEXT_DEFAULTS: Final = {
     "vocab_size": 128_256,
@@ -38,14 +38,15 @@ _TEXT_DEFAULTS: Final = {
 }
 
 
+@register_format("model")
 @dataclass(frozen=True)
 class Mllama(ModelSpec):
     """A whole Llama 3.2 Vision.
 
     Attributes:
         text: the decoder without its cross-attention layers.
-        vision: the tower and the projection behind it.
-        fused: the decoder layers in front of which a cross-attention layer stands.
+        vision: the tower and the projection after it.
+        fused: indices of the decoder layers that a cross-attention layer precedes.
     """
 
     name = "mllama"
@@ -59,31 +60,31 @@ class Mllama(ModelSpec):
     def from_config(cls, config: Mapping[str, Any]) -> Mllama:
         given = Settings(config, cls.name)
         text = given.section("text_config")
-        said = {k: v for k, v in text.values.items() if v is not None}
+        present = {k: v for k, v in text.values.items() if v is not None}
         total = text.count("num_hidden_layers", 40)
         crossing = sorted(text.counts("cross_attention_layers", [3, 8, 13, 18, 23, 28, 33, 38]))
         fused = tuple(layer - before for before, layer in enumerate(crossing))
         own = total - len(crossing)
         if len(set(fused)) != len(crossing) or not fused or max(fused) >= own:
-            text.problem(
-                f"cross_attention_layers={crossing} cannot be expressed here: each must have a decoder "
-                f"layer right behind it, and there must be one at least ({total} layers in all)"
+            text.problems.append(
+                f"cross_attention_layers={crossing} is not supported: there must be at least one, and a "
+                f"decoder layer right after each ({total} layers in all)"
             )
-        text.refuse_unless("tie_word_embeddings", False)
+        text.allow_only("tie_word_embeddings", False)
         given.section("vision_config")
-        given.done()
-        llama = Llama.from_config({**_TEXT_DEFAULTS, **said, "num_hidden_layers": own})
+        given.raise_problems()
+        llama = Llama.from_config({**_TEXT_DEFAULTS, **present, "num_hidden_layers": own})
         vision = {**config["vision_config"], "decoder_dim": llama.embed_dim}
         return cls(llama, MllamaVision.from_config(vision), fused)
 
     @classmethod
-    def of(cls, module: nn.Module) -> Mllama:
-        model: Any = cls.parts_of(module, arch="cross_attention")
+    def from_module(cls, module: nn.Module) -> Mllama:
+        model: Any = cls.single_encoder_model(module, "cross_attention")
         problems: list[str] = []
         if model.get_adapter("encoder") is not None:
-            problems.append("the adapter: there is none beside the tower's projection")
-        text = cls.spec_of(model.decoder, (Llama,), "the decoder", problems)
-        vision = cls.spec_of(model.encoder, (MllamaVision,), "the encoder", problems)
+            problems.append("the adapter: this format has none besides the tower's projection")
+        text = read_part(model.decoder, (Llama,), "the decoder", problems)
+        vision = read_part(model.encoder, (MllamaVision,), "the encoder", problems)
         options: dict[str, Any] = {}
         try:
             options = model.strategy.describe(model.decoder)
@@ -99,29 +100,29 @@ class Mllama(ModelSpec):
                 "fusion_first": True,
             }
             problems += [
-                f"{name}={options[name]} of the fused layers: they are as the decoder's layers, {value}"
+                f"{name}={options[name]} of the fused layers: it must be {value}, as in the decoder"
                 for name, value in wanted.items()
                 if options[name] != value
             ]
             if text.tied:
-                problems.append("the tied head: it has fewer rows than the embedding")
+                problems.append("the tied head: this format's head has fewer rows than its embedding")
         if isinstance(vision, MllamaVision) and vision.pad_tokens_to != 8:
-            problems.append(f"pad_tokens_to={vision.pad_tokens_to} of the tower: it is always 8")
+            problems.append(f"pad_tokens_to={vision.pad_tokens_to} of the tower: it must be 8")
         if problems:
-            raise CheckpointError(cls.cannot_hold(problems))
+            raise cls.cannot_hold(problems)
         assert isinstance(text, Llama)
         assert isinstance(vision, MllamaVision)
         return cls(text, vision, tuple(options["layers"]))
 
-    def to_export(self, module: nn.Module) -> Mllama:
+    def for_export(self, module: nn.Module) -> Mllama:
         model: Any = unwrap(module)
-        embedded = self.text.to_export(unwrap(model.decoder)).vocab_size
+        embedded = self.text.for_export(unwrap(model.decoder)).vocab_size
         scored = getattr(unwrap(model.decoder).output, "out_features", self.text.vocab_size)
         rows = max(scored, embedded - NEW_TOKENS)
         return dataclasses.replace(self, text=dataclasses.replace(self.text, vocab_size=rows))
 
     def to_config(self) -> dict[str, Any]:
-        crossing = [layer + before for before, layer in enumerate(self.fused)]
+        crossing = self._crossing()
         text = self.text.to_config()
         del text["architectures"]
         vision = self.vision.to_config()
@@ -135,7 +136,7 @@ class Mllama(ModelSpec):
                 "model_type": "mllama_text_model",
                 "num_hidden_layers": self.text.num_layers + len(crossing),
                 "cross_attention_layers": crossing,
-                "pad_token_id": None,  # theirs by default may lie outside the vocabulary
+                "pad_token_id": None,  # the default may lie outside the vocabulary
             },
             "vision_config": vision,
         }
@@ -153,14 +154,14 @@ class Mllama(ModelSpec):
             norm_eps=self.text.norm_eps,
         )
 
-    def table(self) -> KeyTable:
-        text = self.text.table()
-        own, crossing = self._own_numbers(), self._crossing_numbers()
+    def key_table(self) -> KeyTable:
+        text = self.text.key_table()
+        own, crossing = self._decoder_indices(), self._crossing_indices()
         entries = tuple(
-            dataclasses.replace(entry, numbers=own) if "{}" in entry.theirs else entry
+            dataclasses.replace(entry, index_map=own) if "{}" in entry.source_key else entry
             for entry in text.entries
         )
-        there, here = "model.layers.{}.", "layers.{}.fusion_layer."
+        source, target = "model.layers.{}.", "layers.{}.fusion_layer."
         names = {
             "cross_attn_attn_gate": "ca_scale.scale",
             "cross_attn_mlp_gate": "mlp_scale.scale",
@@ -173,38 +174,40 @@ class Mllama(ModelSpec):
             "cross_attn.q_norm.weight": "attn.q_norm.scale",
             "cross_attn.k_norm.weight": "attn.k_norm.scale",
         }
-        entries += tuple(Entry(there + t, here + o, numbers=crossing) for t, o in names.items())
+        entries += tuple(Entry(source + s, target + t, index_map=crossing) for s, t in names.items())
         entries += tuple(
-            dataclasses.replace(entry, numbers=crossing)
-            for entry in feed_forward_entries(there + "mlp.", here + "mlp.")
+            dataclasses.replace(entry, index_map=crossing)
+            for entry in feed_forward_entries(source + "mlp.", target + "mlp.")
         )
-        decoder = dataclasses.replace(text, entries=entries).under(_DECODER, "decoder.")
-        vision = self.vision.table().under("", "encoder.")
-        return (decoder + vision).spelled(
-            # As the modules are called since transformers 4.52.
+        decoder = dataclasses.replace(text, entries=entries).with_prefix(_DECODER, "decoder.")
+        vision = self.vision.key_table().with_prefix("", "encoder.")
+        return (decoder + vision).with_aliases(
+            # Names of the modules since transformers 4.52.
             ("model.language_model.", _DECODER + "model."),
             ("model.vision_model.", "vision_model."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
             ("lm_head.", _DECODER + "lm_head."),
         )
 
-    def rows(self) -> dict[str, int]:
+    def padded_rows(self) -> dict[str, int]:
         return {
             "decoder.tok_embeddings.weight": self.text.vocab_size + NEW_TOKENS,
             "decoder.output.weight": self.text.vocab_size,
         }
 
-    def _own_numbers(self) -> Numbers:
-        """Numbers of decoder layers: theirs count the cross-attention layers in front, too."""
-        crossing = [layer + before for before, layer in enumerate(self.fused)]
+    def _crossing(self) -> list[int]:
+        """Return the indices of the cross-attention layers among all layers."""
+        return [layer + before for before, layer in enumerate(self.fused)]
 
-        def read(number: int) -> int | None:
-            return None if number in crossing else number - sum(c < number for c in crossing)
+    def _decoder_indices(self) -> IndexMap:
+        """Map indices among all layers to indices among the decoder's own layers."""
+        crossing = self._crossing()
 
-        return Numbers(read, lambda number: number + sum(layer <= number for layer in self.fused))
+        def to_target(index: int) -> int | None:
+            return None if index in crossing else index - sum(c < index for c in crossing)
 
-    def _crossing_numbers(self) -> Numbers:
-        """Numbers of cross-attention layers: ours are those of the decoder layer behind."""
-        ours = {layer + before: layer for before, layer in enumerate(self.fused)}
-        theirs = {layer: number for number, layer in ours.items()}
-        return Numbers(ours.get, theirs.get)
+        return IndexMap(to_target, lambda index: index + sum(layer <= index for layer in self.fused))
+
+    def _crossing_indices(self) -> IndexMap:
+        """Map indices of cross-attention layers to those of the decoder layers that they precede."""
+        return IndexMap.from_pairs(dict(zip(self._crossing(), self.fused, strict=True)))

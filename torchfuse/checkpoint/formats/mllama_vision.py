@@ -1,4 +1,4 @@
-"""The vision tower of Llama 3.2 Vision as Hugging Face saves it, with the projection behind it."""
+"""The vision tower of Llama 3.2 Vision as Hugging Face saves it, and the projection after it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Layout
+from torchfuse.checkpoint.formats.registry import register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
 
@@ -17,7 +18,7 @@ __all__ = ["TILE_EMBEDDINGS", "MllamaVision", "layer_entries"]
 _RATIOS: Final = ([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1])
 _ACTIVATIONS: Final = {name: name for name in ("gelu", "quick_gelu")}
 
-# Embeddings that differ from tile to tile: our names, and how many tokens of a tile they tell apart.
+# Embeddings of tiles: target keys and source keys.
 TILE_EMBEDDINGS: Final = {
     "clip.pre_tile_pos_embed.embedding": "pre_tile_positional_embedding.embedding.weight",
     "clip.post_tile_pos_embed.embedding": "post_tile_positional_embedding.embedding.weight",
@@ -51,12 +52,14 @@ _LAYER: Final = {
 }
 
 
+@register_format("encoder")
 @dataclass(frozen=True)
 class MllamaVision(Spec):
     """Tower and projection: torchfuse's ``MllamaVisionEncoder``."""
 
-    name = "Mllama vision tower"
+    name = "mllama_vision"
     model_types = frozenset({"mllama_vision_model"})
+    can_export = False  # transformers has no class for tower and projection without the decoder
 
     image_size: int = shown_by_shapes()
     patch_size: int = shown_by_shapes()
@@ -76,15 +79,17 @@ class MllamaVision(Spec):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MllamaVision:
         given = Settings(config, cls.name)
-        given.refuse_unless("num_channels", 3)
+        given.allow_only("num_channels", 3)
         num_layers = given.count("num_hidden_layers", 32)
         ratios = config.get("supported_aspect_ratios") or list(_RATIOS)
         if not isinstance(ratios, list) or not all(_is_ratio(ratio) for ratio in ratios):
-            given.problem(f"supported_aspect_ratios must be pairs of counts above 0, got {ratios!r:.80}")
+            given.problems.append(
+                f"supported_aspect_ratios must be pairs of counts above 0, got {ratios!r:.80}"
+            )
             ratios = list(_RATIOS)
         layers = given.counts("intermediate_layers_indices", [3, 7, 15, 23, 30], least=-num_layers)
         if layers and max(layers) >= num_layers:
-            given.problem(f"intermediate_layers_indices {layers} must lie below {num_layers}")
+            given.problems.append(f"intermediate_layers_indices {layers} must lie below {num_layers}")
         spec = cls(
             image_size=given.count("image_size", 448),
             patch_size=given.count("patch_size", 14),
@@ -101,17 +106,17 @@ class MllamaVision(Spec):
             activation=given.choice("hidden_act", _ACTIVATIONS, "gelu"),
             pad_tokens_to=given.count("pad_tokens_to", 8),
         )
-        given.done()
+        given.raise_problems()
         return spec
 
     @classmethod
-    def holds(cls, module: nn.Module) -> bool:
+    def matches_module(cls, module: nn.Module) -> bool:
         from torchfuse.encoders.mllama import MllamaVisionEncoder  # imports torchtune
 
         return isinstance(module, MllamaVisionEncoder)
 
     @classmethod
-    def of(cls, module: nn.Module) -> MllamaVision:
+    def from_module(cls, module: nn.Module) -> MllamaVision:
         tower: Any = module
         first = tower.clip.layers[0]
         return cls(
@@ -173,41 +178,41 @@ class MllamaVision(Spec):
             pad_tokens_to=self.pad_tokens_to,
         )
 
-    def depth(self) -> int:
-        return self.num_layers + self.num_global_layers
+    def total_layers(self) -> int:
+        return super().total_layers() + self.num_global_layers
 
     def tokens_per_tile(self) -> int:
-        """Features of one tile: its patches and a class token."""
+        """Return the number of features of one tile: its patches and a class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def num_tokens(self) -> int:
         return self.max_num_tiles * self.tokens_per_tile()
 
-    def table(self) -> KeyTable:
-        entries = [Entry("vision_model." + theirs, ours) for theirs, ours in _PLAIN.items()]
-        for ours, theirs in TILE_EMBEDDINGS.items():
-            tokens = self.tokens_per_tile() if "token" in ours else 1
-            entries.append(Entry("vision_model." + theirs, ours, self._rows_layout(tokens)))
-        for theirs, ours in {"transformer": "clip", "global_transformer": "projection"}.items():
+    def key_table(self) -> KeyTable:
+        entries = [Entry("vision_model." + source, target) for source, target in _PLAIN.items()]
+        for target, source in TILE_EMBEDDINGS.items():
+            tokens = self.tokens_per_tile() if "token" in target else 1
+            entries.append(Entry("vision_model." + source, target, self._rows_layout(tokens)))
+        for source, target in {"transformer": "clip", "global_transformer": "projection"}.items():
             entries += layer_entries(
-                f"vision_model.{theirs}.layers.{{}}.", f"{ours}.layers.{{}}.", _LAYER
+                f"vision_model.{source}.layers.{{}}.", f"{target}.layers.{{}}.", _LAYER
             )
         for kind in ("weight", "bias"):
             entries.append(Entry(f"multi_modal_projector.{kind}", f"projection.output.{kind}"))
         return KeyTable(tuple(entries))
 
     def _rows_layout(self, tokens: int) -> Layout:
-        """One flat row an aspect ratio there."""
+        """Return the layout of a table that has one flat row per aspect ratio in the checkpoint."""
         tiles = (self.max_num_tiles, tokens, self.embed_dim)
         return Layout(lambda flat: flat.unflatten(1, tiles), lambda table: table.flatten(1))
 
 
-def layer_entries(theirs: str, ours: str, names: Mapping[str, str]) -> list[Entry]:
-    """The names of one layer of a tower: everything has a bias but the attention's maps."""
+def layer_entries(source: str, target: str, modules: Mapping[str, str]) -> list[Entry]:
+    """Return the entries of a tower's layers, in which only the attention's projections lack a bias."""
     return [
-        Entry(f"{theirs}{there}.{kind}", f"{ours}{here}.{kind}")
-        for there, here in names.items()
-        for kind in (("weight",) if "attn" in here else ("weight", "bias"))
+        Entry(f"{source}{s}.{kind}", f"{target}{t}.{kind}")
+        for s, t in modules.items()
+        for kind in (("weight",) if "attn" in t else ("weight", "bias"))
     ]
 
 

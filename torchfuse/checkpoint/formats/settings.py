@@ -1,9 +1,9 @@
-"""Reading a checkpoint's configuration: what it must say, and all that is wrong with it at once."""
+"""Typed reader for a checkpoint's configuration, which collects all problems into one error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from torchfuse.errors import CheckpointError
@@ -17,126 +17,125 @@ _T = TypeVar("_T")
 class Settings:
     """A section of a ``config.json``.
 
-    Every question gets an answer of the right type; ``done`` raises if one of them was made up. A key
-    that is null is one that is missing.
+    Every method returns a value of the right type: the one in the file, its default, or, after noting a
+    problem, a placeholder. ``raise_problems`` then raises all of them at once. A null value counts as
+    missing.
 
     Args:
         values: the section.
-        what: what it configures, for the message.
-        file: the file that it is from, for the message.
+        what: what it configures, for messages.
+        file: name of the file, for messages.
 
     Examples:
-        >>> settings = Settings({"hidden_size": 24, "attention_bias": True}, "Llama")
+        >>> settings = Settings({"hidden_size": 24, "attention_bias": True}, "llama")
         >>> settings.count("hidden_size")
         24
-        >>> settings.refuse_unless("attention_bias", False)
-        >>> settings.done()
+        >>> settings.allow_only("attention_bias", False)
+        >>> settings.raise_problems()
         Traceback (most recent call last):
-        torchfuse.errors.CheckpointError: Llama: config.json: attention_bias=True cannot ...
+        torchfuse.errors.CheckpointError: llama: config.json: attention_bias=True is not supported ...
     """
 
     def __init__(self, values: Mapping[str, Any], what: str, file: str = "config.json") -> None:
-        self._values = values
+        self.values = values
+        self.problems: list[str] = []
         self._what, self._file = what, file
         self._prefix = ""
-        self._problems: list[str] = []
 
     def section(self, key: str) -> Settings:
-        """A section inside this one; its problems are this one's."""
-        value = self._values.get(key)
-        if not isinstance(value, Mapping):
-            self._wrong(key, "a section", value)
-            value = {}
-        inner = Settings(value, self._what, self._file)
+        """Return a nested section, which shares the list of problems."""
+        values = self._checked(key, None, lambda value: isinstance(value, Mapping), "a section", {})
+        inner = Settings(values, self._what, self._file)
         inner._prefix = f"{self._prefix}{key}."
-        inner._problems = self._problems
+        inner.problems = self.problems
         return inner
 
-    @property
-    def values(self) -> Mapping[str, Any]:
-        """All that it says."""
-        return self._values
-
-    @property
-    def problems(self) -> list[str]:
-        """All that was wrong so far."""
-        return list(self._problems)
-
-    def problem(self, text: str) -> None:
-        """Note what is wrong, for ``done``."""
-        self._problems.append(text)
-
-    def done(self) -> None:
-        """Raise one ``ValueError`` with all that was wrong."""
-        if self._problems:
-            raise CheckpointError(f"{self._what}: {self._file}: {'; '.join(self._problems)}.")
+    def raise_problems(self) -> None:
+        """Raise one ``CheckpointError`` with all problems, if there are any."""
+        if self.problems:
+            raise CheckpointError(f"{self._what}: {self._file}: {'; '.join(self.problems)}.")
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number."""
-        value = self._values.get(key)
-        if value is None and default is not None:
-            return default
-        fits = type(value) is int and least <= value <= _LARGEST
-        if not fits:
-            self._wrong(key, f"a whole number of at least {least}", value)
-        return value if fits else max(least, 1)  # type: ignore[return-value]
+        """Return an integer of at least ``least``."""
+        return self._checked(
+            key,
+            default,
+            lambda value: type(value) is int and least <= value <= _LARGEST,
+            f"a whole number of at least {least}",
+            max(least, 1),
+        )
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above zero."""
-        value = self._values.get(key)
-        if value is None and default is not None:
-            return default
-        fits = type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
-        if not fits:
-            self._wrong(key, "a number above 0", value)
-        return float(value) if fits else 1.0  # type: ignore[arg-type]
+        """Return a positive number."""
+        return float(
+            self._checked(
+                key,
+                default,
+                lambda value: type(value) in (int, float) and 0 < value < math.inf,
+                "a number above 0",
+                1.0,
+            )
+        )
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """True or false."""
-        value = self._values.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not bool:
-            self._wrong(key, "true or false", value)
-        return value is True
+        """Return true or false."""
+        return self._checked(key, default, lambda value: type(value) is bool, "true or false", False)
 
     def choice(self, key: str, choices: Mapping[str, _T], default: str | None = None) -> _T:
-        """What a name stands for."""
-        value = self._values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, str) or value not in choices:
-            self._wrong(key, f"one of {', '.join(choices)}", value)
-            return next(iter(choices.values()))
-        return choices[value]
+        """Return the value that a name is mapped to."""
+        name = self._checked(
+            key,
+            default,
+            lambda value: isinstance(value, str) and value in choices,
+            f"one of {', '.join(choices)}",
+            next(iter(choices)),
+        )
+        return choices[name]
 
     def counts(self, key: str, default: Sequence[int] | None = None, *, least: int = 0) -> list[int]:
-        """Whole numbers."""
-        value = self._values.get(key)
-        if value is None and default is not None:
-            return list(default)
-        fits = isinstance(value, list) and all(type(n) is int and least <= n for n in value)
-        if not fits:
-            self._wrong(key, f"a list of whole numbers of at least {least}", value)
-        return list(value) if fits else []  # type: ignore[arg-type]
+        """Return a list of integers of at least ``least``."""
+        return list(
+            self._checked(
+                key,
+                default,
+                lambda value: (
+                    isinstance(value, list) and all(type(n) is int and least <= n for n in value)
+                ),
+                f"a list of whole numbers of at least {least}",
+                [],
+            )
+        )
 
     def sections(self, key: str) -> dict[str, Mapping[str, Any]]:
-        """Sections by name."""
-        value = self._values.get(key)
-        fits = isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())
-        if not fits:
-            self._wrong(key, "sections by name", value)
-        return dict(value) if fits else {}  # type: ignore[arg-type]
+        """Return sections by name."""
+        return dict(
+            self._checked(
+                key,
+                None,
+                lambda value: (
+                    isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())
+                ),
+                "sections by name",
+                {},
+            )
+        )
 
-    def refuse_unless(self, key: str, only: Any) -> None:
-        """Refuse a setting that cannot be expressed, unless it is missing or has this value."""
-        value = self._values.get(key)
+    def allow_only(self, key: str, only: Any) -> None:
+        """Note a problem if a setting is present with any other value than the supported one."""
+        value = self.values.get(key)
         if value is not None and value != only:
-            self.problem(f"{self._prefix}{key}={value!r} cannot be expressed here, only {only!r}")
+            self.problems.append(f"{self._prefix}{key}={value!r} is not supported, only {only!r}")
 
-    def _wrong(self, key: str, expected: str, value: Any) -> None:
-        name = self._prefix + key
+    def _checked(
+        self, key: str, default: Any, fits: Callable[[Any], bool], expected: str, placeholder: Any
+    ) -> Any:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if fits(value):
+            return value
         text = repr(value)
         shown = text if len(text) <= 80 else text[:77] + "..."
-        self.problem(
-            f"{name} is missing" if value is None else f"{name} must be {expected}, got {shown}"
-        )
+        problem = "is missing" if value is None else f"must be {expected}, got {shown}"
+        self.problems.append(f"{self._prefix}{key} {problem}")
+        return placeholder

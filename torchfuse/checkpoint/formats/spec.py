@@ -1,33 +1,42 @@
-"""What a checkpoint's configuration says of a module, as numbers that can be compared.
+"""Settings of a checkpoint or of a module, in a form in which the two can be compared.
 
-One class a format, a frozen dataclass. It is read from a ``config.json`` or from a module, and either
-can be made from it: so a checkpoint and a module that it is to go into are compared setting by setting,
-a module can be built from a directory alone, and a directory can be written from a module alone.
+There is one class per format, a frozen dataclass. It is read from a ``config.json`` or from a module,
+and either can be made from it: a checkpoint and the module that it is loaded into are compared setting
+by setting, a module is built from a directory alone, and a directory is written from a module alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Final
 
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import KeyTable
 from torchfuse.errors import CheckpointError
-from torchfuse.naming import model_behind, unwrap
+from torchfuse.io.directory import Checkpoint
+from torchfuse.models.base import FusedModel
+from torchfuse.naming import model_behind
 
-__all__ = ["ModelSpec", "Spec", "setting", "shown_by_shapes"]
+__all__ = ["UNNAMED", "ModelSpec", "Spec", "setting", "shown_by_shapes"]
+
+UNNAMED: Final = ""
+"""The key of a model's only encoder, if it was given without a name, among its encoders."""
 
 
-def setting(theirs: str) -> Any:
-    """A field that no shape shows: it must agree. ``theirs`` is its name in their configuration."""
-    return dataclasses.field(metadata={"theirs": theirs})
+def setting(config_key: str) -> Any:
+    """Declare a field that no tensor shape shows, so that checkpoint and module must agree in it.
+
+    Args:
+        config_key: its name in the configuration, for messages.
+    """
+    return dataclasses.field(metadata={"config_key": config_key})
 
 
 def shown_by_shapes(**options: Any) -> Any:
-    """A field that need not be compared: shapes and names do, or it is the model's own choice."""
+    """Declare a field that is not compared: shapes show it, or it is the model's own choice."""
     return dataclasses.field(compare=False, **options)
 
 
@@ -36,10 +45,13 @@ class Spec(ABC):
     """The settings of one format; subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
-    """What people call the format."""
+    """Name of the format, as ``export`` takes it."""
 
     model_types: ClassVar[frozenset[str]]
-    """What ``model_type`` in a ``config.json`` may be."""
+    """The values of ``model_type`` in a ``config.json`` of this format."""
+
+    can_export: ClassVar[bool] = True
+    """Whether checkpoints of this format can be written, not only read."""
 
     may_be_sharded: ClassVar[bool] = True
     """Whether a checkpoint may be several files."""
@@ -47,92 +59,97 @@ class Spec(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Spec:
-        """Read a configuration.
+        """Read the settings from a configuration.
 
         Raises:
-            CheckpointError: naming every setting that is missing, wrong or cannot be expressed.
+            CheckpointError: naming every setting that is missing, wrong or not supported.
         """
 
     @classmethod
     @abstractmethod
-    def of(cls, module: nn.Module) -> Spec:
-        """Read a module.
+    def from_module(cls, module: nn.Module) -> Spec:
+        """Read the settings from a module.
 
         Raises:
-            CheckpointError: naming what of it the format cannot hold.
+            CheckpointError: naming what in it the format cannot hold.
         """
 
     @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a ``config.json`` is of this format."""
+    def matches_config(cls, config: Mapping[str, Any]) -> bool:
+        """Return whether a ``config.json`` is of this format."""
         kind = config.get("model_type")
         return isinstance(kind, str) and kind in cls.model_types
 
     @classmethod
-    def holds(cls, module: nn.Module) -> bool:
-        """Whether a module is of the kind that this format is for."""
+    def matches_module(cls, module: nn.Module) -> bool:
+        """Return whether a module is of the class that this format is for."""
         return False
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """The configuration, as ``config.json`` holds it."""
+        """Return the content of ``config.json``."""
 
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the module, on the default device and in the default dtype."""
 
-    def to_export(self, module: nn.Module) -> Spec:
-        """The settings of a checkpoint of this module: new tokens are merged into the tables there."""
+    @abstractmethod
+    def key_table(self) -> KeyTable:
+        """Return the table of checkpoint keys and module keys."""
+
+    def for_export(self, module: nn.Module) -> Spec:
+        """Return the settings of a checkpoint of this module, in whose tables new tokens are merged."""
         return self
 
-    def rows(self) -> dict[str, int]:
-        """How many rows tables have there, by our name; where ours have fewer, they are filled up."""
+    def padded_rows(self) -> dict[str, int]:
+        """Return the number of rows of tables that a checkpoint pads, by target key."""
         return {}
 
-    @classmethod
-    def cannot_hold(cls, problems: Collection[str]) -> str:
-        """The message for a module that the format cannot hold."""
-        return f"The format {cls.name} cannot hold this: {'; '.join(problems)}."
+    def total_layers(self) -> int:
+        """Return the number of layers, all parts together."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        parts = sum(value.total_layers() for value in values if isinstance(value, Spec))
+        return parts + getattr(self, "num_layers", 0)
 
-    @abstractmethod
-    def table(self) -> KeyTable:
-        """Their names and ours."""
-
-    def depth(self) -> int:
-        """How many layers there are, all parts together."""
-        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return sum(part.depth() for part in parts if isinstance(part, Spec))
-
-    def selecting(self, feature_layer: int, keep_cls: bool) -> Spec:
-        """The settings of a tower of which another model takes this hidden state.
+    def with_features(self, feature_layer: int, keep_cls: bool) -> Spec:
+        """Return the settings of this tower with another hidden state as its features.
 
         Raises:
-            CheckpointError: if the tower has no such thing.
+            CheckpointError: if the tower does not have it.
         """
         return dataclasses.replace(self, feature_layer=feature_layer, keep_cls=keep_cls)  # type: ignore[call-arg]
 
     def num_tokens(self) -> int:
-        """Features of one image, where the settings fix it."""
+        """Return the number of features of one image, where the settings fix it."""
         raise NotImplementedError
 
-    def prefix_in(self, keys: Collection[str]) -> str:
-        """What their names begin with in this checkpoint; names that do not are another part's."""
+    def key_prefix(self, keys: Collection[str]) -> str:
+        """Return the prefix of this part's keys; keys without it belong to other parts."""
         return ""
 
-    def differences(self, ours: Spec) -> list[str]:
-        """In what a checkpoint with these settings differs from a module with those, in words."""
-        if type(self) is not type(ours):
-            return [f"it is a {self.name}, the model has a {ours.name}"]
+    @classmethod
+    def cannot_hold(cls, problems: Collection[str]) -> CheckpointError:
+        """Make the error for a module that the format cannot hold."""
+        return CheckpointError(f"The format {cls.name} cannot hold this: {'; '.join(problems)}.")
+
+    def differences(self, model: Spec) -> list[str]:
+        """List the settings in which a checkpoint differs from a model.
+
+        Args:
+            model: the model's settings; ``self`` are the checkpoint's.
+        """
+        if type(self) is not type(model):
+            return [f"its format is {self.name}, the model's is {model.name}"]
         problems = []
         for field in dataclasses.fields(self):
             if not field.compare:
                 continue
-            theirs, here = getattr(self, field.name), getattr(ours, field.name)
-            if isinstance(theirs, Spec) and isinstance(here, Spec):
-                problems += theirs.differences(here)
-            elif theirs != here:
-                name = field.metadata.get("theirs", field.name)
-                problems.append(f"{name} {_show(theirs)}, the model has {_show(here)}")
+            saved, own = getattr(self, field.name), getattr(model, field.name)
+            if isinstance(saved, Spec) and isinstance(own, Spec):
+                problems += saved.differences(own)
+            elif saved != own:
+                key = field.metadata.get("config_key", field.name)
+                problems.append(f"{key} {_show(saved)}, the model has {_show(own)}")
         return problems
 
 
@@ -140,45 +157,50 @@ class ModelSpec(Spec):
     """The settings of a format for whole fused models."""
 
     @classmethod
-    def parts_of(cls, module: nn.Module, arch: str) -> nn.Module:
-        """The model inside wrappers and faces, if of an architecture, with one encoder without a name.
+    def from_keys(cls, checkpoint: Checkpoint, model: nn.Module | None) -> ModelSpec | None:
+        """Recognize a checkpoint by its keys, where its configuration does not name the format.
+
+        Args:
+            checkpoint: the checkpoint.
+            model: the model that it is loaded into, if that is built already.
+
+        Returns:
+            None if the checkpoint is not recognized.
 
         Raises:
-            CheckpointError: if it is not.
+            CheckpointError: if the model is needed and not given; as the other readers.
         """
-        model: Any = model_behind(module)
-        strategy = getattr(model, "strategy", None)
-        names = getattr(model, "encoder_names", [])
-        problems = []
-        if strategy is None:
-            problems.append(f"a {type(model).__name__} is no fused model")
-        elif strategy.arch != arch:
-            problems.append(f"its architecture {strategy.arch!r}: only {arch!r} can be held")
-        if strategy is not None and (len(names) != 1 or not hasattr(model, "encoder")):
-            problems.append(
-                f"its named encoders {', '.join(names)}: only one without a name can be held"
-            )
-        if problems:
-            raise CheckpointError(cls.cannot_hold(problems))
+        return None
+
+    @classmethod
+    def fused_model(cls, module: nn.Module) -> FusedModel:
+        """Return the fused model inside all wrappers.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        model = model_behind(module)
+        if not isinstance(model, FusedModel):
+            raise cls.cannot_hold([f"a {type(model).__name__} is no fused model"])
         return model
 
     @classmethod
-    def spec_of(
-        cls, module: nn.Module, formats: Sequence[type[Spec]], what: str, problems: list[str]
-    ) -> Spec | None:
-        """The settings of a part; why it has none is noted in ``problems``."""
-        inner = unwrap(module)
-        try:
-            for format_ in formats:
-                if format_.holds(inner):
-                    return format_.of(inner)
-        except ValueError as error:
-            problems.append(f"{what}: {error}")
-        else:
-            problems.append(
-                f"{what}, a {type(inner).__name__}: it can hold {', '.join(f.name for f in formats)}"
-            )
-        return None
+    def single_encoder_model(cls, module: nn.Module, arch: str) -> FusedModel:
+        """Return the fused model inside all wrappers, of one architecture and with one unnamed encoder.
+
+        Raises:
+            CheckpointError: if it is not such a model.
+        """
+        model = cls.fused_model(module)
+        problems = []
+        if model.strategy.arch != arch:
+            problems.append(f"its architecture {model.strategy.arch!r}: only {arch!r} can be held")
+        if not hasattr(model, "encoder"):
+            names = ", ".join(model.encoder_names)
+            problems.append(f"its named encoders {names}: only one without a name can be held")
+        if problems:
+            raise cls.cannot_hold(problems)
+        return model
 
 
 def _show(value: Any) -> str:

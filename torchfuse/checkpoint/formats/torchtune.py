@@ -1,9 +1,8 @@
-"""torchtune 0.6.1's own fused checkpoints: the state dicts of its ``DeepFusionModel`` and
-``EarlyFusionModel``.
+"""State dicts of torchtune 0.6.1's own ``DeepFusionModel`` and ``EarlyFusionModel``.
 
-Names are the same there and here. One thing differs where the tower is that of Llama 3.2 Vision:
-torchtune keeps embeddings of tiles as a grid, this package as a row an aspect ratio.
-"""  # noqa: D205
+Keys are those of torchfuse. Values differ only where the tower is that of Llama 3.2 Vision: torchtune
+has embeddings of tiles as a grid, torchfuse as one row per aspect ratio.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +15,25 @@ from torch import Tensor, nn
 from torchfuse.checkpoint.formats.fused import Fused
 from torchfuse.checkpoint.formats.key_table import SAME_NAMES, Entry, KeyTable, Layout
 from torchfuse.checkpoint.formats.mllama_vision import TILE_EMBEDDINGS, MllamaVision
-from torchfuse.checkpoint.formats.spec import ModelSpec, Spec
+from torchfuse.checkpoint.formats.registry import register_format
+from torchfuse.checkpoint.formats.spec import UNNAMED, ModelSpec, Spec
 from torchfuse.errors import CheckpointError
+from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import model_behind, unwrap
+from torchfuse.naming import unwrap
 
-__all__ = ["Torchtune", "grid_layout", "has_torchtune_names"]
+__all__ = ["Torchtune", "grid_layout"]
 
 
+@register_format("model")
 @dataclass(frozen=True)
 class Torchtune(ModelSpec):
     """A fused model that torchtune could have built.
 
     Attributes:
-        model: the settings of the model, where they are known.
-        towers: by the beginning of their names, the towers of Llama 3.2 Vision.
+        model: the settings of the model; None where no configuration can describe it.
+        towers: the towers of Llama 3.2 Vision, by the prefix of their keys.
     """
 
     name = "torchtune"
@@ -44,30 +46,20 @@ class Torchtune(ModelSpec):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Torchtune:
         inner = config.get("model")
-        if inner is None:  # only load_pretrained has a use for it then, which is given the model
+        if inner is None:  # enough for load_pretrained, which has the model
             return cls(None, {})
         if not isinstance(inner, Mapping):
             raise CheckpointError(f"torchtune: config.json: model must be a section, got {inner!r:.80}.")
         model = Fused.from_config(inner)
-        named = list(model.encoders) != [""]
-        return cls(
-            model,
-            {
-                f"encoders.{name}." if named else "encoder.": spec
-                for name, spec in model.encoders.items()
-                if isinstance(spec, MllamaVision)
-            },
-        )
+        return cls(model, _towers_of_tiles(model.encoders))
 
     @classmethod
-    def of(cls, module: nn.Module) -> Torchtune:
-        model = model_behind(module)
-        if not isinstance(model, FusedModel):
-            raise CheckpointError(cls.cannot_hold([f"a {type(model).__name__} is no fused model"]))
+    def from_module(cls, module: nn.Module) -> Torchtune:
+        model = cls.fused_model(module)
         arch, named = model.strategy.arch, not hasattr(model, "encoder")
         problems = []
         if arch not in ("cross_attention", "joint_decoder"):
-            problems.append(f"its architecture {arch!r}: torchtune has none like it")
+            problems.append(f"its architecture {arch!r}: torchtune does not have it")
         if arch == "cross_attention" and named:
             problems.append("its named encoders: torchtune's DeepFusionModel has one without a name")
         if arch == "joint_decoder" and not named:
@@ -75,26 +67,39 @@ class Torchtune(ModelSpec):
         if arch == "joint_decoder" and model.strategy.options()["placement"] != "placeholder":
             problems.append("its placement: torchtune's EarlyFusionModel has placeholders")
         problems += [
-            f"the adapter of {name!r}: torchtune has none beside an encoder"
+            f"the adapter of {name!r}: torchtune has no adapters"
             for name in model.encoder_names
             if model.get_adapter(name) is not None
         ]
         if isinstance(unwrap(model.decoder).output, FusionLinear | TiedFusionLinear):
             problems.append("the head's new rows: no head of torchtune scores new tokens")
         if problems:
-            raise CheckpointError(cls.cannot_hold(problems))
-        towers = {
-            f"encoders.{name}." if named else "encoder.": MllamaVision.of(
-                unwrap(model.get_encoder(name))
-            )
-            for name in model.encoder_names
-            if MllamaVision.holds(unwrap(model.get_encoder(name)))
-        }
+            raise cls.cannot_hold(problems)
+        encoders = {name: unwrap(model.get_encoder(name)) for name in model.encoder_names}
+        towers = _towers_of_tiles(
+            {
+                name if named else UNNAMED: MllamaVision.from_module(encoder)
+                for name, encoder in encoders.items()
+                if MllamaVision.matches_module(encoder)
+            }
+        )
         try:
-            settings: Any = Fused.of(model)
-        except ValueError:  # of parts whose settings nothing here can write down
+            settings: Any = Fused.from_module(model)
+        except ValueError:  # parts that no configuration can describe
             settings = None
         return cls(settings, towers)
+
+    @classmethod
+    def from_keys(cls, checkpoint: Checkpoint, model: nn.Module | None) -> Torchtune | None:
+        described = checkpoint.config.get("model_type") in (Fused.name, cls.name)
+        if described or not _has_torchtune_keys(checkpoint):
+            return None
+        if model is None:
+            raise CheckpointError(
+                "the keys are torchtune's, and there is no configuration of the model: build it, and "
+                "give it to load_pretrained with this checkpoint."
+            )
+        return cls.from_module(model)
 
     def to_config(self) -> dict[str, Any]:
         known = {} if self.model is None else {"model": self.model.to_config()}
@@ -103,12 +108,12 @@ class Torchtune(ModelSpec):
     def build(self) -> FusedModel:
         if self.model is None:
             raise CheckpointError(
-                "torchtune: config.json does not say what model this is: build it, and give it to "
+                "torchtune: config.json does not describe the model: build it, and give it to "
                 "load_pretrained with this checkpoint."
             )
         return self.model.build()
 
-    def table(self) -> KeyTable:
+    def key_table(self) -> KeyTable:
         grids = tuple(
             Entry(prefix + name, prefix + name, grid_layout(spec))
             for prefix, spec in self.towers.items()
@@ -116,17 +121,17 @@ class Torchtune(ModelSpec):
         )
         return KeyTable(grids) + SAME_NAMES
 
-    def differences(self, ours: Spec) -> list[str]:
-        if isinstance(ours, Torchtune) and (self.model is None or ours.model is None):
-            return []  # names and shapes are all there is to compare
-        return super().differences(ours)
+    def differences(self, model: Spec) -> list[str]:
+        if isinstance(model, Torchtune) and (self.model is None or model.model is None):
+            return []  # only keys and shapes can be compared
+        return super().differences(model)
 
 
 def grid_layout(spec: MllamaVision) -> Layout:
-    """Embeddings of tiles: a grid ``[t, t, n, d]`` there, a row an aspect ratio here."""
+    """Return the layout of tile embeddings: grids ``[t, t, n, d]`` in torchtune's and Meta's files."""
     from torchfuse.encoders.mllama_tiles import grid_to_table, table_to_grid
 
-    def write(table: Tensor) -> Tensor:
+    def to_source(table: Tensor) -> Tensor:
         try:
             return table_to_grid(table, spec.aspect_ratios)
         except ValueError as error:
@@ -136,11 +141,18 @@ def grid_layout(spec: MllamaVision) -> Layout:
 
     return Layout(
         lambda grid: grid_to_table(grid, spec.aspect_ratios, spec.max_num_tiles),
-        write,
-        holds_all=False,
+        to_source,
+        always_representable=False,
     )
 
 
-def has_torchtune_names(keys: Collection[str]) -> bool:
-    """Whether all names are those of a fused model of torchtune's."""
+def _towers_of_tiles(encoders: Mapping[str, Spec]) -> dict[str, MllamaVision]:
+    return {
+        "encoder." if name == UNNAMED else f"encoders.{name}.": spec
+        for name, spec in encoders.items()
+        if isinstance(spec, MllamaVision)
+    }
+
+
+def _has_torchtune_keys(keys: Collection[str]) -> bool:
     return bool(keys) and all(key.startswith(("decoder.", "encoder.", "encoders.")) for key in keys)

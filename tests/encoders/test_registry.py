@@ -3,13 +3,19 @@ import pytest
 import torch
 from support import FEATURE_DIM, IMAGE, WIDTH, text, tiny_decoder
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Siglip2VisionConfig, SiglipVisionConfig, SiglipVisionModel
 
 from torchfuse import fuse
 from torchfuse.encoders import registry
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.hf import HfEncoder
-from torchfuse.encoders.registry import build_encoder, encoder_names, register_encoder
+from torchfuse.encoders.registry import (
+    build_encoder,
+    encoder_names,
+    pixels_keyword,
+    register_encoder,
+)
 from torchfuse.encoders.stub import RandomEncoder
 
 CLIP = {"image_size": 12, "patch_size": 4, "embed_dim": 10, "num_layers": 2, "num_heads": 5}
@@ -137,3 +143,18 @@ def test_an_encoder_must_say_its_numbers(names):
         build_encoder("silent", width=0)
     with pytest.raises(ValueError, match="encoder 'nothing', a NoneType, must say"):
         build_encoder("nothing")
+
+
+def test_the_keyword_of_pixels_is_the_encoders():
+    class Keywords(nn.Module):
+        def forward(self, **inputs):
+            return inputs["pixel_values"]
+
+    assert pixels_keyword(Patches()) == "images"
+    assert pixels_keyword(nn.Linear(3, 5)) == "input"
+    assert pixels_keyword(checkpoint_wrapper(torch.compile(Patches()))) == "images"
+    with pytest.raises(ValueError, match="Which keyword of Keywords takes pixels is not known"):
+        pixels_keyword(Keywords())
+    encoder = Keywords()
+    encoder.example_input = lambda: {"pixel_attention_mask": 1, "pixel_values": 2}
+    assert pixels_keyword(encoder) == "pixel_values"

@@ -55,11 +55,11 @@ def test_defect_9_features_and_text_are_counted():
         ({"num_tokens": {"eye": 0}}, "num_tokens of 'eye'=0 must be at least 1"),
         (
             {"num_tokens": 9, "num_frames": 4, "adapter": pool()},
-            "makes 4 tokens of a frame's 9, but 9 of the 36 of 4 frames, not 16: it takes the clip for one",
+            "makes 4 tokens of a frame's 9, but 9 of the 36 of 4 frames, not 16: it takes the clip as one",
         ),
         (
             {"num_tokens": 10, "num_frames": 3, "adapter": pool(grid=3)},
-            "3 frames x 10 tokens do not suit the adapter. avgpool: 10 tokens are no frames of 3 x 3",
+            "3 frames x 10 tokens do not fit the adapter. avgpool: 10 tokens are no frames of 3 x 3",
         ),
         (
             {"num_tokens": {"eye": 9}, "num_frames": {"ear": 2}},

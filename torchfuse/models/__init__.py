@@ -14,8 +14,15 @@ from torchfuse.models.strategy import (
     register_modality_strategy,
 )
 from torchfuse.models.types import EncoderFeatures, ModalityContext
-from torchfuse.models.vlm.config import AdapterConfig, ModelConfig, VisionEncoderConfig, VLMConfig
-from torchfuse.models.vlm.wrapper import VLMWrapper, build_vlm_wrapper, inner_transformer
+from torchfuse.models.vlm import (
+    AdapterConfig,
+    ModelConfig,
+    VisionEncoderConfig,
+    VLMConfig,
+    VLMWrapper,
+    build_vlm_wrapper,
+    inner_transformer,
+)
 
 __all__ = [
     "AdapterConfig",

@@ -6,6 +6,8 @@ frequencies between which Llama 3.1 scales its rotary embedding, and whether it 
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 from torchtune.models.llama3._component_builders import llama3_mlp
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
@@ -17,6 +19,8 @@ from torchtune.modules import (
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
+
+from torchfuse.errors import ConfigError
 
 __all__ = ["llama_decoder"]
 
@@ -49,7 +53,7 @@ def llama_decoder(
         embed_dim: width of the decoder.
         max_seq_len: longest sequence.
         intermediate_dim: width inside the feed-forwards.
-        head_dim: width of a head; ``embed_dim // num_heads`` unless given.
+        head_dim: width of a head, even; ``embed_dim // num_heads`` unless given.
         norm_eps: epsilon of the RMS norms.
         tie_word_embeddings: whether the head shares the embedding's weight.
         rope_base: base of the rotary embedding.
@@ -57,6 +61,9 @@ def llama_decoder(
         rope_low_freq_factor: where that scaling is whole, in ``rope_old_context_len`` per wavelength.
         rope_high_freq_factor: where it is none.
         rope_old_context_len: longest sequence that the unscaled embedding was trained on.
+
+    Raises:
+        ConfigError: naming every number that is out of range or does not fit the others.
 
     Examples:
         >>> decoder = llama_decoder(
@@ -66,6 +73,17 @@ def llama_decoder(
         >>> decoder.head_dim
         4
     """
+    sizes = {
+        "vocab_size": vocab_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "embed_dim": embed_dim,
+        "max_seq_len": max_seq_len,
+        "intermediate_dim": intermediate_dim,
+    }
+    factors = {"norm_eps": norm_eps, "rope_base": rope_base, "rope_scale_factor": rope_scale_factor}
+    _check(sizes, factors, head_dim)
     head_dim = head_dim or embed_dim // num_heads
     rope: nn.Module
     if rope_scale_factor == 1:
@@ -114,3 +132,28 @@ def llama_decoder(
         if tie_word_embeddings
         else nn.Linear(embed_dim, vocab_size, bias=False),
     )
+
+
+def _check(sizes: dict[str, int], factors: dict[str, float], head_dim: int | None) -> None:
+    """Raise a ``ConfigError`` that names every number out of range, or else those that do not fit."""
+    problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
+    problems += [
+        f"{name}={factor} must be finite and more than 0"
+        for name, factor in factors.items()
+        if not 0 < factor < math.inf
+    ]
+    if head_dim is not None and head_dim < 1:
+        problems.append(f"head_dim={head_dim} must be at least 1")
+    if not problems:
+        num_heads, num_kv_heads, embed_dim = (
+            sizes[n] for n in ("num_heads", "num_kv_heads", "embed_dim")
+        )
+        width = head_dim or embed_dim // num_heads
+        if num_heads % num_kv_heads:
+            problems.append(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            problems.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
+        elif width % 2:
+            problems.append(f"head_dim={width} must be even, as the rotary embedding rotates pairs")
+    if problems:
+        raise ConfigError(f"Llama decoder: {'; '.join(problems)}.")

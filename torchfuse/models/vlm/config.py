@@ -1,46 +1,73 @@
-"""Typed configurations of a vision-language model, one for each of its parts.
+"""Configurations of a vision-language model, one for each part.
 
-An architecture's own configuration is its strategy, a dataclass chosen by name: whoever names an
-architecture gets its options and nobody else's. Every configuration may also be given as a mapping, as a
-YAML file holds it.
+Each is a dataclass that checks the types of its values, and can be read from a mapping, as a YAML file
+holds it. Ranges are checked by what is built: decoder, encoder, adapter and strategy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from torchfuse.encoders.registry import build_encoder, encoder_names, encoder_takes
+from torchfuse.encoders.registry import build_encoder, encoder_takes
 from torchfuse.errors import ConfigError
 from torchfuse.models.strategy import ModalityStrategy, build_modality_strategy
 from torchfuse.models.types import OnMissing
-from torchfuse.modules.adapters.base import Adapter, adapter_names, build_adapter
+from torchfuse.modules.adapters.base import Adapter, build_adapter
 from torchfuse.options import call_with_options, check_fields
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage, read_freeze_meta
 
-__all__ = [
-    "AdapterConfig",
-    "ModelConfig",
-    "VLMConfig",
-    "VisionEncoderConfig",
-    "read_config",
-]
+__all__ = ["AdapterConfig", "ModelConfig", "VLMConfig", "VisionEncoderConfig"]
 
-_Config = TypeVar("_Config")
+
+class _Section:
+    """A section of a configuration, whose class is a dataclass."""
+
+    section: ClassVar[str]
+    """The section's name in messages."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.section)
+
+    @classmethod
+    def read(cls, given: Self | Mapping[str, Any]) -> Self:
+        """Return a configuration, given as itself or as a mapping of its fields.
+
+        Raises:
+            ConfigError: naming every unknown and missing field and every value of a wrong type.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"{cls.section} must be a {cls.__name__} or a mapping of its fields, got {given!r}."
+            )
+        return call_with_options(cls, what=cls.section, options=given)
+
+
+def _merged(section: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options and what is given outside of them, of which none may be given in both places."""
+    if twice := [str(name) for name in given if name in options]:
+        raise ConfigError(
+            f"{section}: {', '.join(twice)} cannot be in options, as it is given outside of them; "
+            f"got options {dict(options)}."
+        )
+    return {**options, **given}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The decoder, a Llama; see ``torchfuse.models.decoders.llama.llama_decoder`` for the numbers.
+class ModelConfig(_Section):
+    """The decoder, a Llama: the arguments of ``torchfuse.models.decoders.llama.llama_decoder``.
 
     Raises:
-        ConfigError: naming every number that is out of range, and every value that is none.
+        ConfigError: naming every value of a wrong type.
     """
+
+    section: ClassVar[str] = "model"
 
     vocab_size: int
     num_layers: int
@@ -55,49 +82,34 @@ class ModelConfig:
     rope_base: float = 10_000.0
     rope_scale_factor: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_fields(self, "model")
-        sizes = dataclasses.asdict(self)
-        problems = [
-            f"{name}={size} must be {'at least 1' if type(size) is int else 'finite and more than 0'}"
-            for name, size in sizes.items()
-            if not (size is None or isinstance(size, bool) or 0 < size < float("inf"))
-        ]
-        divides = [("num_kv_heads", "num_heads")]
-        if self.head_dim is None:
-            divides.append(("num_heads", "embed_dim"))
-        problems += [
-            f"{one}={sizes[one]} must divide {other}={sizes[other]}"
-            for one, other in divides
-            if not problems and sizes[other] % sizes[one]
-        ]
-        if not problems and (width := self.head_dim or self.embed_dim // self.num_heads) % 2:
-            problems = [f"head_dim={width} must be even, as the rotary embedding turns pairs"]
-        if problems:
-            raise ConfigError(f"model: {'; '.join(problems)}.")
-
     def build(self) -> nn.Module:
-        """The decoder, with fresh weights."""
+        """Build the decoder, with fresh weights.
+
+        Raises:
+            ConfigError: naming every number that is out of range.
+        """
         from torchfuse.models.decoders.llama import llama_decoder  # imports torchtune
 
         return llama_decoder(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
-class VisionEncoderConfig:
-    """The encoder, by its name in the registry.
+class VisionEncoderConfig(_Section):
+    """The encoder, by its registered name.
 
     Args:
-        type: see ``torchfuse.encoders.registry.build_encoder``.
+        type: see ``torchfuse.encoders.build_encoder``.
         path: directory of a tower, for encoders that take one.
-        num_tokens: features of one image. None: as the encoder says.
-        feature_dim: width of the features. None: as the encoder says.
-        num_frames: frames of a clip at most, or images a row.
-        options: what else the encoder takes.
+        num_tokens: features of one image. None: the encoder's own number.
+        feature_dim: width of the features. None: the encoder's own width.
+        num_frames: the most frames of a clip, or images a row.
+        options: the encoder's other options.
 
     Raises:
-        ConfigError: for an unknown type, naming those there are, or a value that does not fit.
+        ConfigError: naming every value of a wrong type.
     """
+
+    section: ClassVar[str] = "vision_encoder"
 
     type: str
     path: str | None = None
@@ -106,35 +118,22 @@ class VisionEncoderConfig:
     num_frames: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        check_fields(self, "vision_encoder")
-        problems = []
-        if self.type not in encoder_names():
-            problems.append(f"type must be one of {', '.join(encoder_names())}, got {self.type!r}")
-        for name in ("num_tokens", "feature_dim", "num_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} must be at least 1, got {value}")
-        problems += _misplaced(self.options, [*self._given(), *_own(build_encoder)])
-        if problems:
-            raise ConfigError(f"vision_encoder: {'; '.join(problems)}.")
-
-    def _given(self) -> dict[str, Any]:
-        given = {"path": self.path, "num_tokens": self.num_tokens, "feature_dim": self.feature_dim}
-        return {name: value for name, value in given.items() if value is not None}
-
     def build(self) -> nn.Module:
-        """The encoder; a tower of transformers is empty until ``torchfuse.load_pretrained`` fills it.
+        """Build the encoder; a tower of transformers has no weights until ``load_pretrained``.
 
         Raises:
-            ConfigError: for options that it does not take, or if it says other numbers of itself.
+            ConfigError: for an unknown type or option, or an encoder with other numbers than these.
         """
-        own = {n: v for n, v in self._given().items() if n == "path" or encoder_takes(self.type, n)}
-        encoder = build_encoder(self.type, **own, **self.options)
+        fields = ("path", "num_tokens", "feature_dim")
+        given = {n: value for n in fields if (value := getattr(self, n)) is not None}
+        options = _merged(self.section, self.options, given)
+        numbers = {n: options.pop(n) for n in fields[1:] if n in given}
+        taken = {n: v for n, v in numbers.items() if encoder_takes(self.type, n)}
+        encoder = call_with_options(build_encoder, self.type, what=self.section, options=options | taken)
         wrong = [
-            f"{name} is {value}, the encoder's {getattr(encoder, name)}"
-            for name, value in self._given().items()
-            if name != "path" and getattr(encoder, name) != value
+            f"{n} is {number}, the encoder's {getattr(encoder, n)}"
+            for n, number in numbers.items()
+            if getattr(encoder, n) != number
         ]
         if wrong:
             raise ConfigError(f"vision_encoder {self.type!r}: {'; '.join(wrong)}.")
@@ -142,61 +141,63 @@ class VisionEncoderConfig:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """The adapter, by its name in the registry.
+class AdapterConfig(_Section):
+    """The adapter, by its registered name.
 
     Args:
         type: see ``torchfuse.modules.adapters.build_adapter``.
-        options: what else the adapter takes.
+        options: the adapter's own options.
 
     Raises:
-        ConfigError: for an unknown type, naming those there are, or options that encoder and decoder
-            say.
+        ConfigError: naming every value of a wrong type.
     """
+
+    section: ClassVar[str] = "adapter"
 
     type: str = "mlp_2layer"
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        check_fields(self, "adapter")
-        problems = _misplaced(self.options, _own(build_adapter))
-        if self.type not in adapter_names():
-            problems.append(f"type must be one of {', '.join(adapter_names())}, got {self.type!r}")
-        if problems:
-            raise ConfigError(f"adapter: {'; '.join(problems)}.")
-
     def build(self, in_dim: int, out_dim: int, num_tokens: int | None) -> Adapter:
-        """The adapter between such widths, for images of ``num_tokens`` features."""
-        return build_adapter(self.type, in_dim, out_dim, num_tokens=num_tokens, **self.options)
+        """Build the adapter between these widths, for images of ``num_tokens`` features.
+
+        Raises:
+            ConfigError: for an unknown type or option, or a value that is out of range.
+        """
+        options = _merged(self.section, self.options, {"num_tokens": num_tokens})
+        return call_with_options(
+            build_adapter, self.type, in_dim, out_dim, what=self.section, options=options
+        )
 
 
 @dataclass(frozen=True)
-class VLMConfig:
-    """How features reach the decoder, and what trains when.
+class VLMConfig(_Section):
+    """The architecture, and what trains when.
 
     Args:
         arch: the name of an architecture.
-        options: its own options, the fields of its strategy. As a mapping, a configuration may also
-            have them beside ``arch``.
-        max_text_len: the longest text. None: only the features are compared with ``max_seq_len``.
+        options: its own options, the fields of its strategy. In a mapping they may also be beside
+            ``arch``.
+        max_text_len: tokens of the longest text. None: only the features are compared with
+            ``max_seq_len``.
         every: see ``torchfuse.fuse``, as for the next two.
         fusion_vocab_size: number of new tokens.
         on_missing: what happens to the encoder in a batch without images.
-        freeze: specs in force from the start, ``FreezeSpec`` or ``{module, frozen}``. Without any, only
-            what fusion adds trains.
+        freeze: specs from the start, ``FreezeSpec`` or ``{module, frozen}``. Without any, only what
+            fusion adds trains.
         freeze_schedule: stages, ``FreezeStage`` or ``{start_step, specs}``.
 
     Raises:
-        ConfigError: for an unknown architecture or option, or a value that does not fit, naming the key,
-            the value and what there is.
+        ConfigError: for an unknown architecture, an unknown option of it, or a value that does not fit.
 
     Examples:
-        >>> VLMConfig("mot", {"start": "zero"}).strategy
-        MoTStrategy(placement='prefix', encoder_token=None, layers=None, start='zero')
+        >>> VLMConfig("mot", {"start": "zero"}).strategy.start
+        'zero'
         >>> VLMConfig("moma", {"start": "zero", "qk_norm": True})
         Traceback (most recent call last):
         torchfuse.errors.ConfigError: vlm: architecture 'moma': unknown option 'qk_norm'; it takes ...
     """
+
+    section: ClassVar[str] = "vlm"
 
     arch: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -204,88 +205,48 @@ class VLMConfig:
     every: int | None = None
     fusion_vocab_size: int = 0
     on_missing: OnMissing = "skip"
-    freeze: Sequence[Any] = ()
-    freeze_schedule: Sequence[Any] = ()
+    freeze: Sequence[FreezeSpec | Mapping[str, Any]] = ()
+    freeze_schedule: Sequence[FreezeStage | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self, "vlm")
-        least = {"max_text_len": 1, "every": 1, "fusion_vocab_size": 0}
-        problems = [
-            f"{name} must be at least {number}, got {value}"
-            for name, number in least.items()
-            if (value := getattr(self, name)) is not None and value < number
-        ]
-        problems += _misplaced(self.options, _own(build_modality_strategy))
-        if problems:
-            raise ConfigError(f"vlm: {'; '.join(problems)}.")
+        super().__post_init__()
         try:
             _ = self.strategy
         except ValueError as error:
-            raise ConfigError(f"vlm: {error} Got {dict(self.options)}.") from error
-        _ = self.schedule  # names what does not fit
+            fields = ", ".join(f.name for f in dataclasses.fields(self))
+            raise ConfigError(f"vlm: {error} Fields of vlm itself are {fields}.") from error
+        _ = self.schedule
+
+    @classmethod
+    def read(cls, given: Self | Mapping[str, Any]) -> Self:
+        """As the other sections' ``read``; options of the architecture may be beside ``arch``."""
+        if not isinstance(given, Mapping) or "arch" not in given:
+            return super().read(given)
+        fields = {f.name for f in dataclasses.fields(cls)}
+        options, beside = given.get("options", {}), {n: v for n, v in given.items() if n not in fields}
+        if beside and isinstance(options, Mapping):
+            options = _merged(cls.section, options, beside)
+            given = {n: v for n, v in given.items() if n in fields} | {"options": options}
+        return super().read(given)
 
     @property
     def strategy(self) -> ModalityStrategy:
         """The architecture with its options."""
-        return build_modality_strategy(self.arch, **{str(name): v for name, v in self.options.items()})
+        return call_with_options(
+            build_modality_strategy, self.arch, what=f"architecture {self.arch!r}", options=self.options
+        )
 
     @property
     def schedule(self) -> FreezeSchedule:
         """What trains when, to be applied before every optimizer step."""
-        specs = [_spec(spec) for spec in self.freeze]
+        specs = [
+            spec
+            if isinstance(spec, FreezeSpec)
+            else call_with_options(FreezeSpec, what="vlm.freeze", options=spec)
+            for spec in self.freeze
+        ]
         stages = [
             stage if isinstance(stage, FreezeStage) else read_freeze_meta([stage])[0]
             for stage in self.freeze_schedule
         ]
         return FreezeSchedule([*specs, *stages])
-
-
-def _own(build: Callable[..., Any]) -> list[str]:
-    """What a builder must be told by whoever calls it, beside the options of what it builds."""
-    return [p.name for p in inspect.signature(build).parameters.values() if p.kind is not p.VAR_KEYWORD]
-
-
-def _misplaced(options: Mapping[str, Any], elsewhere: Sequence[str]) -> list[str]:
-    names = [name for name in options if name in elsewhere]
-    return [f"{', '.join(names)} must not stand in options, being said elsewhere"] if names else []
-
-
-def _spec(given: Any) -> FreezeSpec:
-    if isinstance(given, FreezeSpec):
-        return given
-    return _from_mapping(FreezeSpec, given, "vlm.freeze")
-
-
-def read_config(kind: type[_Config], given: _Config | Mapping[str, Any], what: str) -> _Config:
-    """A configuration, from itself or from a mapping of its fields.
-
-    Args:
-        kind: the configuration's class.
-        given: one of it, or a mapping.
-        what: the name of the section, for messages.
-
-    Raises:
-        ConfigError: naming every key that there is not and every value that does not fit.
-    """
-    if isinstance(given, kind):
-        return given
-    if kind is not VLMConfig or not isinstance(given, Mapping) or "arch" not in given:
-        return _from_mapping(kind, given, what)
-    own = [f.name for f in dataclasses.fields(VLMConfig)]
-    beside = {name: value for name, value in given.items() if name not in own}
-    config = {name: value for name, value in given.items() if name in own}
-    options = config.get("options", {})
-    if beside and isinstance(options, Mapping):  # anything else is refused below
-        if problems := _misplaced(options, list(beside)):
-            raise ConfigError(f"{what}: {problems[0]}; got {given}.")
-        config["options"] = {**options, **beside}
-    try:
-        return _from_mapping(kind, config, what)
-    except ValueError as error:
-        raise ConfigError(f"{error} Beside them a {what} has {', '.join(own)}.") from error
-
-
-def _from_mapping(kind: type[_Config], given: Any, what: str) -> _Config:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{what} must be a {kind.__name__} or a mapping of its fields, got {given!r}.")
-    return call_with_options(kind, what=what, options=given)

@@ -75,7 +75,7 @@ def test_a_decoder_that_cannot_be_built_is_refused_by_name(folders, changes, com
         ({"num_channels": 1}, "num_channels=1 is not supported, only 3"),
         ({"hidden_act": "relu"}, "hidden_act must be one of quick_gelu, gelu, got 'relu'"),
         ({"patch_size": 5}, "patch_size=5 must divide image_size=12"),
-        ({"model_type": "perceptron"}, "transformers knows no model_type 'perceptron'"),
+        ({"model_type": "perceptron"}, "transformers has no model_type 'perceptron'"),
         ({"model_type": None}, "model_type None"),
     ],
     ids=str,

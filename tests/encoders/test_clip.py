@@ -6,7 +6,7 @@ from torchfuse.encoders.clip import ClipVisionEncoder, clip_vit_l_14_336
 NUMBERS = {"image_size": 12, "patch_size": 4, "embed_dim": 10, "num_layers": 3, "num_heads": 5}
 
 
-def test_says_of_itself_what_it_does():
+def test_attributes_match_the_features():
     for keep_cls, tokens in ((False, 9), (True, 10)):
         encoder = ClipVisionEncoder(**NUMBERS, keep_cls=keep_cls)
         assert (encoder.num_tokens, encoder.feature_dim, encoder.image_size) == (tokens, 10, 12)
@@ -14,14 +14,14 @@ def test_says_of_itself_what_it_does():
         assert encoder(**encoder.example_input()).shape == (1, tokens, 10)
 
 
-def test_images_of_a_row_do_not_see_each_other():
+def test_images_of_a_row_are_independent():
     encoder = ClipVisionEncoder(**NUMBERS)
     images = torch.randn(2, 3, 3, 12, 12)
     rows = encoder(images).view(2, 3, 9, 10)
     torch.testing.assert_close(rows[1, 2], encoder(images[1, 2:])[0], rtol=1e-5, atol=1e-6)
 
 
-def test_layers_behind_the_features_do_not_run():
+def test_layers_after_the_features_do_not_run():
     encoder = ClipVisionEncoder(**NUMBERS, feature_layer=1)
     ran = []
     for index, layer in enumerate(encoder.layers):
@@ -54,7 +54,7 @@ def test_images_of_another_size_are_named(shape):
         ClipVisionEncoder(**NUMBERS)(torch.zeros(shape))
 
 
-def test_the_large_tower_has_the_numbers_of_openais():
+def test_the_large_tower_has_openais_sizes():
     with torch.device("meta"):
         encoder = clip_vit_l_14_336()
     assert sum(p.numel() for p in encoder.parameters()) == 303_507_456  # as transformers counts it

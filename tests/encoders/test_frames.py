@@ -1,4 +1,4 @@
-"""Clips of different lengths: padding is invisible, and a clip is its frames."""
+"""Clips of different lengths: padding has no effect, and a clip equals its frames."""
 
 import copy
 
@@ -16,7 +16,7 @@ from torchfuse.encoders.stub import RandomEncoder
 from torchfuse.modules.adapters.builtin import build_adapter
 
 B, F, SIDE, DIM = 3, 4, 12, 10
-GRID = 3  # patches along a side of a frame, 2 x 2 tokens behind the adapter
+GRID = 3  # patches along a side of a frame, 2 x 2 tokens after the adapter
 TOKENS = 4
 REAL = torch.tensor([[True, True, False, False], [True, False, True, True], [False] * 4])
 ARCHS = {
@@ -80,7 +80,7 @@ def make(arch, encoder="one_a_row"):
     if arch.startswith("deepstack"):
         for name, parameter in get_fusion_params(model).items():
             if ".w2." in name:
-                nn.init.normal_(parameter, std=0.5)  # at zero a test of it is vacuous
+                nn.init.normal_(parameter, std=0.5)  # at zero it has no effect
     return open_gates(model) if arch == "cross_attention" else model
 
 
@@ -108,7 +108,7 @@ def call(model, tokens, images, real):
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("padding", [0.7, float("inf"), float("nan")], ids=str)
-def test_what_stands_in_a_padded_frame_changes_no_bit(arch, encoder, padding):
+def test_values_in_padded_frames_change_no_bit(arch, encoder, padding):
     model, tokens = make(arch, encoder), prompt(arch)
     images, other = clip(), clip()
     other[~REAL] = padding
@@ -123,7 +123,7 @@ def test_what_stands_in_a_padded_frame_changes_no_bit(arch, encoder, padding):
     assert torch.equal(*outs)
     assert grads[0].keys() == grads[1].keys() and any(g.any() for g in grads[0].values())
     assert all(torch.equal(g, grads[1][n]) for n, g in grads[0].items())
-    # Real frames are another matter: the check above is not of a model that sees nothing.
+    # The features of real frames do have an effect.
     moved = images.clone()
     moved[1, 2] += 0.5
     out = call(model, tokens, moved, REAL)
@@ -132,7 +132,7 @@ def test_what_stands_in_a_padded_frame_changes_no_bit(arch, encoder, padding):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_features_of_a_padded_frame_are_seen_by_nobody(arch):
+def test_features_of_padded_frames_are_masked_out(arch):
     model, tokens = make(arch), prompt(arch)
     mask = frame_features_mask(REAL, TOKENS)
     embeds = model.encode({"images": clip()})
@@ -140,13 +140,13 @@ def test_features_of_a_padded_frame_are_seen_by_nobody(arch):
     out = model(tokens, encoder_embeds=embeds, encoder_mask=mask)
     assert torch.equal(model(tokens, encoder_embeds=other, encoder_mask=mask), out)
     everything = torch.ones_like(mask)
-    if "encoder_token" not in ARCHS[arch]:  # whose counts would not agree
+    if "encoder_token" not in ARCHS[arch]:  # placeholders are as many as real features
         assert not torch.allclose(model(tokens, encoder_embeds=other, encoder_mask=everything), out)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_padded_clip_is_the_clip_without_its_padding(arch, encoder):
+def test_a_padded_clip_equals_the_clip_without_padding(arch, encoder):
     model, tokens, images = make(arch, encoder), prompt(arch), clip()
     out = call(model, tokens, images, REAL)
     for row in range(B):
@@ -158,7 +158,7 @@ def test_a_padded_clip_is_the_clip_without_its_padding(arch, encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_clip_is_its_frames_as_separate_images(arch, encoder):
+def test_a_clip_equals_its_frames_as_separate_images(arch, encoder):
     model, images = make(arch, encoder), clip()
     tokens = prompt(arch, torch.ones(B, F, dtype=torch.bool))
     together = model.encode({"images": images})
@@ -174,10 +174,10 @@ def test_a_clip_is_its_frames_as_separate_images(arch, encoder):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_generates_of_a_batch_of_clips_what_it_does_of_each(arch):
+def test_generating_from_a_batch_of_clips_equals_each_alone(arch):
     model, images = make(arch).eval(), clip()
     tokens = prompt(arch)
-    said = generate(
+    together = generate(
         model,
         tokens,
         encoder_input={"images": hide_padding(images, REAL)},
@@ -189,10 +189,10 @@ def test_generates_of_a_batch_of_clips_what_it_does_of_each(arch):
         frames = images[row][REAL[row]][None]
         given = {"encoder_input": {"images": frames}} if frames.shape[1] else {}
         alone = generate(model, tokens[row : row + 1], **given, max_new_tokens=3, temperature=0)
-        assert torch.equal(said[row : row + 1], alone)
+        assert torch.equal(together[row : row + 1], alone)
 
 
-def test_the_wrapper_hides_padding_itself_and_no_name():
+def test_the_wrapper_replaces_padding_and_keeps_names():
     encoder, images = FrameEncoder(Patches()), clip()
     plain = Patches()
     broken = images.masked_fill(~REAL[:, :, None, None, None], float("nan"))
@@ -208,7 +208,7 @@ def test_the_wrapper_hides_padding_itself_and_no_name():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_graph(arch):
+def test_compiles_to_one_graph(arch):
     torch._dynamo.reset()
     model, tokens, images = make(arch), prompt(arch), clip()
     encoder = FrameEncoder(Patches(), min_frames=1)
@@ -272,7 +272,7 @@ def test_encoders_that_do_not_fit_are_named():
         ValueError, match=r"Mean must return features \[12, n, d_e\], .* got \[1, 3, 12\]"
     ):
         FrameEncoder(Mean())(clip())
-    with pytest.raises(ValueError, match="What Flatten runs on is not known: pass example_input="):
+    with pytest.raises(ValueError, match="An input of Flatten is not known: pass example_input="):
         FrameEncoder(nn.Flatten()).example_input()
 
 
@@ -283,7 +283,7 @@ class Mean(nn.Module):
         return images.mean(dim=(0, 3))[None]
 
 
-def test_the_smallest_input_is_asked_of_the_wrapped():
+def test_the_example_input_is_the_wrapped_encoders():
     assert FrameEncoder(Mean()).example_input()["images"].shape == (1, 3, SIDE, SIDE)
     assert FrameEncoder(RandomEncoder(5, 7)).example_input()["images"].shape == (1, 3, 1, 1)
     several = FrameEncoder(Mean(), min_frames=2).example_input()["images"]
@@ -302,7 +302,7 @@ class TinyImages(TinyEncoder):
         return {"images": torch.zeros(1, 1, self.in_dim, 1)}
 
 
-def test_without_a_mask_nothing_is_touched():
+def test_without_a_mask_images_are_unchanged():
     x = inputs()["x"]
     assert hide_padding(x, None) is x
     model, tokens, images = make("cross_attention"), prompt("cross_attention"), clip()

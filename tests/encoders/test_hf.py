@@ -38,7 +38,7 @@ AST = SIZES | {
     "time_stride": 3,
     "frequency_stride": 5,
 }
-# Configuration and numbers by tower; special tokens in front; tokens in all, None if the input decides.
+# Configuration and numbers by tower; special tokens in front; tokens in all, None if that depends on the input.
 TOWERS = {
     "clip_vision_model": ("CLIPVisionConfig", VIT, 1, 10),
     "siglip_vision_model": ("SiglipVisionConfig", VIT, 0, 9),
@@ -58,7 +58,7 @@ TOWERS = {
     "hubert": ("HubertConfig", SPEECH, 0, None),
     "audio-spectrogram-transformer": ("ASTConfig", AST, 2, 16),
 }
-# One of each sort; the others differ by their row in the table.
+# One of each kind; the others differ by their row in the table.
 MAIN = [
     "clip_vision_model",
     "siglip_vision_model",
@@ -107,19 +107,19 @@ def inputs(kind, rows=2):
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_features_are_the_towers_own_to_the_bit(kind):
+def test_features_equal_the_towers_to_the_bit(kind):
     built, given = tower(kind), inputs(kind)
     with torch.no_grad():
-        theirs = built(**given, output_hidden_states=True)
+        expected = built(**given, output_hidden_states=True)
         for layer in (None, 0, 1, -2, -1, 3):
-            state = theirs.last_hidden_state if layer is None else theirs.hidden_states[layer]
+            state = expected.last_hidden_state if layer is None else expected.hidden_states[layer]
             assert torch.equal(encoder(kind, built, feature_layer=layer)(**given), state)
     for layer in (0, 1, -1):
-        assert not torch.equal(theirs.hidden_states[layer], theirs.hidden_states[2])
+        assert not torch.equal(expected.hidden_states[layer], expected.hidden_states[2])
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_says_of_itself_what_it_does(kind):
+def test_attributes_match_the_features(kind):
     _, _, special, tokens = TOWERS[kind]
     one = encoder(kind)
     assert (one.model_type, one.feature_dim, one.num_special_tokens) == (kind, 20, special)
@@ -137,7 +137,7 @@ def test_says_of_itself_what_it_does(kind):
 
 
 @pytest.mark.parametrize("kind", MAIN)
-def test_names_are_the_towers_own(kind):
+def test_names_are_the_towers(kind):
     built = tower(kind)
     expected = built.state_dict()
     parameters = [name for name, _ in built.named_parameters()]
@@ -155,7 +155,7 @@ def test_names_are_the_towers_own(kind):
 
 
 @pytest.mark.parametrize("kind", MAIN)
-def test_items_of_a_row_do_not_see_each_other(kind):
+def test_items_of_a_row_are_independent(kind):
     one, given = encoder(kind, feature_layer=2), inputs(kind, rows=6)
     rows = one(**{name: value.unflatten(0, (2, 3)) for name, value in given.items()})
     alone = one(**given)
@@ -171,23 +171,23 @@ def test_images_is_another_name_of_pixel_values():
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "vit", "dinov2"])
-def test_images_of_another_size_are_had_by_interpolation(kind):
+def test_images_of_another_size_are_encoded_by_interpolation(kind):
     one = encoder(kind, image_size=20)
     images = torch.randn(2, 3, 20, 20)
-    asked = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
-    assert torch.equal(one(images=images), one.wrapped(images, **asked).last_hidden_state)
+    options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+    assert torch.equal(one(images=images), one.wrapped(images, **options).last_hidden_state)
     assert (one.image_size, one.num_tokens) == (20, one(images=images).shape[1])
 
 
-def test_hidden_states_are_asked_for_only_where_they_are_needed():
+def test_only_the_needed_hidden_state_is_requested():
     for layer, expected in ((None, None), (1, [1])):
-        one, asked = encoder("siglip_vision_model", feature_layer=layer), []
+        one, requested = encoder("siglip_vision_model", feature_layer=layer), []
         one.wrapped.register_forward_pre_hook(
-            lambda _, args, kw, asked=asked: asked.append(kw.get("output_hidden_states")),
+            lambda _, args, kw, got=requested: got.append(kw.get("output_hidden_states")),
             with_kwargs=True,
         )
         one(**inputs("siglip_vision_model"))
-        assert asked == [expected]
+        assert requested == [expected]
 
 
 def test_masks_of_naflex_whisper_and_waves():
@@ -210,11 +210,11 @@ def test_masks_of_naflex_whisper_and_waves():
     assert torch.equal(mask, one.wrapped._get_feature_vector_attention_mask(num, samples).bool())
     assert 0 < mask[2].sum() < mask[1].sum() < mask[0].sum() == num
 
-    with pytest.raises(ValueError, match="How a mask falls on the features of 'vit' is not known"):
+    with pytest.raises(ValueError, match="How a mask applies to the features of 'vit' is not known"):
         encoder("vit").features_mask(**inputs("vit"), attention_mask=torch.ones(2, 10))
 
 
-def test_padding_behind_the_features_mask_is_not_seen_by_the_model():
+def test_padding_is_masked_out_by_the_features_mask():
     kind = "siglip2_vision_model"
     model = open_gates(fuse(tiny_decoder(), encoder(kind), every=2)).eval()
     given, tokens = inputs(kind), text()
@@ -239,7 +239,7 @@ def test_gradients_reach_a_trainable_tower(kind, layer):
     assert layers == ({"0", "1", "2"} if layer is None else {"0", "1"})
 
 
-def test_a_frozen_tower_trains_nothing_and_stays_in_eval():
+def test_a_frozen_tower_has_no_gradient_and_stays_in_eval():
     model = fuse(tiny_decoder(), encoder("vit", tower("vit", hidden_dropout_prob=0.5)), every=2)
     open_gates(model).train()
     assert not any(module.training for module in model.encoder.modules())
@@ -262,7 +262,7 @@ def test_a_batch_without_input_runs_the_example(kind):
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "dinov2_with_registers"])
-def test_compiles_into_one_graph(kind):
+def test_compiles_to_one_graph(kind):
     one, given = encoder(kind, feature_layer=2), inputs(kind)
     compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**given), one(**given), rtol=1e-5, atol=1e-5)
@@ -293,7 +293,7 @@ def test_runs_under_autocast_and_in_bf16():
     assert half.dtype == torch.bfloat16
 
 
-def test_sharded_it_computes_the_same(tmp_path):
+def test_sharded_equals_unsharded(tmp_path):
     def build():
         one = encoder("clip_vision_model", feature_layer=2)
         options = {"encoder_trainable": True, "on_missing": "participate"}
@@ -322,8 +322,8 @@ def test_sharded_it_computes_the_same(tmp_path):
         distributed.destroy_process_group()
 
 
-def write(folder, said):
-    (folder / "config.json").write_text(json.dumps(said))
+def write(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -378,14 +378,14 @@ def test_the_tower_of_a_whole_model_is_built_alone(whole, kind, text_sizes, tmp_
         assert list(one.state_dict()) == list(tower(kind).state_dict())
         assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
-    # Older files leave the type of a part out, where the whole's says it.
-    said = json.loads((tmp_path / "config.json").read_text())
+    # Older files have the model_type of the whole model only.
+    values = json.loads((tmp_path / "config.json").read_text())
     if whole != "LlavaConfig":
-        said["vision_config"].pop("model_type")
-        assert tower_config(write(tmp_path, said)).model_type == kind
+        values["vision_config"].pop("model_type")
+        assert tower_config(write(tmp_path, values)).model_type == kind
 
 
-def test_the_default_dtype_is_followed_not_the_files(tmp_path):
+def test_the_dtype_is_torchs_default_not_the_files(tmp_path):
     tower("siglip_vision_model").half().save_pretrained(tmp_path)
     assert {p.dtype for p in hf_encoder(tmp_path).parameters()} == {torch.float32}
 
@@ -402,51 +402,51 @@ def test_layers_are_not_dropped_at_random():
 
 
 def test_a_file_cannot_choose_foreign_code(tmp_path):
-    said = config("siglip_vision_model").to_dict()
-    said |= {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "code--evil.Model"}}
-    one = hf_encoder(write(tmp_path, said))
+    values = config("siglip_vision_model").to_dict()
+    values |= {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "code--evil.Model"}}
+    one = hf_encoder(write(tmp_path, values))
     assert one.config._attn_implementation == "sdpa"
     assert not hasattr(one.config, "auto_map")
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("values", "message"),
     [
-        ({}, r"config\.json: transformers knows no model_type None"),
-        ({"model_type": "evil"}, "transformers knows no model_type 'evil'"),
+        ({}, r"config\.json: transformers has no model_type None"),
+        ({"model_type": "evil"}, "transformers has no model_type 'evil'"),
         (
             {"model_type": "vit", "hidden_size": "wide"},
-            r"config\.json is no vit configuration: .*hidden_size",
+            r"config\.json is not a vit configuration: .*hidden_size",
         ),
-        ({"model_type": "llama"}, r"A 'llama' \(LlamaModel\) is no vision or audio tower"),
-        ({"model_type": "clip_text_model"}, "is no vision or audio tower"),
+        ({"model_type": "llama"}, r"A 'llama' \(LlamaModel\) is not a vision or audio tower"),
+        ({"model_type": "clip_text_model"}, "is not a vision or audio tower"),
         (
             {"model_type": "vit", **VIT},
-            "has 1 class token in front: say keep_cls=True or keep_cls=False",
+            "has 1 class token in front: give keep_cls=True or keep_cls=False",
         ),
     ],
     ids=str,
 )
-def test_a_directory_without_a_tower_is_named(said, message, tmp_path):
+def test_a_directory_without_a_tower_is_an_error(values, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        hf_encoder(write(tmp_path, said))
+        hf_encoder(write(tmp_path, values))
 
 
-def test_what_is_neither_directory_nor_configuration_is_named(tmp_path):
+def test_anything_but_a_directory_or_a_configuration_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="openai/clip is not a directory, and nothing is downloaded"):
         hf_encoder("openai/clip")
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         hf_encoder(tmp_path)
-    for said, message in (
+    for content, message in (
         ("{", "is no JSON that can be used: Expecting"),
         ("[3]", "must hold a JSON object, got a list"),
     ):
-        (tmp_path / "config.json").write_text(said)
+        (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=rf"config\.json {message}"):
             hf_encoder(tmp_path)
     with pytest.raises(ValueError, match="or a configuration of transformers, got a int"):
         hf_encoder(5)
-    with pytest.raises(ValueError, match="The configuration: transformers knows no model_type 'eye'"):
+    with pytest.raises(ValueError, match="The configuration: transformers has no model_type 'eye'"):
         hf_encoder({"model_type": "eye"})
     both = transformers.CLIPConfig()
     both.audio_config = config("whisper")
@@ -460,17 +460,17 @@ def test_what_is_neither_directory_nor_configuration_is_named(tmp_path):
         (
             "vit",
             {"keep_cls": None},
-            r"ViTModel \(vit\): it has 1 class token in front: say keep_cls=True",
+            r"ViTModel \(vit\): it has 1 class token in front: give keep_cls=True",
         ),
         (
             "dinov2_with_registers",
             {"keep_cls": None},
-            "has 1 class and 3 register token in front: say keep_cls",
+            "has 1 class and 3 register token in front: give keep_cls",
         ),
         (
             "siglip_vision_model",
             {"keep_cls": False},
-            "keep_cls=False, but it has no class token to keep or",
+            "keep_cls=False, but it has no class token: leave",
         ),
         (
             "whisper",
@@ -479,7 +479,7 @@ def test_what_is_neither_directory_nor_configuration_is_named(tmp_path):
         ),
         ("vit", {"feature_layer": 4}, "feature_layer=4 must lie between -4 and 3, or be None"),
         ("vit", {"num_special_tokens": 2}, "num_special_tokens=2, but it has 1"),
-        ("whisper", {"image_size": 12}, "image_size=12 cannot be had, the tower is fixed to None"),
+        ("whisper", {"image_size": 12}, "image_size=12 is not possible, the tower is fixed to None"),
         ("vit", {"feature_layer": -5, "keep_cls": None}, "keep_cls=False; feature_layer=-5"),
     ],
     ids=str,
@@ -489,9 +489,11 @@ def test_options_that_do_not_fit_the_tower_are_named(kind, options, message):
         encoder(kind, **options)
 
 
-def test_a_tower_that_is_not_known_must_be_told_its_special_tokens():
+def test_an_unknown_tower_needs_num_special_tokens():
     made = transformers.Data2VecVisionConfig(**VIT)
-    with pytest.raises(ValueError, match="puts in front is not known here: give num_special_tokens="):
+    with pytest.raises(
+        ValueError, match="special tokens in front is not known here: give num_special_tokens="
+    ):
         hf_encoder(made)
     with pytest.raises(ValueError, match="num_special_tokens=-1, but it must be at least 0"):
         hf_encoder(made, num_special_tokens=-1)
@@ -502,7 +504,7 @@ def test_a_tower_that_is_not_known_must_be_told_its_special_tokens():
     assert one.num_tokens is None
 
 
-def test_what_is_no_tower_is_named(tmp_path):
+def test_a_module_that_is_not_a_tower_is_an_error(tmp_path):
     whole = hf.whole_clip(tmp_path)
     with pytest.raises(ValueError, match=r"got a CLIPModel\. Of a whole model give the tower alone"):
         HfEncoder(whole)

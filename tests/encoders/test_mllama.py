@@ -1,4 +1,4 @@
-"""The tower equals transformers' in fp32 within 1e-5, and torchtune's where that one does the same."""
+"""The tower equals transformers' in fp32 within 1e-5, and torchtune's without padding."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ NUMBERS = {
     "supported_aspect_ratios": RATIOS,
     "norm_eps": 1e-3,
 }
-THEIR_NAMES = {
+TRANSFORMERS_NAMES = {
     "embed_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "attention_heads",
@@ -50,7 +50,7 @@ IMAGES = [[(1, 3), (0, 0)], [(2, 1), (3, 1)], [(1, 1), (1, 2)]]
 
 @torch.no_grad()
 def shake(module):
-    """Gates open, and no two values are equal."""
+    """Replace all values by different ones, gates included."""
     for parameter in module.parameters():
         parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.8))
     return module.eval()
@@ -61,19 +61,19 @@ def transformers_tower(**changes):
     width = numbers["embed_dim"] * (1 + len(numbers["intermediate_layers"]))
     decoder_dim = numbers.pop("decoder_dim")
     numbers["supported_aspect_ratios"] = [list(r) for r in numbers["supported_aspect_ratios"]]
-    config = {THEIR_NAMES.get(name, name): value for name, value in numbers.items()}
+    config = {TRANSFORMERS_NAMES.get(name, name): value for name, value in numbers.items()}
     tower = MllamaVisionModel(MllamaVisionConfig(**config, vision_output_dim=width))
     return shake(tower), shake(nn.Linear(width, decoder_dim))
 
 
 def pair(**changes):
-    """Ours and theirs with the same weights, by the names that torchtune knows them by."""
+    """The encoder and transformers' tower with its projector, with the same weights."""
     tower, projector = transformers_tower(**changes)
     encoder = MllamaVisionEncoder(**NUMBERS | changes).eval()
     own = encoder.state_dict()
-    theirs = {f"vision_model.{key}": value for key, value in tower.state_dict().items()}
-    theirs |= {f"multi_modal_projector.{key}": value for key, value in projector.state_dict().items()}
-    named = {get_mapped_key(k, _FROM_HF).removeprefix("encoder."): v for k, v in theirs.items()}
+    source = {f"vision_model.{key}": value for key, value in tower.state_dict().items()}
+    source |= {f"multi_modal_projector.{key}": value for key, value in projector.state_dict().items()}
+    named = {get_mapped_key(k, _FROM_HF).removeprefix("encoder."): v for k, v in source.items()}
     encoder.load_state_dict({k: v.view(own[k].shape) if k in TABLES else v for k, v in named.items()})
     return encoder, lambda *given: projector(tower(*given).last_hidden_state).flatten(1, 3)
 
@@ -98,15 +98,15 @@ def close(got, expected, tolerance=1e-5):
 @pytest.mark.parametrize("size", [8, 12, 16])  # 5, 10, 17 tokens: never a multiple of 8
 @torch.no_grad()
 def test_equals_transformers(size, layers):
-    encoder, theirs = pair(image_size=size, intermediate_layers=layers)
+    encoder, reference = pair(image_size=size, intermediate_layers=layers)
     images, ratio, ids, mask = batch(size)
-    expected = theirs(images, ids, mask)
+    expected = reference(images, ids, mask)
     assert expected.shape == (3, 2 * encoder.num_tokens, 17)
     close(encoder(images, ratio), expected)
     close(encoder(images, aspect_ratio_ids=ids), expected)
     close(encoder(images, aspect_ratio_ids=ids, aspect_ratio_mask=mask), expected)
     one = images[:, 1:], ids[:, 1:], mask[:, 1:]
-    close(encoder(one[0], ratio[:, 1:]), theirs(*one))
+    close(encoder(one[0], ratio[:, 1:]), reference(*one))
 
 
 @pytest.mark.parametrize(
@@ -122,36 +122,36 @@ def test_equals_transformers(size, layers):
 )
 @torch.no_grad()
 def test_equals_transformers_with_other_numbers(changes):
-    encoder, theirs = pair(**changes)
+    encoder, reference = pair(**changes)
     tiles = changes.get("max_num_tiles", 3)
     rows = IMAGES if tiles > 1 else [[(1, 1), (0, 0)]]
     images, ratio, ids, mask = batch(rows=rows, tiles=tiles, channels=changes.get("in_channels", 3))
-    close(encoder(images, ratio), theirs(images, ids, mask))
+    close(encoder(images, ratio), reference(images, ids, mask))
 
 
 @torch.no_grad()
-def test_any_mask_of_tiles_means_what_it_means_to_transformers():
-    encoder, theirs = pair()
+def test_masks_of_tiles_equal_transformers():
+    encoder, reference = pair()
     images, ratio, ids, mask = batch()
     mask[1, 1], mask[0, 0] = torch.tensor([1, 0, 1]), torch.tensor([0, 1, 0])
     got = encoder(images, ratio, aspect_ratio_mask=mask.bool())
-    close(got, theirs(images, ids, mask))
+    close(got, reference(images, ids, mask))
     assert (got - encoder(images, ratio)).abs().max() > 0.1
 
 
 def test_gradients_are_those_of_transformers():
-    encoder, theirs = pair()
+    encoder, reference = pair()
     images, ratio, ids, mask = batch()
     images.requires_grad_()
     weight = torch.randn(3, 2 * encoder.num_tokens, 17)
-    (expected,) = torch.autograd.grad((theirs(images, ids, mask) * weight).sum(), images)
+    (expected,) = torch.autograd.grad((reference(images, ids, mask) * weight).sum(), images)
     (encoder(images, ratio) * weight).sum().backward()
     close(images.grad, expected, 1e-4)
     assert all(p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
 @torch.no_grad()
-def test_tiles_that_are_not_given_are_black_padding():
+def test_missing_tiles_are_black_padding():
     encoder, _ = pair()
     images, ratio, ids, mask = batch(rows=[[(1, 2), (1, 1)], [(0, 0), (2, 1)]])
     whole = encoder(images, ratio)
@@ -162,7 +162,7 @@ def test_tiles_that_are_not_given_are_black_padding():
     close(encoder(alone), encoder(alone, torch.tensor([[[1, 1]]])))
 
 
-def test_an_image_without_any_tile_is_finite_and_alone():
+def test_an_image_without_a_tile_is_finite_and_affects_no_other():
     encoder, _ = pair()
     images, ratio, _, mask = batch()
     expected = encoder(images, ratio).detach().unflatten(1, (2, -1))
@@ -179,7 +179,7 @@ def test_an_image_without_any_tile_is_finite_and_alone():
 @torch.no_grad()
 def test_equals_torchtune_where_nothing_is_padding():
     """Without padding tokens and tiles; torchtune counts hidden states before the layer."""
-    theirs = shake(
+    reference = shake(
         llama3_2_vision_encoder(
             patch_size=4,
             num_heads=2,
@@ -194,26 +194,26 @@ def test_equals_torchtune_where_nothing_is_padding():
     )
     changes = {"hidden_dim": 88, "norm_eps": 1e-5, "pad_tokens_to": 1}
     encoder = MllamaVisionEncoder(**NUMBERS | changes)
-    state = theirs.state_dict()
+    state = reference.state_dict()
     assert list(state) == list(encoder.state_dict())
     encoder.load_state_dict(
         {k: grid_to_table(v, RATIOS, 3) if k in TABLES else v for k, v in state.items()}
     )
     images, ratio, _, _ = batch(rows=[[(1, 3), (3, 1)], [(3, 1), (3, 1)]])
-    close(encoder(images, ratio), theirs(images, ratio))
+    close(encoder(images, ratio), reference(images, ratio))
 
 
-def test_the_projection_is_what_fusion_learns():
+def test_fusion_parameters_are_the_projections():
     encoder = MllamaVisionEncoder(**NUMBERS)
     learned = [f"projection.{name}" for name, _ in encoder.projection.named_parameters()]
     assert len(learned) == 2 * 14 + 2  # two gated layers and the output
     assert list(get_fusion_params(encoder)) == learned
 
 
-def test_says_of_itself_what_it_does():
+def test_attributes_match_the_features():
     encoder = MllamaVisionEncoder(**NUMBERS)
-    said = encoder.image_size, encoder.feature_dim, encoder.tokens_per_tile, encoder.num_tokens
-    assert said == (12, 17, 10, 30)
+    sizes = encoder.image_size, encoder.feature_dim, encoder.tokens_per_tile, encoder.num_tokens
+    assert sizes == (12, 17, 10, 30)
     assert encoder(**encoder.example_input()).shape == (1, 30, 17)
     wide = MllamaVisionEncoder(**NUMBERS | {"supported_aspect_ratios": [(1, 3), (2, 1)]})
     assert wide.example_input()["images"].shape == (1, 1, 2, 3, 12, 12)
@@ -223,7 +223,7 @@ def test_says_of_itself_what_it_does():
 def test_the_published_tower_has_the_parameters_of_transformers():
     config = MllamaVisionConfig(image_size=560)
     with torch.device("meta"):
-        theirs = MllamaVisionModel(config)
+        reference = MllamaVisionModel(config)
         encoder = MllamaVisionEncoder(
             image_size=560,
             patch_size=14,
@@ -238,7 +238,7 @@ def test_the_published_tower_has_the_parameters_of_transformers():
             supported_aspect_ratios=config.supported_aspect_ratios,
         )
         projector = nn.Linear(config.vision_output_dim, 4096)
-    count = [sum(p.numel() for p in m.parameters()) for m in (encoder, theirs, projector)]
+    count = [sum(p.numel() for p in m.parameters()) for m in (encoder, reference, projector)]
     assert count[0] == count[1] + count[2]
     assert encoder.num_tokens == 4 * 1601
 
@@ -253,7 +253,7 @@ def test_compiles_to_one_graph():
     close(compiled(images[:, :, :2], **given), encoder(images[:, :, :2], **given))
 
 
-def test_bfloat16_and_autocast_stay_near():
+def test_bfloat16_and_autocast_are_close_to_fp32():
     encoder, _ = pair()
     images, ratio, _, _ = batch()
     expected = encoder(images, ratio)
@@ -308,7 +308,7 @@ def test_images_of_another_shape_are_named(shape):
             {"aspect_ratio_ids": [[1, 1]], "aspect_ratio_mask": [[[1], [1]]]},
             r"mask must have shape \[1, 2, 2\]",
         ),
-        ({"aspect_ratio_ids": [[1, 1]], "aspect_ratio": [[[1, 1], [1, 2]]]}, "say the same; give one"),
+        ({"aspect_ratio_ids": [[1, 1]], "aspect_ratio": [[[1, 1], [1, 2]]]}, "mean the same; give one"),
         ({"aspect_ratio": [[[1, 1], [2, 2]]]}, r"\[\[2, 2\]\] among the given, but supported are"),
         ({"aspect_ratio": [[[0, 1], [1, 1]]]}, r"\[\[0, 1\]\] among the given, but supported are"),
         (
@@ -339,15 +339,15 @@ def grid_of(ratios, tiles, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_tables_and_grids_are_those_of_torchtunes_converters(tokens):
+def test_tables_and_grids_equal_torchtunes_converters(tokens):
     grid = grid_of(FOUR, 4, tokens)
     layer = {"encoder.clip.layers.0.sa_norm.weight": torch.ones(1)}
-    theirs = llama3_vision_tune_to_hf(dict.fromkeys(KEYS, grid) | layer, **CONVERT)
+    converted = llama3_vision_tune_to_hf(dict.fromkeys(KEYS, grid) | layer, **CONVERT)
     table = grid_to_table(grid, FOUR, 4)
-    for key, value in theirs.items():
+    for key, value in converted.items():
         if "embedding" in key:
             assert torch.equal(value.view(9, 4, tokens, 5), table)
-    back = llama3_vision_hf_to_tune(theirs, **CONVERT)
+    back = llama3_vision_hf_to_tune(converted, **CONVERT)
     for key in KEYS:
         assert torch.equal(back[key], table_to_grid(table, FOUR))
     assert torch.equal(table_to_grid(table, FOUR), grid)
@@ -364,7 +364,7 @@ def test_a_grid_of_ratios_that_fill_no_canvas_loses_nothing():
     [((0, 2), r"\[0\]"), ((2, 2), r"\[2\]"), ((1, 0), r"\[1\]"), ((5, 0), r"\[1, 2, 3, 4\]")],
     ids=["padding image", "padding tile", "shared tile", "shared tile of the last"],
 )
-def test_what_a_grid_cannot_hold_is_refused(where, rows):
+def test_tables_that_a_grid_cannot_hold_are_refused(where, rows):
     table = grid_to_table(grid_of(RATIOS, 3, 2), RATIOS, 3)
     table[where] += 1
     with pytest.raises(ValueError, match=f"cannot hold rows {rows} of this table"):
@@ -375,7 +375,7 @@ def test_what_a_grid_cannot_hold_is_refused(where, rows):
     ("grid", "ratios", "tiles", "complaint"),
     [
         ((3, 2, 1, 5), RATIOS, 3, r"must be \[t, t, n, d\], got \[3, 2, 1, 5\]"),
-        ((2, 2, 1, 5), RATIOS, 3, "a grid of 2 x 2 tiles has no place"),
+        ((2, 2, 1, 5), RATIOS, 3, "a grid of 2 x 2 tiles is too small"),
         ((3, 3, 1, 5), RATIOS, 2, r"\[\(1, 3\), \(3, 1\)\] must be \(h, w\) with 1 to 2 tiles"),
     ],
 )
@@ -397,11 +397,13 @@ def test_tables_that_do_not_fit_are_named(table, complaint):
         table_to_grid(torch.zeros(table), RATIOS)
 
 
-def test_the_mask_of_tiles_hides_what_transformers_hides():
+def test_the_encoder_mask_of_tiles_equals_transformers():
     tiles = torch.rand(2, 7, 3, 4) > 0.6
     tiles[0, 2] = tiles[1, 5] = False
     mask, rows = _prepare_cross_attention_mask(tiles.float(), 5, torch.float32)
-    expected = (mask == 0)[:, 0] & (rows != 0)[:, 0]  # theirs lets rows that see nothing see everything
+    expected = (mask == 0)[:, 0] & (rows != 0)[
+        :, 0
+    ]  # in the reference rows that attend to nothing attend to all
     for given in (tiles, tiles.long()):
         got = encoder_mask_of_tiles(given, 5)
         assert got.dtype == torch.bool and torch.equal(got, expected)
@@ -417,12 +419,12 @@ def test_masks_of_tiles_that_do_not_fit_are_named(shape, tiles):
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_never_waits_for_the_device():
+def test_does_not_synchronise_with_the_device():
     encoder, _ = pair()
     images, ratio, ids, mask = batch()
     expected = encoder(images, ratio)
     encoder, images, ratio, ids, mask = (x.cuda() for x in (encoder, images, ratio, ids, mask))
-    encoder(images, ratio)  # libraries start with a wait of their own
+    encoder(images, ratio)  # the first call of a library synchronises
     torch.cuda.set_sync_debug_mode("error")
     try:
         got = [encoder(images, ratio), encoder(images, aspect_ratio_ids=ids, aspect_ratio_mask=mask)]

@@ -1,4 +1,4 @@
-"""Encoder, adapter and decoder of different dtypes: each gets its own where values cross a border."""
+"""Encoder, adapter and decoder of different dtypes: inputs are cast to the dtype of each part."""
 
 import pytest
 import torch
@@ -69,21 +69,21 @@ def prompt(arch, num):
     return tokens
 
 
-def seen_dtypes(model):
-    """The dtypes that modules take and give, as they are called."""
-    seen = {}
+def record_dtypes(model):
+    """The dtypes of inputs and outputs of encoder and adapter, filled as they are called."""
+    dtypes = {}
 
     def note(name):
         def hook(module, args, kwargs, out):
             given = [*args, *kwargs.values()]
             tensors = [v for v in given if torch.is_tensor(v) and v.is_floating_point()]
-            seen[name] = (*{t.dtype for t in tensors}, out.dtype)
+            dtypes[name] = (*{t.dtype for t in tensors}, out.dtype)
 
         return hook
 
     model.encoder.register_forward_hook(note("encoder"), with_kwargs=True)
     model.adapter.register_forward_hook(note("adapter"), with_kwargs=True)
-    return seen
+    return dtypes
 
 
 @pytest.mark.parametrize("pixels", [HALF, FULL], ids=["bf16_pixels", "fp32_pixels"])
@@ -93,9 +93,9 @@ def seen_dtypes(model):
 def test_each_part_computes_in_its_own_dtype(encoder, dtypes, adapter_dtype, pixels):
     decoder_dtype, encoder_dtype = dtypes
     model = make("prefix", encoder, decoder_dtype, encoder_dtype, adapter_dtype=adapter_dtype)
-    seen, x = seen_dtypes(model), images(pixels)
+    recorded, x = record_dtypes(model), images(pixels)
     embeds = model.encode({"images": x})
-    assert seen == {
+    assert recorded == {
         "encoder": (encoder_dtype, encoder_dtype),
         "adapter": (adapter_dtype, adapter_dtype),
     }
@@ -133,13 +133,13 @@ def test_mixed_parts_train_and_agree_with_full_precision(arch, encoder, adapter,
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_a_frozen_encoder_of_full_precision_keeps_its_precision(autocast):
-    # Without autocast the encoder's own precision must survive a decoder in bf16.
+    # Without autocast the encoder computes in its own precision, whatever the decoder's.
     model = make("prefix", "clip", HALF, FULL, adapter_dtype=FULL)
     assert not any(p.requires_grad for p in model.encoder.parameters())
-    seen = {}
-    model.adapter.register_forward_hook(lambda m, args, out: seen.update(features=args[0]))
+    given = {}
+    model.adapter.register_forward_hook(lambda m, args, out: given.update(features=args[0]))
     with torch.autocast("cpu", HALF, enabled=autocast):
         model.encode({"images": images()})
     exact = model.encoder(images())
-    assert torch.equal(seen["features"], exact) != autocast
-    assert not seen["features"].requires_grad
+    assert torch.equal(given["features"], exact) != autocast
+    assert not given["features"].requires_grad

@@ -58,7 +58,7 @@ def options_of(name, towers):
     ],
     ids=["clip", "hf", "siglip2", "random"],
 )
-def test_what_an_encoder_says_is_what_it_returns(name, kind, dim, num, towers):
+def test_attributes_match_the_features(name, kind, dim, num, towers):
     encoder = build_encoder(name, **options_of(name, towers))
     assert isinstance(encoder, kind)
     assert (encoder.feature_dim, encoder.num_tokens) == (dim, num)
@@ -66,7 +66,7 @@ def test_what_an_encoder_says_is_what_it_returns(name, kind, dim, num, towers):
     assert out.shape == (2, 3 * num, dim)
 
 
-def test_a_tower_is_empty_until_it_is_loaded(towers):
+def test_a_tower_is_nan_until_it_is_loaded(towers):
     encoder = build_encoder("siglip2", path=towers / "fixed", feature_layer=-2)
     assert all(p.isnan().all() for p in encoder.parameters())
     assert encoder.feature_layer == -2
@@ -74,7 +74,7 @@ def test_a_tower_is_empty_until_it_is_loaded(towers):
     assert (naflex.feature_dim, naflex.num_tokens) == (20, None)  # as many as the image has patches
 
 
-def test_what_is_wrong_is_named(towers):
+def test_options_that_do_not_fit_are_named(towers):
     with pytest.raises(ValueError, match="Unknown encoder 'vit'; there are .*clip, .*hf, .*siglip2"):
         build_encoder("vit")
     with pytest.raises(
@@ -85,10 +85,12 @@ def test_what_is_wrong_is_named(towers):
         ValueError, match="encoder 'clip': unknown option 'path', missing option 'image_s"
     ):
         build_encoder("clip", path="x")
-    with pytest.raises(
-        ValueError, match="encoder 'hf': missing option 'path'; it takes path, feature_l"
-    ):
+    with pytest.raises(ValueError, match="encoder 'hf': missing option 'path'; it takes path"):
         build_encoder("hf")
+    with pytest.raises(
+        ValueError, match="encoder 'hf': unknown option 'layer'; it takes feature_layer, k"
+    ):
+        build_encoder("hf", path="x", layer=2)
     with pytest.raises(
         ValueError, match="encoder 'hf': feature_layer must be an integer or null, got '2"
     ):
@@ -128,9 +130,9 @@ def test_a_new_encoder_takes_one_class_and_one_decorator(names):
         register_encoder("patches")(Patches)
 
 
-def test_an_encoder_must_say_its_numbers(names):
-    @register_encoder("silent")
-    def silent(width):
+def test_an_encoder_must_have_its_sizes(names):
+    @register_encoder("sizeless")
+    def sizeless(width):
         encoder = nn.Linear(3, 5)
         encoder.feature_dim = width
         return encoder
@@ -139,9 +141,9 @@ def test_an_encoder_must_say_its_numbers(names):
     def nothing():
         return None
 
-    with pytest.raises(ValueError, match="feature_dim must .*, it is 0; num_tokens must .*'nothing'"):
-        build_encoder("silent", width=0)
-    with pytest.raises(ValueError, match="encoder 'nothing', a NoneType, must say"):
+    with pytest.raises(ValueError, match="feature_dim must .*, it is 0; num_tokens must .*'missing'"):
+        build_encoder("sizeless", width=0)
+    with pytest.raises(ValueError, match="encoder 'nothing', a NoneType, must state"):
         build_encoder("nothing")
 
 

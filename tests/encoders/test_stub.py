@@ -1,4 +1,4 @@
-"""The encoder without weights, and all that has to cope with a part that holds nothing."""
+"""The encoder without weights, and models with a part that has no parameters."""
 
 import copy
 import pickle
@@ -64,7 +64,7 @@ def prompt(name):
 # --- the encoder itself --------------------------------------------------------------------------
 
 
-def test_holds_nothing():
+def test_has_no_parameters_and_no_buffers():
     encoder = RandomEncoder(5, 7)
     assert not list(encoder.parameters())
     assert not list(encoder.buffers())
@@ -72,7 +72,7 @@ def test_holds_nothing():
     assert (encoder.num_tokens, encoder.feature_dim) == (5, 7)
 
 
-def test_features_are_fixed_by_pixels_and_seed():
+def test_features_are_a_function_of_pixels_and_seed():
     x = images(3)
     features = RandomEncoder(5, 7, seed=3)(x)
     torch.manual_seed(1)
@@ -87,7 +87,7 @@ def test_features_are_fixed_by_pixels_and_seed():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 75, 79], ids=str)  # 75 values an image
-def test_every_pixel_reaches_every_token(num_tokens):
+def test_every_pixel_affects_every_token(num_tokens):
     encoder = RandomEncoder(num_tokens, 7).double()
     x = images(1).double().requires_grad_()
     features = encoder(x)
@@ -108,7 +108,7 @@ def test_keeps_the_dtype_of_the_pixels(dtype):
     torch.testing.assert_close(encoder(small).double(), exact, rtol=0.05, atol=0.05)
 
 
-def test_several_images_a_row_are_encoded_each_by_itself():
+def test_images_of_a_row_are_independent():
     encoder = RandomEncoder(5, 7)
     x = images(2, 3)
     out = encoder(x).unflatten(1, (3, 5))
@@ -117,7 +117,7 @@ def test_several_images_a_row_are_encoded_each_by_itself():
     assert encoder(**encoder.example_input()).shape == (1, 5, 7)
 
 
-def test_one_graph_and_no_memory():
+def test_compiles_to_one_graph_and_runs_on_meta():
     encoder = RandomEncoder(5, 7)
     x = images()
     compiled = torch.compile(encoder, backend="eager", fullgraph=True)
@@ -146,11 +146,11 @@ def test_bad_numbers_and_images_are_named():
         RandomEncoder(5, 7)(images()[0])
 
 
-# --- models with a part that holds nothing --------------------------------------------------------
+# --- models with a part without parameters -------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_names_groups_and_the_table_cope(name):
+def test_names_groups_and_the_table(name):
     model = make(name)
     row = describe(model)["encoder"]
     assert (row.tensors, row.parameters, row.trainable, row.dtype) == (0, 0, 0, "-")
@@ -171,7 +171,7 @@ def test_names_groups_and_the_table_cope(name):
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_it_learns_and_the_features_move_the_logits(name):
+def test_it_learns_and_the_features_affect_the_logits(name):
     model = make(name, on_missing="participate")
     tokens, given = prompt(name), {"encoder_input": {"images": images()}}
     optimizer = torch.optim.AdamW(param_groups(model, lr=3e-2))
@@ -186,7 +186,7 @@ def test_it_learns_and_the_features_move_the_logits(name):
     assert losses[-1] < losses[0] - 0.1
     moved = {"encoder_input": {"images": images() + 0.5}}
     assert not torch.allclose(model(tokens, **moved), model(tokens, **given))
-    # A batch of text runs the stand-in, to no effect.
+    # In a batch of text the stand-in has no effect.
     assert torch.equal(model(text()), make_alike(model, name)(text()))
 
 
@@ -213,13 +213,13 @@ def test_saved_and_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_generates_as_the_full_forward_says(name):
+def test_generating_equals_the_full_forward(name):
     model = make(name).eval()
     tokens, given = prompt(name), {"encoder_input": {"images": images()}}
-    said = generate(model, tokens, **given, max_new_tokens=3, temperature=0)
-    for position in range(tokens.shape[1], said.shape[1]):
-        logits = model(said[:, :position], **given)[:, -1]
-        assert torch.equal(logits.argmax(-1), said[:, position])
+    out = generate(model, tokens, **given, max_new_tokens=3, temperature=0)
+    for position in range(tokens.shape[1], out.shape[1]):
+        logits = model(out[:, :position], **given)[:, -1]
+        assert torch.equal(logits.argmax(-1), out[:, position])
 
 
 def step(rank, name):

@@ -1,32 +1,21 @@
-"""CLIP's vision tower, out of torchtune's parts.
+"""CLIP's vision tower, built from torchtune's parts.
 
-torchtune's ``VisionTransformer`` always runs to its end and normalises what comes out. A language
-model wants something else of CLIP (LLaVA, https://arxiv.org/abs/2304.08485): the patch tokens of an
-inner layer, as they stand in the residual stream. So this class keeps the parts and their names and
-runs them up to the layer that is asked for.
+torchtune's ``VisionTransformer`` runs all of its layers and normalises the output. Language models take
+the patch tokens of an inner layer before any final norm (LLaVA, https://arxiv.org/abs/2304.08485). This
+class keeps the parts and their names, and runs them up to a chosen layer.
 """
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
-from torch import Tensor, nn
-from torchtune.models.clip._component_builders import clip_mlp
+from torch import Tensor
 from torchtune.models.clip._position_embeddings import TokenPositionalEmbedding
-from torchtune.models.clip._text_encoder import QuickGELU
-from torchtune.modules import (
-    Fp32LayerNorm,
-    MultiHeadAttention,
-    TransformerSelfAttentionLayer,
-    VisionTransformer,
-)
+from torchtune.modules import VisionTransformer
 
-from torchfuse.errors import ModelError
+from torchfuse.encoders.vit import vit_layer, vit_problems
+from torchfuse.errors import ConfigError, ModelError
 
-__all__ = ["ACTIVATIONS", "ClipVisionEncoder", "clip_vit_l_14_336"]
-
-ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+__all__ = ["ClipVisionEncoder", "clip_vit_l_14_336"]
 
 
 class ClipVisionEncoder(VisionTransformer):
@@ -43,11 +32,11 @@ class ClipVisionEncoder(VisionTransformer):
         norm_eps: epsilon of the layer norms.
         feature_layer: which hidden state the features are, counted as transformers counts: 0 is the
             input of the first layer, ``num_layers`` or -1 the output of the last, -2 that of the
-            last but one. Layers behind it keep their weights and do not run.
+            last but one. Later layers keep their weights and do not run.
         keep_cls: whether the class token stays in front of the patch tokens.
 
     Raises:
-        ModelError: if the numbers do not fit each other.
+        ConfigError: naming every number that is out of range or does not fit the others.
 
     Examples:
         >>> encoder = ClipVisionEncoder(
@@ -71,47 +60,34 @@ class ClipVisionEncoder(VisionTransformer):
         feature_layer: int = -2,
         keep_cls: bool = False,
     ) -> None:
-        sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "hidden_dim": hidden_dim or 1}
-        problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
-        if patch_size < 1 or image_size % max(patch_size, 1):
-            problems.append(f"patch_size={patch_size} must divide image_size={image_size}")
-        if num_heads < 1 or embed_dim % max(num_heads, 1):
-            problems.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
-        if activation not in ACTIVATIONS:
-            problems.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        problems = vit_problems(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_heads=num_heads,
+            activation=activation,
+            embed_dim=embed_dim,
+            num_layers=num_layers,
+            hidden_dim=1 if hidden_dim is None else hidden_dim,
+        )
         if not -num_layers - 1 <= feature_layer <= num_layers:
             problems.append(
                 f"feature_layer={feature_layer} must lie between {-num_layers - 1} and {num_layers}"
             )
         if problems:
-            raise ModelError(f"CLIP vision tower: {'; '.join(problems)}.")
-        layer = TransformerSelfAttentionLayer(
-            attn=MultiHeadAttention(
-                embed_dim=embed_dim,
-                num_heads=num_heads,
-                num_kv_heads=num_heads,
-                head_dim=embed_dim // num_heads,
-                q_proj=nn.Linear(embed_dim, embed_dim),
-                k_proj=nn.Linear(embed_dim, embed_dim),
-                v_proj=nn.Linear(embed_dim, embed_dim),
-                output_proj=nn.Linear(embed_dim, embed_dim),
-                is_causal=False,
-            ),
-            mlp=clip_mlp(
-                in_dim=embed_dim,
-                out_dim=embed_dim,
-                hidden_dim=hidden_dim or 4 * embed_dim,
-                activation=ACTIVATIONS[activation](),
-            ),
-            sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps),
-            mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps),
-        )
+            raise ConfigError(f"CLIP vision tower: {'; '.join(problems)}.")
         super().__init__(
             patch_size=patch_size,
             tile_size=image_size,
             num_layers=num_layers,
             embed_dim=embed_dim,
-            layer=layer,
+            layer=vit_layer(
+                embed_dim,
+                num_heads,
+                hidden_dim or 4 * embed_dim,
+                activation=activation,
+                norm_eps=norm_eps,
+                bias=True,
+            ),
             token_pos_embedding=TokenPositionalEmbedding(embed_dim, image_size, patch_size),
         )
         self.ln_pre.eps = self.ln_post.eps = norm_eps
@@ -126,7 +102,7 @@ class ClipVisionEncoder(VisionTransformer):
         return self.patches_per_tile + int(self.keep_cls)
 
     def example_input(self) -> dict[str, Tensor]:
-        """One black image."""
+        """Return one black image."""
         return {"images": torch.zeros(1, 3, self.image_size, self.image_size)}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,7 +116,7 @@ class ClipVisionEncoder(VisionTransformer):
             Features ``[b, m * num_tokens, d_e]``, image by image, each in rows of its grid.
 
         Raises:
-            ModelError: if the images are not of the size that the tower was trained with.
+            ModelError: if the images have another size than ``image_size``.
         """
         size = (3, self.image_size, self.image_size)
         if images.dim() not in (4, 5) or images.shape[-3:] != size:
@@ -159,7 +135,7 @@ class ClipVisionEncoder(VisionTransformer):
 
 
 def clip_vit_l_14_336(feature_layer: int = -2, keep_cls: bool = False) -> ClipVisionEncoder:
-    """The vision tower of ``openai/clip-vit-large-patch14-336``, 304 M parameters, 576 patches.
+    """Build the vision tower of ``openai/clip-vit-large-patch14-336``: 304 M parameters, 576 patches.
 
     Args:
         feature_layer: which hidden state the features are, see ``ClipVisionEncoder``.

@@ -1,12 +1,12 @@
-"""Clips: a row's frames, padded to one length, through an encoder of images.
+"""Clips: the frames of a row, padded to one length, encoded by an encoder of images.
 
-A clip of ``f`` frames is ``f`` images a row, and its features stand frame by frame, ``[b, f * n, d_e]``.
-Clips of different lengths are padded with frames that do not count, said by ``frame_mask`` ``[b, f]``
-(True: the frame is real). Padding is encoded like everything else, so that shapes stay the same, but it
-is black whatever stood there, and ``frame_features_mask`` makes of the mask what every architecture
-takes as ``encoder_mask``: nothing in a padded frame, not even a NaN, reaches a result.
+A clip of ``f`` frames is ``f`` images a row, and its features are in the order of the frames,
+``[b, f * n, d_e]``. Clips of different lengths are padded, with ``frame_mask`` ``[b, f]`` (True: the
+frame is real). Padded frames are encoded too, so that shapes stay static, but as black images, and
+``frame_features_mask`` turns the mask into the ``encoder_mask`` of every architecture: no value in a
+padded frame, not even a NaN, affects a result.
 
-A row without any real frame is a row of text.
+A row without a real frame is a row of text.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["FrameEncoder", "frame_features_mask", "hide_padding"]
 
 
 def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int = 0) -> Tensor:
-    """Make padded frames black.
+    """Replace padded frames by zeros.
 
     Args:
-        images: ``[b, f, ...]``, as the encoder takes ``f`` images a row.
-        frame_mask: bool ``[b, f]``, True: the frame is real. None: all are, and the images stay as they
-            are.
-        min_frames: how many real frames every row must have. On the CPU too few are an error; on an
-            accelerator, and in a graph, they are an assertion on the device, which nobody waits for.
+        images: ``[b, f, ...]``, ``f`` images a row.
+        frame_mask: bool ``[b, f]``, True: the frame is real. None: all are, and the images are returned
+            unchanged.
+        min_frames: the least number of real frames in a row. Fewer are an error on the CPU, and a
+            device-side assertion, which does not synchronise, on accelerators and in graphs.
 
     Returns:
-        The images, with zeros in place of whatever the padded frames held.
+        The images, with zeros in padded frames.
 
     Raises:
         ModelError: if the mask does not fit the images, or rows have too few frames, naming them.
@@ -58,19 +58,19 @@ def hide_padding(images: Tensor, frame_mask: Tensor | None, *, min_frames: int =
     if min_frames > 0:
         _check_counts(frame_mask, min_frames)
     real = frame_mask.view(*frame_mask.shape, *[1] * (images.dim() - 2))
-    # Not a product: zero times NaN is NaN.
+    # No multiplication: zero times NaN is NaN.
     return torch.where(real, images, torch.zeros((), dtype=images.dtype, device=images.device))
 
 
 def frame_features_mask(frame_mask: Tensor, num_tokens: int) -> Tensor:
-    """Which features belong to a real frame, for ``encoder_mask``.
+    """Return which features are of a real frame, for ``encoder_mask``.
 
     Args:
         frame_mask: bool ``[b, f]``, True: the frame is real.
-        num_tokens: features of one frame, behind the adapter where there is one.
+        num_tokens: features of one frame, after the adapter if there is one.
 
     Returns:
-        Bool ``[b, f * num_tokens]``, True: the feature belongs to the row.
+        Bool ``[b, f * num_tokens]``, True: may attend.
 
     Raises:
         ModelError: for another mask, or a number below one.
@@ -88,10 +88,10 @@ def frame_features_mask(frame_mask: Tensor, num_tokens: int) -> Tensor:
 
 
 class FrameEncoder(TransparentWrapper):
-    """An encoder of one image a row, for several: frames of a clip, or images.
+    """An encoder of one image a row, applied to several: frames of a clip, or images.
 
-    ``ClipVisionEncoder``, ``HfEncoder`` and ``RandomEncoder`` take several by themselves and need no
-    wrapper. Parameters keep their names, and what the encoder says of itself stays readable
+    ``ClipVisionEncoder``, ``HfEncoder`` and ``RandomEncoder`` take several themselves and need no
+    wrapper. Parameters keep their names, and attributes of the encoder are the wrapper's
     (``feature_dim``, ``num_tokens``: of one frame).
 
     Args:
@@ -116,10 +116,10 @@ class FrameEncoder(TransparentWrapper):
         self.wrap(encoder, child="image_encoder")
 
     def example_input(self) -> dict[str, Tensor]:
-        """The wrapped encoder's own example, or a black image of its ``image_size``, in enough frames.
+        """Return the wrapped encoder's example, or a black image of its ``image_size``, as a clip.
 
         Raises:
-            ModelError: if it says neither.
+            ModelError: if the encoder has neither.
         """
         example: Any = getattr(self.wrapped, "example_input", None)
         tensors = list(example().values()) if callable(example) else []
@@ -130,7 +130,7 @@ class FrameEncoder(TransparentWrapper):
             image = torch.zeros(1, 3, size, size)
         else:
             raise ModelError(
-                f"What {type(self.wrapped).__name__} runs on is not known: pass example_input= with "
+                f"An input of {type(self.wrapped).__name__} is not known: pass example_input= with "
                 "images [1, c, h, w], or give it an image_size."
             )
         if self.min_frames > 1:
@@ -145,7 +145,8 @@ class FrameEncoder(TransparentWrapper):
             frame_mask: bool ``[b, f]``, True: the frame is real. None: all are.
 
         Returns:
-            Features ``[b, f * n, d_e]``, frame by frame, of padding too: see ``frame_features_mask``.
+            Features ``[b, f * n, d_e]``, frame by frame, those of padding included: see
+            ``frame_features_mask``.
 
         Raises:
             ModelError: if images, mask or features have another shape.

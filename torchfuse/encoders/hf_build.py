@@ -1,4 +1,4 @@
-"""Towers of transformers from their configuration: no weights, no network, no foreign code."""
+"""Towers of transformers, built from their configuration: no weights, no network, no foreign code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from torchfuse.encoders.hf import AXES, HfEncoder, computed_buffers
+from torchfuse.encoders.hf import HfEncoder, computed_buffers
+from torchfuse.encoders.hf_towers import AXES
 from torchfuse.errors import CheckpointError
 from torchfuse.io.strict_json import read_json
 
@@ -21,7 +22,7 @@ __all__ = ["hf_encoder", "saved_names", "tower_config"]
 
 # The encoder half of a model that also has a decoder.
 _ENCODERS: Final = {"whisper": ("transformers.models.whisper.modeling_whisper", "WhisperEncoder")}
-# What a file must not choose: code that is not transformers' own.
+# Keys by which a file would choose code that is not transformers' own.
 _FOREIGN_CODE: Final = (
     "auto_map",
     "attn_implementation",
@@ -41,11 +42,10 @@ def hf_encoder(
 ) -> HfEncoder:
     """Build the tower that a checkpoint's ``config.json`` describes, without its weights.
 
-    Nothing is initialised: memory is taken, and every parameter is NaN until a checkpoint is loaded into
-    it, so that a tensor that was forgotten cannot go unseen. Under ``torch.device("meta")`` no memory is
-    taken but for buffers that no checkpoint holds. A pooler that features do not pass is left out where
-    the tower's class allows it, and layers are never dropped at random. Neither the network nor code
-    from the directory is ever used.
+    Nothing is initialised: every parameter is NaN until a checkpoint is loaded, so that a missing tensor
+    shows. Under ``torch.device("meta")`` memory is allocated only for buffers that no checkpoint holds.
+    A pooler that does not affect the features is left out where the tower's class allows it, and layers
+    are never dropped at random. Neither the network nor code from the directory is used.
 
     Args:
         path_or_config: a directory with a ``config.json``, or a configuration of transformers, of a
@@ -58,7 +58,8 @@ def hf_encoder(
 
     Raises:
         ImportError: if transformers is not installed.
-        CheckpointError: if there is no such tower, or an argument does not fit it.
+        CheckpointError: if there is no tower in the configuration.
+        ConfigError: if an argument does not fit the tower.
 
     Examples:
         >>> from transformers import Dinov2Config
@@ -79,7 +80,7 @@ def hf_encoder(
     else:
         raise CheckpointError(f"transformers has no tower for the configuration of a {kind!r}.")
     if getattr(tower_class, "main_input_name", None) not in AXES:
-        raise CheckpointError(f"A {kind!r} ({tower_class.__name__}) is no vision or audio tower.")
+        raise CheckpointError(f"A {kind!r} ({tower_class.__name__}) is not a vision or audio tower.")
     for name in {"layerdrop", "encoder_layerdrop"} & vars(config).keys():
         setattr(config, name, 0.0)  # all ranks run the same layers, and hidden states can be counted
     pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
@@ -94,19 +95,19 @@ def hf_encoder(
 
 
 def tower_config(path_or_config: Any) -> Any:
-    """The configuration of the tower in a checkpoint.
+    """Return the configuration of the tower in a checkpoint.
 
     Args:
-        path_or_config: a directory with a ``config.json``, what such a file holds, or a configuration
-            of transformers. One with a ``vision_config`` or an ``audio_config`` is a whole model's, and
-            that is the tower's.
+        path_or_config: a directory with a ``config.json``, the contents of such a file, or a
+            configuration of transformers. Of a whole model's, its ``vision_config`` or
+            ``audio_config`` is the tower's.
 
     Returns:
-        A configuration of transformers, whose ``model_type`` says which tower it is.
+        A configuration of transformers, whose ``model_type`` is the tower's.
 
     Raises:
         ImportError: if transformers is not installed.
-        CheckpointError: if it is no such thing, or there are several towers.
+        CheckpointError: if there is no configuration that transformers can read, or it has two towers.
 
     Examples:
         >>> from transformers import CLIPConfig
@@ -123,15 +124,15 @@ def tower_config(path_or_config: Any) -> Any:
             )
         config, source = read_json(path / "config.json"), str(path / "config.json")
     if isinstance(config, Mapping):
-        said = _without_foreign_code(dict(config))
-        kind = said.get("model_type")
+        values = _without_foreign_code(dict(config))
+        kind = values.get("model_type")
         if kind not in transformers.CONFIG_MAPPING:
-            raise CheckpointError(f"{source}: transformers knows no model_type {kind!r}.")
+            raise CheckpointError(f"{source}: transformers has no model_type {kind!r}.")
         try:
-            config = transformers.CONFIG_MAPPING[kind].from_dict(said)
-        except Exception as error:  # each configuration checks itself in its own way
+            config = transformers.CONFIG_MAPPING[kind].from_dict(values)
+        except Exception as error:  # every configuration class raises errors of its own
             reason = " ".join(str(error).split()).rstrip(".")
-            raise CheckpointError(f"{source} is no {kind} configuration: {reason}.") from error
+            raise CheckpointError(f"{source} is not a {kind} configuration: {reason}.") from error
     if not isinstance(config, transformers.PreTrainedConfig):
         raise CheckpointError(
             "A tower is built from a directory or a configuration of transformers, got a "
@@ -146,12 +147,13 @@ def tower_config(path_or_config: Any) -> Any:
 
 
 def saved_names(tower: nn.Module) -> dict[str, str]:
-    """The names that a tower's tensors have in a file, by those that they have in memory.
+    """Map the names of a tower's tensors in memory to their names in a file.
 
-    Since its version 5 transformers renames on the way in and out, so that old files keep their names.
+    Since version 5 transformers renames tensors when it loads and saves, so that old files keep their
+    names.
 
     Raises:
-        CheckpointError: for a tensor that is not renamed only, but stored otherwise.
+        CheckpointError: for a tensor that transformers changes in other ways when it saves.
     """
     state = tower.state_dict()
     names = dict.fromkeys(state, "")
@@ -159,19 +161,19 @@ def saved_names(tower: nn.Module) -> dict[str, str]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # versions that rename nothing
         return {name: name for name in names}
-    mine = {id(tensor): name for name, tensor in state.items()}
+    by_id = {id(tensor): name for name, tensor in state.items()}
     saved = revert_weight_conversion(tower, state)
-    names |= {mine[id(tensor)]: key for key, tensor in saved.items() if id(tensor) in mine}
-    if otherwise := [name for name, key in names.items() if not key]:
+    names |= {by_id[id(tensor)]: key for key, tensor in saved.items() if id(tensor) in by_id}
+    if changed := [name for name, key in names.items() if not key]:
         raise CheckpointError(
-            f"transformers stores {', '.join(otherwise[:8])} of a {type(tower).__name__} otherwise; such"
-            " a tower cannot be loaded here."
+            f"transformers changes {', '.join(changed[:8])} of a {type(tower).__name__} when it saves "
+            "them; such a tower cannot be loaded here."
         )
     return names
 
 
 def _build(tower_class: Any, config: Any, dtype: torch.dtype | None, options: Any) -> nn.Module:
-    """A tower whose parameters are NaN and whose computed buffers are right, on the meta device too."""
+    """Build a tower with NaN parameters and real values in computed buffers, on the meta device too."""
     from transformers.initialization import no_init_weights
 
     def make() -> nn.Module:
@@ -184,7 +186,7 @@ def _build(tower_class: Any, config: Any, dtype: torch.dtype | None, options: An
         tower = make()
         computed = list(computed_buffers(tower))
         if any(buffer.is_meta for _, _, buffer in computed):
-            with torch.device("cpu"):  # memory that is not touched costs nothing
+            with torch.device("cpu"):  # parameters are allocated but never written
                 real = [buffer for _, _, buffer in computed_buffers(make())]
             for (module, name, _), buffer in zip(computed, real, strict=True):
                 module._buffers[name] = buffer
@@ -196,11 +198,11 @@ def _build(tower_class: Any, config: Any, dtype: torch.dtype | None, options: An
     return tower
 
 
-def _without_foreign_code(said: Any) -> Any:
-    """A file's configuration without what would make transformers fetch or run other code."""
-    if not isinstance(said, dict):
-        return said
-    return {key: _without_foreign_code(v) for key, v in said.items() if key not in _FOREIGN_CODE}
+def _without_foreign_code(values: Any) -> Any:
+    """Return a file's configuration without the keys that make transformers load other code."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_foreign_code(v) for key, v in values.items() if key not in _FOREIGN_CODE}
 
 
 def _transformers() -> ModuleType:

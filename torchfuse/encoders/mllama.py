@@ -1,12 +1,11 @@
-"""The vision tower of Llama 3.2 Vision (Mllama), out of torchtune's parts.
+"""The vision tower of Llama 3.2 Vision (Mllama), built from torchtune's parts.
 
 torchtune's ``Llama3VisionEncoder`` leaves out two things that the weights were trained with. Tokens of
-a tile are padded with zeros to a multiple of eight, and these padding tokens are keys for everything
-that is valid; what is invalid (padding tokens, and all tokens of padding tiles) attends to what is
-valid only. And transformers holds the embeddings of tiles as one row an aspect ratio where Meta and
-torchtune hold one grid that every aspect ratio cuts its corner from. Rows can say all that a grid
-can, and more, so rows are the form here; ``mllama_tiles`` changes one into the
-other. Layers, gates, norms and names are torchtune's.
+a tile are padded with zeros to a multiple of eight, and these padding tokens are keys for all valid
+tokens; invalid tokens (padding tokens, and all tokens of padding tiles) attend to valid ones only. And
+transformers holds the embeddings of tiles as one row for each aspect ratio, where Meta and torchtune
+hold one grid of which every aspect ratio takes a corner. Rows can hold all that a grid can, and more, so
+this tower has rows; ``mllama_tiles`` converts between the two.
 """
 
 from __future__ import annotations
@@ -16,28 +15,26 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.models.clip._component_builders import clip_mlp
-from torchtune.models.llama3_2_vision._encoder import Llama3VisionProjectionHead
-from torchtune.modules import (
-    Fp32LayerNorm,
-    MultiHeadAttention,
-    TanhGate,
-    TransformerSelfAttentionLayer,
-    VisionTransformer,
-)
 
-from torchfuse.encoders.clip import ACTIVATIONS
 from torchfuse.encoders.mllama_tiles import AspectRatios, ratio_problems
-from torchfuse.errors import ModelError
+from torchfuse.encoders.mllama_transformer import (
+    MaskedProjectionHead,
+    TiledTokenEmbedding,
+    TiledVisionTransformer,
+    TileEmbedding,
+)
+from torchfuse.encoders.vit import vit_layer, vit_problems
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.params import register_fusion_module
 
 __all__ = ["MllamaVisionEncoder"]
 
 
 class MllamaVisionEncoder(nn.Module):
-    """Features of images that are cut into tiles, as Llama 3.2 Vision's decoder attends to them.
+    """Features of images that are cut into tiles, for the decoder of Llama 3.2 Vision.
 
-    Its children are ``clip`` and ``projection``, as in torchtune; fusion learns the projection.
+    Its children are ``clip`` and ``projection``, as in torchtune; the projection's parameters are fusion
+    parameters.
 
     Args:
         image_size: side of a tile, in pixels.
@@ -48,22 +45,21 @@ class MllamaVisionEncoder(nn.Module):
         num_heads: attention heads; divides ``embed_dim``.
         hidden_dim: width inside the feed-forwards.
         decoder_dim: width of the features.
-        intermediate_layers: which hidden states of ``clip`` the features are projected from beside
-            the last, counted as transformers 5.23 counts ``intermediate_layers_indices``: ``i`` is
-            the state *behind* layer ``i``, a negative one counts from the end. Meta, torchtune
-            (``out_indices``) and transformers as it first had the model mean the state *before* layer
-            ``i``; for their ``i`` give ``i - 1``.
+        intermediate_layers: hidden states of ``clip`` that are projected beside the last, counted as
+            transformers 5.23 counts ``intermediate_layers_indices``: ``i`` is the output of layer
+            ``i``, and a negative one counts from the end. In Meta's code, torchtune (``out_indices``)
+            and early versions of transformers ``i`` is the *input* of layer ``i``: pass ``i - 1``.
         max_num_tiles: tiles that every image is padded to.
         supported_aspect_ratios: (tiles high, tiles wide) of the ids 1, 2, ...; id 0 is an image that
             pads a row.
-        norm_eps: epsilon of the norms in the layers; that of the two others is 1e-5.
+        norm_eps: epsilon of the norms in the layers; the two other norms have 1e-5.
         activation: ``"gelu"`` or ``"quick_gelu"``.
         in_channels: channels of the images.
         pad_tokens_to: tokens of a tile are padded to a multiple of this; the weights were trained
             with 8, and torchtune's tower has 1.
 
     Raises:
-        ModelError: if the numbers do not fit each other.
+        ConfigError: naming every number that is out of range or does not fit the others.
 
     Examples:
         >>> encoder = MllamaVisionEncoder(
@@ -96,37 +92,42 @@ class MllamaVisionEncoder(nn.Module):
         pad_tokens_to: int = 8,
     ) -> None:
         super().__init__()
-        sizes = {
-            "embed_dim": embed_dim,
-            "num_layers": num_layers,
-            "hidden_dim": hidden_dim,
-            "decoder_dim": decoder_dim,
-            "max_num_tiles": max_num_tiles,
-            "in_channels": in_channels,
-            "pad_tokens_to": pad_tokens_to,
-        }
-        problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
+        problems = vit_problems(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_heads=num_heads,
+            activation=activation,
+            embed_dim=embed_dim,
+            num_layers=num_layers,
+            hidden_dim=hidden_dim,
+            decoder_dim=decoder_dim,
+            max_num_tiles=max_num_tiles,
+            in_channels=in_channels,
+            pad_tokens_to=pad_tokens_to,
+        )
         if num_global_layers < 0:
             problems.append(f"num_global_layers={num_global_layers} must be at least 0")
-        if patch_size < 1 or image_size < 1 or image_size % max(patch_size, 1):
-            problems.append(f"patch_size={patch_size} must divide image_size={image_size}")
-        if num_heads < 1 or embed_dim % max(num_heads, 1):
-            problems.append(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
-        if activation not in ACTIVATIONS:
-            problems.append(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
         outside = [i for i in intermediate_layers if not -num_layers <= i < num_layers]
         if outside:
             problems.append(f"intermediate_layers {outside} must lie in [{-num_layers}, {num_layers})")
         problems += ratio_problems(supported_aspect_ratios, max_num_tiles)
         if problems:
-            raise ModelError(f"Mllama vision tower: {'; '.join(problems)}.")
+            raise ConfigError(f"Mllama vision tower: {'; '.join(problems)}.")
         self.image_size, self.in_channels = image_size, in_channels
         self.feature_dim = decoder_dim
         self.max_num_tiles = max_num_tiles
         self.pad_tokens_to = pad_tokens_to
         self.aspect_ratios = [(int(h), int(w)) for h, w in supported_aspect_ratios]
         layers = [
-            _layer(embed_dim, num_heads, hidden_dim, activation, norm_eps, gated=index > 0)
+            vit_layer(
+                embed_dim,
+                num_heads,
+                hidden_dim,
+                activation=activation,
+                norm_eps=norm_eps,
+                bias=False,
+                gated=index > 0,
+            )
             for index in range(1 + num_global_layers)
         ]
         tables = [
@@ -155,16 +156,16 @@ class MllamaVisionEncoder(nn.Module):
 
     @property
     def tokens_per_tile(self) -> int:
-        """Features of one tile: its patches and a class token in front."""
+        """Features of one tile: a class token and its patches."""
         return int(self.clip.get_image_tokens_per_tile())
 
     @property
     def num_tokens(self) -> int:
-        """Features of one image, those of padding tiles among them."""
+        """Features of one image, those of padding tiles included."""
         return self.max_num_tiles * self.tokens_per_tile
 
     def example_input(self) -> dict[str, Tensor]:
-        """One black image of as few tiles as there are images of."""
+        """Return one black image of the smallest aspect ratio."""
         h, w = min(self.aspect_ratios, key=lambda ratio: ratio[0] * ratio[1])
         shape = (1, 1, h * w, self.in_channels, self.image_size, self.image_size)
         return {"images": torch.zeros(shape), "aspect_ratio": torch.tensor([[[h, w]]])}
@@ -180,24 +181,24 @@ class MllamaVisionEncoder(nn.Module):
         """Encode images.
 
         Args:
-            images: normalised pixels of tiles, ``[b, m, t, c, s, s]`` for ``m`` images a row, tiles in
-                rows of their image, padding tiles behind them. With ``t`` below ``max_num_tiles``,
-                black tiles are appended: the weights were trained with that many.
+            images: normalised pixels of tiles, ``[b, m, t, c, s, s]`` for ``m`` images a row: tiles in
+                rows of their image, then padding tiles. With ``t`` below ``max_num_tiles``, black
+                tiles are appended, as the weights were trained with that many.
             aspect_ratio: (tiles high, tiles wide) of each image, ``[b, m, 2]``; (0, 0) for an image
-                that pads a row. May be left out where ``t`` is 1.
-            aspect_ratio_ids: in its place transformers' ids, ``[b, m]``.
-            aspect_ratio_mask: which tiles are no padding, ``[b, m, t]``, True (or 1): may be attended
-                to by all. None: as many as the aspect ratio says, and the first tile of an image that
-                pads a row. In an image without any, everything attends to everything.
+                that pads a row. Optional if ``t`` is 1.
+            aspect_ratio_ids: instead of it transformers' ids, ``[b, m]``.
+            aspect_ratio_mask: which tiles are valid, ``[b, m, t]``, True (or 1): all tokens may attend
+                to it. None: as many as the aspect ratio has, and the first tile of an image that pads
+                a row. In an image without a valid tile everything attends to everything.
 
         Returns:
-            Features ``[b, m * num_tokens, decoder_dim]``, image by image, tile by tile, of padding
-            tiles too: the encoder mask hides them (``encoder_mask_of_tiles``).
+            Features ``[b, m * num_tokens, decoder_dim]``, image by image, tile by tile, those of
+            padding tiles included: mask them out by ``encoder_mask_of_tiles``.
 
         Raises:
             ModelError: for shapes that do not fit, and, on the CPU, for an aspect ratio that is not
-                supported or has more tiles than ``images``. Elsewhere looking would wait for the
-                device, so there the device asserts it.
+                supported or has more tiles than ``images``. On other devices that would synchronise,
+                so there it is a device-side assertion.
         """
         self._check_shapes(images, aspect_ratio, aspect_ratio_ids, aspect_ratio_mask)
         b, m, t = images.shape[:3]
@@ -215,7 +216,7 @@ class MllamaVisionEncoder(nn.Module):
         return features[:, :, : self.tokens_per_tile].flatten(1, 2)
 
     def _ids(self, images: Tensor, ratio: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The aspect ratio's id and the number of tiles of every image."""
+        """Return the aspect ratio's id and the number of tiles of every image, ``[b, m]`` both."""
         if ratio is None and ids is None:
             ratio = torch.ones(*images.shape[:2], 2, dtype=torch.long, device=images.device)
         if ratio is not None:
@@ -256,7 +257,7 @@ class MllamaVisionEncoder(nn.Module):
             )
         problems = []
         if ratio is not None and ids is not None:
-            problems.append("aspect_ratio and aspect_ratio_ids say the same; give one of them")
+            problems.append("aspect_ratio and aspect_ratio_ids mean the same; give one of them")
         if ratio is None and ids is None and (shape[2] > 1 or (1, 1) not in self.aspect_ratios):
             problems.append(f"give aspect_ratio [b, m, 2], without which {shape[2]} tiles are ambiguous")
         for name, given, wanted in (
@@ -268,139 +269,3 @@ class MllamaVisionEncoder(nn.Module):
                 problems.append(f"{name} must have shape {wanted}, got {list(given.shape)}")
         if problems:
             raise ModelError(f"Mllama vision tower, images {shape}: {'; '.join(problems)}.")
-
-
-class TiledVisionTransformer(VisionTransformer):
-    """torchtune's transformer with padding tokens, a mask, and embeddings by the id of aspect ratios."""
-
-    hidden_layers: list[int]
-    num_padding: int
-
-    def attention_mask(self, tiles: Tensor) -> Tensor:
-        """What may attend to what, ``[n, s, s]``, True: may attend, for valid tiles ``[n, t]``."""
-        num_tokens = self.get_image_tokens_per_tile()
-        token = torch.arange(num_tokens + self.num_padding, device=tiles.device) < num_tokens
-        valid = (tiles.unsqueeze(-1) & token).flatten(1)  # [n, s]
-        # Without any valid token a softmax would be over nothing.
-        valid = valid | ~valid.any(dim=1, keepdim=True)
-        return valid.unsqueeze(2) | valid.unsqueeze(1)
-
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the tower up to the projection.
-
-        Args:
-            images: ``[b, m, t, c, s, s]``.
-            ids: of aspect ratios, ``[b, m]``.
-            mask: as ``attention_mask`` makes it, ``[b * m, ..]``.
-
-        Returns:
-            The last state ``[b, m, t, tokens and padding, d]`` and the hidden states, shaped alike.
-        """
-        ids = ids.flatten()  # [n], n = b * m
-        x = self.conv(images.flatten(0, 2)).flatten(2).transpose(1, 2)
-        x = self.pre_tile_pos_embed(x.unflatten(0, (len(ids), -1)), ids)  # [n, t, patches, d]
-        x = self.token_pos_embedding(self.cls_token_embedding(x), ids)
-        x = F.pad(self.ln_pre(x), (0, 0, 0, self.num_padding))
-        tiled = x.shape
-        x = x.flatten(1, 2)
-        hidden: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            x = layer(x, mask=mask)
-            if index in self.hidden_layers:
-                hidden[index] = x.reshape(*images.shape[:3], *tiled[2:])
-        x = self.post_tile_pos_embed(self.ln_post(x).reshape(tiled), ids)
-        return x.reshape(*images.shape[:3], *tiled[2:]), [hidden[index] for index in self.hidden_layers]
-
-
-class MaskedProjectionHead(Llama3VisionProjectionHead):
-    """torchtune's projection head with a mask."""
-
-    def forward(self, x: Tensor, hidden_states: Sequence[Tensor], *, mask: Tensor) -> Tensor:
-        """Run the gated layers, and project their output and the hidden states.
-
-        Args:
-            x: ``[b, m, t, n, d]``.
-            hidden_states: as many as the head was made for, each shaped as ``x``.
-            mask: ``[b * m, t * n, t * n]``, True: may attend.
-
-        Returns:
-            Features ``[b, m * t * n, decoder_dim]``.
-        """
-        tiled = x.shape
-        x = x.flatten(2, 3).flatten(0, 1)
-        for layer in self.layers:
-            x = layer(x, mask=mask)
-        x = x.reshape(tiled)
-        if hidden_states:  # the k-th number of every state side by side, as in the weights
-            x = torch.cat([x, torch.stack(list(hidden_states), dim=-1).flatten(-2)], dim=-1)
-        return self.output(x).flatten(1, 3)
-
-
-class TileEmbedding(nn.Module):
-    """An embedding of each tile of an image, behind a gate that starts closed.
-
-    Args:
-        shape: ``(ids + 1, max_num_tiles, 1, d)``.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(shape[-1] ** -0.5 * torch.randn(shape))
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Add to ``x`` ``[n, t, tokens, d]`` what belongs to the ids ``[n]``."""
-        return x + _rows(self.embedding, ids) * self.gate.tanh()
-
-
-class TiledTokenEmbedding(nn.Module):
-    """An embedding of each token, one share for all tiles and one of its own for each tile.
-
-    Args:
-        shape: ``(ids + 1, max_num_tiles, tokens, d)``.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        super().__init__()
-        scale = shape[-1] ** -0.5
-        self.local_token_positional_embedding = nn.Parameter(scale * torch.randn(shape[2:]))
-        self.global_token_positional_embedding = nn.Parameter(scale * torch.randn(shape))
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Add to ``x`` ``[n, t, tokens, d]`` what belongs to the ids ``[n]``."""
-        gate = self.gate.tanh()
-        x = x + (1 - gate) * self.local_token_positional_embedding
-        return x + gate * _rows(self.global_token_positional_embedding, ids)
-
-
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    return F.embedding(ids, table.flatten(1)).unflatten(1, table.shape[1:])
-
-
-def _layer(
-    embed_dim: int, num_heads: int, hidden_dim: int, activation: str, norm_eps: float, *, gated: bool
-) -> TransformerSelfAttentionLayer:
-    return TransformerSelfAttentionLayer(
-        attn=MultiHeadAttention(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=embed_dim // num_heads,
-            q_proj=nn.Linear(embed_dim, embed_dim, bias=False),
-            k_proj=nn.Linear(embed_dim, embed_dim, bias=False),
-            v_proj=nn.Linear(embed_dim, embed_dim, bias=False),
-            output_proj=nn.Linear(embed_dim, embed_dim, bias=False),
-            is_causal=False,
-        ),
-        mlp=clip_mlp(
-            in_dim=embed_dim,
-            out_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            activation=ACTIVATIONS[activation](),
-        ),
-        sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps),
-        mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps),
-        sa_scale=TanhGate() if gated else None,
-        mlp_scale=TanhGate() if gated else None,
-    )

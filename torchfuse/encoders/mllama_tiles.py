@@ -1,7 +1,7 @@
-"""Embeddings of tiles as rows and as a grid, and which tiles text may attend to.
+"""Conversion of tile embeddings between a table and a grid, and the mask of tiles for text.
 
-transformers holds one row an aspect ratio, ``[ids + 1, tiles, n, d]`` with id 0 for images that pad a
-row; Meta and torchtune hold one grid ``[t, t, n, d]`` that every aspect ratio cuts its corner from.
+transformers holds one row for each aspect ratio, ``[ids + 1, tiles, n, d]`` with id 0 for images that
+pad a row; Meta and torchtune hold one grid ``[t, t, n, d]`` of which every aspect ratio takes a corner.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ AspectRatios = Sequence[Sequence[int]]
 def encoder_mask_of_tiles(
     cross_attention_mask: Tensor, tokens_per_tile: int, max_num_tiles: int | None = None
 ) -> Tensor:
-    """Which features each text token may attend to, from which tiles it may attend to.
+    """Expand a mask over tiles to a mask over features.
 
     Args:
         cross_attention_mask: ``[b, s, m, t]``, True (or 1): may attend, as transformers' processor
             makes it.
         tokens_per_tile: features of one tile.
-        max_num_tiles: tiles that the tower pads to; what is beyond ``t`` is hidden. None: ``t``.
+        max_num_tiles: tiles that the tower pads to; those beyond ``t`` are masked out. None: ``t``.
 
     Returns:
         An ``encoder_mask``, bool ``[b, s, m * max_num_tiles * tokens_per_tile]``, True: may attend.
@@ -52,7 +52,9 @@ def encoder_mask_of_tiles(
 
 
 def grid_to_table(grid: Tensor, aspect_ratios: AspectRatios, max_num_tiles: int) -> Tensor:
-    """Meta's and torchtune's form of an embedding of tiles as transformers', which is the tower's.
+    """Convert an embedding of tiles from Meta's and torchtune's grid to transformers' table.
+
+    The table is the form of ``MllamaVisionEncoder``.
 
     Args:
         grid: ``[t, t, n, d]``; an image of (h, w) tiles has the corner ``[:h, :w]``.
@@ -79,7 +81,7 @@ def grid_to_table(grid: Tensor, aspect_ratios: AspectRatios, max_num_tiles: int)
         problems.append(f"the grid must be [t, t, n, d], got {list(grid.shape)}")
     elif max((max(ratio) for ratio in aspect_ratios), default=0) > grid.shape[0]:
         problems.append(
-            f"a grid of {grid.shape[0]} x {grid.shape[0]} tiles has no place for all of them"
+            f"a grid of {grid.shape[0]} x {grid.shape[0]} tiles is too small for all of them"
         )
     if problems:
         raise ModelError(f"Aspect ratios {list(aspect_ratios)}: {'; '.join(problems)}.")
@@ -90,15 +92,15 @@ def grid_to_table(grid: Tensor, aspect_ratios: AspectRatios, max_num_tiles: int)
 
 
 def table_to_grid(table: Tensor, aspect_ratios: AspectRatios) -> Tensor:
-    """Transformers' form of an embedding of tiles as Meta's and torchtune's, if that can hold it.
+    """Convert an embedding of tiles from transformers' table to Meta's and torchtune's grid.
 
     Args:
         table: ``[ids + 1, t, n, d]``.
         aspect_ratios: (tiles high, tiles wide) of the ids 1, 2, ...
 
     Returns:
-        ``[t, t, n, d]``, from which ``grid_to_table`` makes the same table; zero where no aspect ratio
-        reaches.
+        ``[t, t, n, d]``, which ``grid_to_table`` converts back to the same table; zero outside of all
+        aspect ratios.
 
     Raises:
         ModelError: if a grid cannot hold the table: aspect ratios that share a tile disagree on it,
@@ -128,13 +130,13 @@ def table_to_grid(table: Tensor, aspect_ratios: AspectRatios) -> Tensor:
         raise ModelError(
             f"A grid cannot hold rows {lost} of this table: aspect ratios {list(aspect_ratios)}, rows 1 "
             f"to {len(aspect_ratios)}, must agree on the tiles that they share, and tiles beyond h * w, "
-            "and row 0, must be zero. Keep transformers' form."
+            "and row 0, must be zero. Keep the table."
         )
     return grid
 
 
 def ratio_problems(aspect_ratios: AspectRatios, max_num_tiles: int) -> list[str]:
-    """What is wrong with aspect ratios."""
+    """List what is wrong with aspect ratios."""
     ratios = [tuple(ratio) for ratio in aspect_ratios]
     bad = [r for r in ratios if len(r) != 2 or min(r) < 1 or r[0] * r[1] > max_num_tiles]
     problems = [f"aspect ratios {bad} must be (h, w) with 1 to {max_num_tiles} tiles"] if bad else []

@@ -1,8 +1,8 @@
 """Encoders by name, so that a configuration can choose one.
 
-Whatever is built says how wide its features are and how many an image has: lengths are compared with
-them before anything runs. Weights are no business of this file: a tower of transformers is built empty
-(NaN, so that nobody mistakes it for another) and filled by ``torchfuse.load_pretrained``.
+Every encoder that is built here has a width and a number of features, with which lengths are compared
+before anything runs. A tower of transformers is built without weights (all parameters are NaN);
+``torchfuse.load_pretrained`` loads them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SIGLIP: Final = ("siglip_vision_model", "siglip2_vision_model")
 
 
 def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
-    """Make a class or a function that returns an encoder available to ``build_encoder`` by name.
+    """Register a class, or a function that returns an encoder, for ``build_encoder``.
 
     Raises:
-        ConfigError: if there is one of that name.
+        ConfigError: if the name is taken.
     """
 
     def register(builder: _Builder) -> _Builder:
@@ -50,7 +50,7 @@ def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
 
 
 def encoder_names() -> list[str]:
-    """The names that ``build_encoder`` knows."""
+    """Return the registered names."""
     return sorted(_REGISTRY)
 
 
@@ -58,18 +58,18 @@ def build_encoder(name: str, **options: Any) -> nn.Module:
     """Build a registered encoder.
 
     Args:
-        name: ``"clip"`` (a ``ClipVisionEncoder``, by its numbers), ``"hf"`` (the tower that the
-            ``config.json`` in a directory describes, ``path=``), ``"siglip2"`` (the same, and nothing
-            but a SigLIP or SigLIP 2), ``"random"`` (a ``RandomEncoder``), or what ``register_encoder``
-            added.
-        **options: what that encoder takes.
+        name: ``"clip"`` (a ``ClipVisionEncoder``, from its numbers), ``"hf"`` (the tower that the
+            ``config.json`` in a directory describes, ``path=``, see ``HfEncoder``), ``"siglip2"`` (the
+            same for SigLIP and SigLIP 2 only), ``"random"`` (a ``RandomEncoder``), or a name of
+            ``register_encoder``.
+        **options: the encoder's options.
 
     Returns:
-        A module with ``feature_dim``, the width of its features, and ``num_tokens``, how many one image
-        has (None where that depends on the input).
+        A module with ``feature_dim``, the width of its features, and ``num_tokens``, the number of
+        features of one image (None where that depends on the input).
 
     Raises:
-        ConfigError: for an unknown name or option, or an encoder that does not say its numbers.
+        ConfigError: for an unknown name or option, or an encoder without these two attributes.
 
     Examples:
         >>> build_encoder("random", num_tokens=5, feature_dim=7).num_tokens
@@ -81,35 +81,35 @@ def build_encoder(name: str, **options: Any) -> nn.Module:
     encoder = call_with_options(_REGISTRY[name], what=what, options=options)
     problems = []
     for attribute in ("feature_dim", "num_tokens"):
-        value = getattr(encoder, attribute, "nothing")
-        unknown = attribute == "num_tokens" and value is None
-        if not unknown and (type(value) is not int or value < 1):
+        value = getattr(encoder, attribute, "missing")
+        optional = attribute == "num_tokens" and value is None
+        if not optional and (type(value) is not int or value < 1):
             problems.append(f"{attribute} must be an integer of at least 1, it is {value!r}")
     if problems or not isinstance(encoder, nn.Module):
         problems = problems or ["it must be an nn.Module"]
         raise ConfigError(
-            f"{what}, a {type(encoder).__name__}, must say what its features are: {'; '.join(problems)} "
-            "(num_tokens may be None where it depends on the input)."
+            f"{what}, a {type(encoder).__name__}, must state the size of its features: "
+            f"{'; '.join(problems)} (num_tokens may be None where it depends on the input)."
         )
     return encoder
 
 
 def encoder_takes(name: str, option: str) -> bool:
-    """Whether a registered encoder has an option of its own by this name."""
+    """Return whether a registered encoder has an option of this name."""
     return name in _REGISTRY and option in inspect.signature(_REGISTRY[name]).parameters
 
 
 def pixels_keyword(encoder: nn.Module) -> str:
-    """The keyword by which an encoder takes pixels.
+    """Return the keyword by which an encoder takes pixels.
 
-    ``images`` or ``pixel_values`` if its ``forward`` names one of them, else the first that it names;
-    where it names none, its ``example_input()`` is asked.
+    ``images`` or ``pixel_values`` if its ``forward`` or, where that has no named parameters, its
+    ``example_input()`` has one of them; else the first parameter of ``forward``.
 
     Args:
         encoder: any encoder.
 
     Raises:
-        ConfigError: if there is no telling.
+        ConfigError: if there is none of these.
 
     Examples:
         >>> pixels_keyword(RandomEncoder(5, 7)), pixels_keyword(nn.Linear(3, 5))
@@ -123,8 +123,8 @@ def pixels_keyword(encoder: nn.Module) -> str:
     found = next((name for name in _PIXELS if name in names), next(iter(names), None))
     if found is None:
         raise ConfigError(
-            f"Which keyword of {type(inner).__name__} takes pixels is not known: let its forward name "
-            f"{' or '.join(_PIXELS)}."
+            f"Which keyword of {type(inner).__name__} takes pixels is not known: its forward must "
+            f"have a parameter {' or '.join(_PIXELS)}."
         )
     return found
 
@@ -140,35 +140,21 @@ def _clip(**options: Any) -> nn.Module:
 
 
 @register_encoder("hf")
-def _hf(
-    path: str | Path,
-    feature_layer: int | None = None,
-    keep_cls: bool | None = None,
-    image_size: int | None = None,
-    num_special_tokens: int | None = None,
-) -> nn.Module:
+def _hf(path: str | Path, **options: Any) -> nn.Module:
     from torchfuse.encoders.hf_build import hf_encoder  # imports transformers
 
-    return hf_encoder(
-        path,
-        feature_layer=feature_layer,
-        keep_cls=keep_cls,
-        image_size=image_size,
-        num_special_tokens=num_special_tokens,
-    )
+    return call_with_options(hf_encoder, path, what="encoder 'hf'", options=options)
 
 
 @register_encoder("siglip2")
-def _siglip2(
-    path: str | Path, feature_layer: int | None = None, image_size: int | None = None
-) -> nn.Module:
+def _siglip2(path: str | Path, **options: Any) -> nn.Module:
     from torchfuse.encoders.hf_build import hf_encoder, tower_config  # imports transformers
 
-    # Checkpoints of SigLIP 2 with images of one size call themselves SigLIP: the tower is the same.
+    # Checkpoints of SigLIP 2 with images of one size have SigLIP's model_type: the tower is the same.
     config = tower_config(path)
     if config.model_type not in _SIGLIP:
         raise ConfigError(
             f"encoder 'siglip2': {path} holds a {config.model_type!r}, and must hold one of "
             f"{', '.join(_SIGLIP)}. The encoder 'hf' takes any tower."
         )
-    return hf_encoder(config, feature_layer=feature_layer, image_size=image_size)
+    return call_with_options(hf_encoder, config, what="encoder 'siglip2'", options=options)

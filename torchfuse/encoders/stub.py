@@ -1,9 +1,9 @@
 """An encoder without weights, for tests of everything around an encoder.
 
-Its features depend on the pixels and on a seed, and on nothing else: no parameter, no buffer. The
-numbers that pixels are multiplied with are computed at each call, in integers, so that they are the same
-on every device, after ``to_empty`` and on every rank. What freezes, shards, saves or optimises a model
-has to cope with a part that holds nothing.
+Its features depend on the pixels and a seed alone: it has no parameters and no buffers. The weights that
+pixels are multiplied with are computed in each call, in integers, so that they are the same on every
+device and rank, and after ``to_empty``. Code that freezes, shards, saves or optimises a model must
+support such a part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 
 __all__ = ["RandomEncoder"]
 
@@ -22,18 +22,17 @@ _MASK = 0xFFFFFFFF  # 32 bits
 class RandomEncoder(nn.Module):
     """Features that are a fixed random function of the pixels.
 
-    An image's values are cut into ``num_tokens`` pieces; each feature is the tangens hyperbolicus of a
-    random linear function of its piece, plus the mean over the image, so that every pixel reaches every
-    token.
+    An image's values are split into ``num_tokens`` pieces; each feature is the tanh of a random linear
+    function of its piece plus the mean of the image, so that every pixel affects every token.
 
     Args:
         num_tokens: features of one image.
         feature_dim: width of the features.
-        seed: which function it is.
-        image_size: side of the square images that it takes, in pixels. None: images of any size.
+        seed: selects the function.
+        image_size: side of the square images, in pixels. None: images of any size.
 
     Raises:
-        ModelError: if a number is out of range.
+        ConfigError: naming every number that is out of range.
 
     Examples:
         >>> encoder = RandomEncoder(5, 7, seed=3)
@@ -56,7 +55,7 @@ class RandomEncoder(nn.Module):
         if not 0 <= seed <= _MASK:
             problems.append(f"seed={seed} must lie between 0 and {_MASK}")
         if problems:
-            raise ModelError(f"RandomEncoder: {'; '.join(problems)}.")
+            raise ConfigError(f"RandomEncoder: {'; '.join(problems)}.")
         self.num_tokens, self.feature_dim = num_tokens, feature_dim
         self.seed, self.image_size = seed, image_size
 
@@ -64,7 +63,7 @@ class RandomEncoder(nn.Module):
         return f"num_tokens={self.num_tokens}, feature_dim={self.feature_dim}, seed={self.seed}"
 
     def example_input(self) -> dict[str, Tensor]:
-        """One black image, as small as it may be."""
+        """Return one black image of the smallest size."""
         return {"images": torch.zeros(1, 3, self.image_size or 1, self.image_size or 1)}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ class RandomEncoder(nn.Module):
             Features ``[b, m * num_tokens, feature_dim]``, image by image, in the dtype of the images.
 
         Raises:
-            ModelError: for another shape, or images of another size than was asked for.
+            ModelError: for another shape, or images of another size than ``image_size``.
         """
         size = self.image_size
         if images.dim() not in (4, 5) or (size is not None and images.shape[-2:] != (size, size)):
@@ -96,7 +95,7 @@ class RandomEncoder(nn.Module):
         return features.unflatten(0, images.shape[:-3]).flatten(1, -2)
 
     def _noise(self, rows: int, *, like: Tensor, stream: int) -> Tensor:
-        """Numbers in [-1, 1), ``[rows, feature_dim]``, that look random."""
+        """Return pseudo-random numbers in [-1, 1), ``[rows, feature_dim]``."""
         x = torch.arange(rows * self.feature_dim, device=like.device)
         x = (x * 2_654_435_761 + (2 * self.seed + stream) * 40_503 + 1) & _MASK
         for _ in range(2):

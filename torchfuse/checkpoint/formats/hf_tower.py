@@ -110,7 +110,7 @@ class HfTower(Spec):
         return layers if isinstance(layers, int) else 0
 
     def with_features(self, feature_layer: int, keep_cls: bool) -> HfTower:
-        from torchfuse.encoders.hf import special_tokens
+        from torchfuse.encoders.hf_towers import special_tokens
 
         kind = str(self.config["model_type"])
         has_some = bool(special_tokens(kind))

@@ -1,10 +1,10 @@
-"""Make real, small data and two pretrained checkpoints for the digits recipes.
+"""Prepare data and two pretrained checkpoints for the digits recipes.
 
-scikit-learn carries 1,797 handwritten digits. They are split once: no test image is seen in any
-training, neither the vision tower's nor the fused model's. From them this makes, below one folder,
+scikit-learn contains 1,797 images of handwritten digits. They are split once: neither the vision tower
+nor the fused model is trained on test images. From them this makes, in one folder,
 
-* ``llama/``: a Llama that was trained on text alone, as transformers saves it, with its tokenizer;
-* ``clip/``: a CLIP that was trained on training images and captions, as transformers saves it;
+* ``llama/``: a Llama trained on text alone, as transformers saves it, with its tokenizer;
+* ``clip/``: a CLIP trained on training images and captions, as transformers saves it;
 * ``images/`` and ``questions/{train,test}.jsonl``: questions about one image, two images or none;
 * ``prompt.yaml``: a few test questions for the generate recipe.
 
@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -58,29 +59,29 @@ MEAN: Final = [0.305, 0.305, 0.305]
 STD: Final = [0.376, 0.376, 0.376]
 TEST_SHARE: Final = 0.25
 
-# How training images are moved, in pixels down and right: the hand does not always hit the middle.
+# Shifts of training images, in pixels down and right.
 SHIFTS: Final = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 
-# What stands in the folder at the end, and what says that this program put it there.
+# What this program writes into the folder, and the file that marks the folder as its own.
 PARTS: Final = ("clip", "images", "llama", "prompt.yaml", "questions")
 MARKER: Final = ".made_by_prepare_digits"
 
-# Questions and, for digits a and b, their answers.
-Ask = tuple[str, Callable[[int, int], str]]
-ONE_IMAGE: Final[tuple[Ask, ...]] = (
+# Questions, each with the answer for digits a and b.
+Question = tuple[str, Callable[[int, int], str]]
+ONE_IMAGE: Final[tuple[Question, ...]] = (
     ("which digit ?", lambda a, _: WORDS[a]),
     ("even or odd ?", lambda a, _: "odd" if a % 2 else "even"),
     ("what comes next ?", lambda a, _: WORDS[a + 1]),
 )
-TWO_IMAGES: Final[tuple[Ask, ...]] = (
+TWO_IMAGES: Final[tuple[Question, ...]] = (
     ("which is larger ?", lambda a, b: WORDS[max(a, b)]),
     ("what is the sum ?", lambda a, b: WORDS[a + b]),
 )
-TEXT: Final[tuple[Ask, ...]] = (("{a} plus {b} ?", lambda a, b: WORDS[a + b]),)
+TEXT: Final[tuple[Question, ...]] = (("{a} plus {b} ?", lambda a, b: WORDS[a + b]),)
 
 
 def main() -> None:
-    """Make everything below the folder that the command line names."""
+    """Write everything into the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to put it, for example demo")
     parser.add_argument("--seed", type=int, default=7)
@@ -88,27 +89,26 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, default=800)
     options = parser.parse_args()
     folder: Path = options.folder
-    _see_to_it_that_nothing_is_lost(folder)
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     random.seed(options.seed)
     torch.manual_seed(options.seed)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as temporary:
         made = Path(temporary)
-        pixels, labels, train, test = split_digits(options.seed)
-        tokenizer = make_tokenizer()
+        digits, tokenizer = split_digits(options.seed), make_tokenizer()
         make_llama(made / "llama", tokenizer, options.llama_steps)
-        make_clip(made / "clip", tokenizer, pixels, labels, train, test, options.clip_steps)
-        make_questions(made, pixels, labels, train, test, options.seed)
+        make_clip(made / "clip", tokenizer, digits, options.clip_steps)
+        make_questions(made, digits, options.seed)
         (folder / MARKER).touch()
         for part in sorted(made.iterdir()):
-            place = folder / part.name
-            if place.is_dir():
-                shutil.rmtree(place)
-            part.replace(place)
+            target = folder / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
 
 
-def _see_to_it_that_nothing_is_lost(folder: Path) -> None:
-    """Leave if something of another origin stands where this program would put its own."""
+def _check_folder(folder: Path) -> None:
+    """Exit if files that this program did not write would be replaced."""
     if folder.exists() and not folder.is_dir():
         sys.exit(f"error: {folder} is a file; name a folder.")
     foreign = [name for name in PARTS if (folder / name).exists()]
@@ -122,22 +122,39 @@ def _see_to_it_that_nothing_is_lost(folder: Path) -> None:
 # --- digits --------------------------------------------------------------------------------------
 
 
-def split_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels ``[n, 16, 16]`` (bytes), labels, and the indices of training and test images."""
+@dataclass(frozen=True)
+class Digits:
+    """Images of digits.
+
+    Attributes:
+        pixels: bytes ``[n, 16, 16]``.
+        labels: ``[n]``.
+        train: indices of training images.
+        test: indices of test images.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+
+
+def split_digits(seed: int) -> Digits:
+    """Load the digits, resize them and split them at random."""
     digits = load_digits()
     small = (digits.images / 16 * 255).round().astype(np.uint8)
     side = (IMAGE_SIZE, IMAGE_SIZE)
     pixels = np.stack([np.asarray(Image.fromarray(i).resize(side, Image.BICUBIC)) for i in small])
     order = np.random.default_rng(seed).permutation(len(pixels))
     num_test = int(len(pixels) * TEST_SHARE)
-    return pixels, digits.target, np.sort(order[num_test:]), np.sort(order[:num_test])
+    return Digits(pixels, digits.target, np.sort(order[num_test:]), np.sort(order[:num_test]))
 
 
 # --- text ----------------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> Tokenizer:
-    """A tokenizer of whole words."""
+    """Return a tokenizer of whole words."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(SPECIAL)
@@ -145,22 +162,22 @@ def make_tokenizer() -> Tokenizer:
 
 
 def sentences() -> list[tuple[list[str], str, str]]:
-    """All that the language model reads: what a text is about, a question, and the answer."""
-    single = [([a], text, answer(a, a)) for a in range(10) for text, answer in ONE_IMAGE]
+    """Return all texts of the language model: words of digits, a question, and the answer."""
     pairs = list(product(range(10), range(10)))
-    double = [([a, b], text, answer(a, b)) for a, b in pairs for text, answer in TWO_IMAGES]
-    plain = [
+    single = [([WORDS[a]], text, answer(a, a)) for a in range(10) for text, answer in ONE_IMAGE]
+    double = [
+        ([WORDS[a], WORDS[b]], text, answer(a, b)) for a, b in pairs for text, answer in TWO_IMAGES
+    ]
+    plain: list[tuple[list[str], str, str]] = [
         ([], text.format(a=WORDS[a], b=WORDS[b]), answer(a, b))
         for a, b in pairs
         for text, answer in TEXT
     ]
-    return [
-        ([WORDS[d] for d in digits], text, answer) for digits, text, answer in single + double + plain
-    ]
+    return single + double + plain
 
 
-def wordy(digits: list[str], question: str) -> str:
-    """A text that mentions digits among other words, then the question: ``a photo six is ...``."""
+def context(digits: list[str], question: str) -> str:
+    """Return words of digits among random other words, then the question: ``a photo six is ...``."""
     parts = []
     for digit in digits:
         parts += [*random.choices(FILLERS, k=random.randrange(3)), digit]
@@ -185,18 +202,18 @@ def make_llama(folder: Path, tokenizer: Tokenizer, steps: int) -> None:
         eos_token_id=VOCABULARY.index("<eos>"),
     )
     model = LlamaForCausalLM(config)
-    known = sentences()
+    texts = sentences()
 
     def loss(batch: Tensor) -> Tensor:
-        texts = [
-            f"<bos> {wordy(digits, question)} {answer} <eos>"
-            for digits, question, answer in (known[i] for i in batch.tolist())
+        lines = [
+            f"<bos> {context(digits, question)} {answer} <eos>"
+            for digits, question, answer in (texts[i] for i in batch.tolist())
         ]
-        rows = [torch.tensor(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        rows = [torch.tensor(e.ids) for e in tokenizer.encode_batch(lines, add_special_tokens=False)]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return model(tokens, labels=tokens.masked_fill(tokens == config.pad_token_id, -100)).loss
 
-    train("llama", model, loss, len(known), batch_size=64, steps=steps, lr=2e-3)
+    train("llama", model, loss, len(texts), batch_size=64, steps=steps, lr=2e-3)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -204,17 +221,8 @@ def make_llama(folder: Path, tokenizer: Tokenizer, steps: int) -> None:
 # --- images --------------------------------------------------------------------------------------
 
 
-def make_clip(
-    folder: Path,
-    tokenizer: Tokenizer,
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    train_indices: np.ndarray,
-    test_indices: np.ndarray,
-    steps: int,
-) -> None:
+def make_clip(folder: Path, tokenizer: Tokenizer, digits: Digits, steps: int) -> None:
     """Train a CLIP on training images and captions, and save it as transformers does."""
-    eos = VOCABULARY.index("<eos>")
     model = CLIPModel(
         CLIPConfig(
             text_config=CLIPTextConfig(
@@ -225,7 +233,7 @@ def make_clip(
                 num_attention_heads=2,
                 max_position_embeddings=16,
                 bos_token_id=VOCABULARY.index("<bos>"),
-                eos_token_id=eos,
+                eos_token_id=VOCABULARY.index("<eos>"),
                 pad_token_id=VOCABULARY.index("<pad>"),
             ).to_dict(),
             vision_config=CLIPVisionConfig(
@@ -242,97 +250,93 @@ def make_clip(
     captions = torch.tensor(
         [tokenizer.encode(f"<bos> a photo of the digit {WORDS[d]} <eos>").ids for d in range(10)]
     )
-    images, targets = normalise(pixels), torch.from_numpy(labels)
-    train_images, train_targets = images[train_indices], targets[train_indices]
+    images, targets = normalise(digits.pixels), torch.from_numpy(digits.labels)
+    train_images, train_targets = images[digits.train], targets[digits.train]
 
     def loss(batch: Tensor) -> Tensor:
-        # All ten captions stand against the batch; images of one digit share theirs.
+        # The batch is scored against all ten captions; images of one digit share theirs.
         out = model(input_ids=captions, pixel_values=shift(train_images[batch]))
         return F.cross_entropy(out.logits_per_image, train_targets[batch])
 
     train("clip", model, loss, len(train_images), batch_size=128, steps=steps, lr=1e-3)
     with torch.no_grad():
-        out = model.eval()(input_ids=captions, pixel_values=images[test_indices])
-        right = (out.logits_per_image.argmax(dim=1) == targets[test_indices]).float().mean()
-    print(f"clip: {right:.1%} of {len(test_indices)} test images match their caption best")
+        out = model.eval()(input_ids=captions, pixel_values=images[digits.test])
+        correct = (out.logits_per_image.argmax(dim=1) == targets[digits.test]).float().mean()
+    print(f"clip: {correct:.1%} of {len(digits.test)} test images match their caption best")
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessor(size=size, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
-    """Bytes ``[n, 16, 16]`` to what the tower takes, ``[n, 3, 16, 16]``."""
+    """Convert bytes ``[n, 16, 16]`` to normalised pixels ``[n, 3, 16, 16]``."""
     values = torch.from_numpy(pixels).float().div(255)[:, None].expand(-1, 3, -1, -1)
     return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def shift(images: Tensor) -> Tensor:
-    """Move a batch of images."""
+    """Shift a batch of images by a random one of the shifts."""
     return torch.roll(images, random.choice(SHIFTS), dims=(-2, -1))
 
 
 # --- questions -----------------------------------------------------------------------------------
 
 
-def make_questions(
-    folder: Path,
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    train_indices: np.ndarray,
-    test_indices: np.ndarray,
-    seed: int,
-) -> None:
+def make_questions(folder: Path, digits: Digits, seed: int) -> None:
     """Write the images, and questions about those of each split."""
     (folder / "images").mkdir()
     (folder / "questions").mkdir()
     rng = random.Random(seed)
-    splits = {"train": (train_indices, 4, SHIFTS), "test": (test_indices, 1, SHIFTS[:1])}
+    splits = {"train": (digits.train, 4, SHIFTS), "test": (digits.test, 1, SHIFTS[:1])}
     for split, (indices, rounds, shifts) in splits.items():
         for index, (number, by) in product(indices, enumerate(shifts)):
-            picture = np.roll(pixels[index], by, axis=(0, 1))
+            picture = np.roll(digits.pixels[index], by, axis=(0, 1))
             Image.fromarray(picture).save(folder / "images" / image_name(int(index), number))
-        asked = [ask_about(list(indices), labels, len(shifts), rng) for _ in range(rounds)]
-        records = [record for round_ in asked for record in round_]
+        records = [
+            record
+            for _ in range(rounds)
+            for record in questions_about(list(indices), digits.labels, len(shifts), rng)
+        ]
         rng.shuffle(records)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / "questions" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    shown = [image_name(int(index), 0) for index in test_indices[:2]]
+    shown = [image_name(int(index), 0) for index in digits.test[:2]]
     (folder / "prompt.yaml").write_text(prompt_yaml(*shown), encoding="utf-8")
 
 
-def ask_about(
+def questions_about(
     indices: list[int], labels: np.ndarray, num_shifts: int, rng: random.Random
 ) -> list[dict[str, Any]]:
-    """Every kind of question, each image once in each."""
+    """Return records of all kinds of questions, each about every image once."""
     records = []
 
-    def ask(kind: str, question: str, answer: str, *shown: int) -> None:
+    def add(kind: str, question: str, answer: str, *shown: int) -> None:
         names = [image_name(int(index), rng.randrange(num_shifts)) for index in shown]
         images = [f"../images/{name}" for name in names]
         records.append({"kind": kind, "question": question, "answer": answer, "images": images})
 
     for text, answer in ONE_IMAGE:
         for i in indices:
-            ask("one_image", f"<image> {text}", answer(labels[i], labels[i]), i)
+            add("one_image", f"<image> {text}", answer(labels[i], labels[i]), i)
     partners = indices.copy()
     for text, answer in TWO_IMAGES:
         rng.shuffle(partners)
         for i, j in zip(indices, partners, strict=True):
-            ask("two_images", f"<image> <image> {text}", answer(labels[i], labels[j]), i, j)
+            add("two_images", f"<image> <image> {text}", answer(labels[i], labels[j]), i, j)
     for text, answer in TEXT:
         for _ in range(len(indices) // 2):
             a, b = rng.randrange(10), rng.randrange(10)
-            ask("text", text.format(a=WORDS[a], b=WORDS[b]), answer(a, b))
+            add("text", text.format(a=WORDS[a], b=WORDS[b]), answer(a, b))
     return records
 
 
 def image_name(index: int, shift: int) -> str:
-    """File of a digit, moved by one of the shifts."""
+    """Return the file name of a digit, shifted by one of the shifts."""
     return f"{index:04d}.png" if shift == 0 else f"{index:04d}-{shift}.png"
 
 
 def prompt_yaml(first: str, second: str) -> str:
-    """Prompts for the generate recipe."""
+    """Return prompts for the generate recipe."""
     return (
         "# Prompts for torchfuse/recipes/generate.py; paths are relative to this file.\n"
         f'- question: "<image> which digit ?"\n  images: [images/{first}]\n'
@@ -356,7 +360,7 @@ def train(
     steps: int,
     lr: float,
 ) -> None:
-    """Train all of a model on random batches of rows."""
+    """Train all parameters of a model on random batches of rows."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()

@@ -86,4 +86,4 @@ def test_a_file_is_no_folder(tmp_path, monkeypatch):
 
 
 def test_it_replaces_what_it_made(digits):
-    prepare_digits._see_to_it_that_nothing_is_lost(digits)
+    prepare_digits._check_folder(digits)

@@ -2,6 +2,7 @@
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
+from torchfuse.models.lengths import check_lengths
 from torchfuse.models.strategies.cross_attention import CrossAttentionStrategy, DeepFusionModel
 from torchfuse.models.strategies.deepstack import DeepStackStrategy
 from torchfuse.models.strategies.joint_decoder import EarlyFusionModel, JointDecoderStrategy
@@ -44,6 +45,7 @@ __all__ = [
     "VisionEncoderConfig",
     "build_modality_strategy",
     "build_vlm_wrapper",
+    "check_lengths",
     "fuse",
     "inner_transformer",
     "register_modality_strategy",

@@ -64,6 +64,19 @@ def test_typed_and_plain_configurations_build_the_same(arch):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(get_fusion_params(model))
 
 
+@pytest.mark.parametrize("options", [{}, {"placement": "prefix"}], ids=["default", "prefix"])
+def test_a_joint_decoder_without_a_token_puts_features_in_front(options):
+    torch.manual_seed(5)
+    model = build({"arch": "joint_decoder", **options}).eval()
+    images = torch.randn(2, 3, 8, 8)
+    embeds = torch.cat([model.encode({"images": images}), model.tok_embeddings(text())], dim=1)
+    hidden = embeds
+    for layer in model.layers:
+        hidden = layer(hidden)
+    expected = model.transformer.unembed(hidden[:, 4:])
+    torch.testing.assert_close(model(images, text())[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_options_of_an_architecture_may_be_beside_it_and_below_options():
     model = build({"arch": "mot", "options": {"start": "zero"}, "layers": [0]})
     assert (model.strategy.start, model.strategy.layers) == ("zero", [0])

@@ -47,8 +47,8 @@ from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.prompts import Prompt, encode_turns, prompts_from
 from torchfuse.tasks.prompts import Template as Surroundings
 from torchfuse.tasks.report import Report
-from torchfuse.tasks.runs import Loadable, read_model, read_run, read_yaml
-from torchfuse.training.config import recipe
+from torchfuse.tasks.runs import ModelSource, read_model, read_run
+from torchfuse.training.config import read_yaml, recipe
 from torchfuse.training.device import device_and_dtype
 
 
@@ -195,7 +195,7 @@ def _sampling(config: Config) -> how.Sampling:
     )
 
 
-def _prompt_settings(config: Config, source: Loadable) -> PromptSettings:
+def _prompt_settings(config: Config, source: ModelSource) -> PromptSettings:
     return PromptSettings(
         source.transform,
         template=Surroundings(**vars(config.template)),
@@ -207,7 +207,7 @@ def _prompt_settings(config: Config, source: Loadable) -> PromptSettings:
     )
 
 
-def _load(config: Config, source: Loadable) -> nn.Module:
+def _load(config: Config, source: ModelSource) -> nn.Module:
     model = source.load(config.device, config.dtype).eval().requires_grad_(False)
     if config.quantization is not None:
         print(quantize(model, config.quantization, parts=config.quantization_parts))

@@ -54,16 +54,16 @@ def main(argv=None):
     print("median of", options.rounds, "rounds, in turns, and the middle half of them\n")
 
     sizes = (options.vocab, options.new, options.width)
-    ours, theirs = FusionEmbedding(*sizes), TorchtuneFusionEmbedding(*sizes)
-    theirs.load_state_dict(ours.state_dict())
-    assert torch.equal(ours(ids), theirs(ids))
+    torchfuse_module, torchtune_module = FusionEmbedding(*sizes), TorchtuneFusionEmbedding(*sizes)
+    torchtune_module.load_state_dict(torchfuse_module.state_dict())
+    assert torch.equal(torchfuse_module(ids), torchtune_module(ids))
     ratios = {}
     for base in ("frozen", "trainable"):
-        ours.weight.requires_grad_(base == "trainable")
-        theirs.embedding.weight.requires_grad_(base == "trainable")
+        torchfuse_module.weight.requires_grad_(base == "trainable")
+        torchtune_module.embedding.weight.requires_grad_(base == "trainable")
         times = {"torchfuse": [], "torchtune": []}
         for turn in tqdm(range(options.rounds + 2), desc=base, disable=None, leave=False):
-            for name, module in (("torchfuse", ours), ("torchtune", theirs)):
+            for name, module in (("torchfuse", torchfuse_module), ("torchtune", torchtune_module)):
                 once = time_once(module, ids, gradient)
                 if turn >= 2:  # warm-up
                     times[name].append(once)

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-FUSED, META, THEIRS = "from_pretrained", "load_pretrained", "transformers"
+FUSED, META, TRANSFORMERS = "from_pretrained", "load_pretrained", "transformers"
 FUSE, REST = "  fuse alone", "  the rest"
 DTYPE = torch.bfloat16
 MOST_TIME, MOST_MEMORY = 1.1, 1.15
@@ -80,7 +80,7 @@ def save(options, folder):
 
 def calls(options, folder, kind):
     """What loads a directory in each way; what is built before the clock starts is built here."""
-    if kind == THEIRS:
+    if kind == TRANSFORMERS:
         from transformers import LlamaForCausalLM
 
         return lambda: LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE)
@@ -175,13 +175,13 @@ def spread(values, digits):
 
 def compare(options, folder):
     """Print how one directory is loaded in every way; ratios of time and of memory by way."""
-    kinds = (FUSED, FUSE, META, THEIRS)
+    kinds = (FUSED, FUSE, META, TRANSFORMERS)
     found = {kind: [] for kind in kinds}
     for turn in tqdm(range(options.rounds), desc=folder.name, disable=None, leave=False):
         for kind in kinds if turn % 2 == 0 else reversed(kinds):
             found[kind].append(measure(options, folder, kind))
     # The new layers alone stand beside an embedding that was never read.
-    assert len({once.checksum for kind in (FUSED, META, THEIRS) for once in found[kind]}) == 1
+    assert len({once.checksum for kind in (FUSED, META, TRANSFORMERS) for once in found[kind]}) == 1
     seconds = {kind: [once.seconds for once in runs] for kind, runs in found.items()}
     seconds[REST] = [whole - fuse for whole, fuse in zip(seconds[FUSED], seconds[FUSE], strict=True)]
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
@@ -189,15 +189,15 @@ def compare(options, folder):
     head = ("seconds", "seconds of CPU", "model, MB", "peak / model", "time / transformers'")
     print(f"{'':<17} {head[0]:<23} {head[1]:<15} {head[2]:<10} {head[3]:<23} {head[4]}")
     ratios = {}
-    for kind in (FUSED, FUSE, REST, META, THEIRS):
+    for kind in (FUSED, FUSE, REST, META, TRANSFORMERS):
         line = f"{kind:<17} {spread(seconds[kind], 3):<23} "
         if kind != REST:
             line += f"{statistics.median(once.worked for once in found[kind]):<15.2f} "
             line += f"{found[kind][0].size / 1e6:<10,.1f} "
-        if kind in (FUSED, META, THEIRS):
+        if kind in (FUSED, META, TRANSFORMERS):
             line += f"{spread([once.peak / once.size for once in found[kind]], 3):<23} "
         if kind in (REST, META):
-            times = [a / b for a, b in zip(seconds[kind], seconds[THEIRS], strict=True)]
+            times = [a / b for a, b in zip(seconds[kind], seconds[TRANSFORMERS], strict=True)]
             memory = statistics.median(o.peak / o.size for o in found[META if kind == META else FUSED])
             ratios[folder.name, kind] = statistics.median(times), memory
             line = f"{line:<92} {spread(times, 2)}"

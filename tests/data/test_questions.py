@@ -43,7 +43,7 @@ def two_images(folder):
     return Question("<image> and <image> which digit ?", (folder / "a.png", folder / "b.png"), "two")
 
 
-def test_defect_8_the_end_of_an_answer_is_learned(folder):
+def test_the_end_of_an_answer_has_a_label(folder):
     sample = transform(folder)(two_images(folder))
     assert sample["tokens"] == [BOS, MARK, AND, MARK, WHICH, DIGIT, ASK, TWO, EOS]
     assert sample["labels"] == [-100] * 7 + [TWO, EOS]  # unshifted, the end is learned
@@ -86,11 +86,11 @@ def test_decode_ends_at_the_end(folder):
 
 def test_images_without_markers_come_first(folder):
     assert Question("which ?", (folder / "a.png",) * 2).question == "<image> <image> which ?"
-    with pytest.raises(ValueError, match="shows <image> 1 times, but there are 2 images"):
+    with pytest.raises(ValueError, match="has <image> 1 times, but there are 2 images"):
         Question("<image> which ?", (folder / "a.png",) * 2)
 
 
-def test_defect_8_nothing_is_ever_cut_off(folder):
+def test_nothing_is_truncated(folder):
     with pytest.raises(ValueError, match="is 9 tokens long with its answer, and max_seq_len is 8"):
         transform(folder, max_seq_len=8)(two_images(folder))
     assert transform(folder, max_seq_len=9)(two_images(folder))
@@ -142,7 +142,7 @@ def test_a_file_of_questions(folder):
         (GOOD | {"question": 3}, "line 2: question must be a str, got 3"),
         (GOOD | {"images": "a.png"}, "line 2: images must be a list"),
         (GOOD | {"images": [3]}, "line 2: images must be paths"),
-        (GOOD | {"images": []}, "line 2: the question shows <image> 1 times, but there are 0 images"),
+        (GOOD | {"images": []}, "line 2: the question has <image> 1 times, but there are 0 images"),
         (GOOD | {"images": ["c.png"]}, "line 2: The image .*c.png cannot be opened"),
         (GOOD | {"images": ["tokenizer.json"]}, "line 2: .*tokenizer.json is no image"),
     ],

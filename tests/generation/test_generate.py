@@ -86,7 +86,7 @@ def test_named_encoders_and_their_masks():
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_defect_10_rows_of_any_length_with_and_without_image_equal_rows_alone(name):
+def test_rows_of_any_length_with_and_without_image_equal_rows_alone(name):
     model = make(name)
     rows = [text(1, 6), prompt(name, 1, 13), prompt(name, 1, 9, seed=5)]
     x = inputs(3)

@@ -1,7 +1,7 @@
-"""Batches of mixed rows say what transformers' ``generate`` says of the same weights.
+"""Batches of mixed rows give what transformers' ``generate`` gives with the same weights.
 
 Rows have no image, one and two, prompts differ in length, and both sides pad them on the left. Weights
-are random and large, so that answers wander: a model that repeats one token agrees with anything.
+are random and large, so that answers vary: a model that repeats one token proves nothing.
 """
 
 import pytest
@@ -39,9 +39,9 @@ def random_images(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
-def their_answer(theirs, tokens, **given):
+def hf_answer(hf_model, tokens, **given):
     """Greedy tokens ``[b, s + 32]`` and the logits behind them ``[b, 32, v]``."""
-    said = theirs.generate(
+    result = hf_model.generate(
         input_ids=tokens,
         attention_mask=(tokens != PAD).long(),
         **given,
@@ -53,28 +53,28 @@ def their_answer(theirs, tokens, **given):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return said.sequences, torch.stack(said.logits, dim=1)
+    return result.sequences, torch.stack(result.logits, dim=1)
 
 
-def our_answer(model, tokens, **given):
+def fused_answer(model, tokens, **given):
     return generate(
         model, tokens, **given, max_new_tokens=NEW, temperature=0, pad_id=PAD, scores="logits"
     )
 
 
-def same_answers(ours, theirs, but=()):
+def same_answers(got, expected, but=()):
     """Tokens to the last, logits within 1e-4; ``but`` columns that only one side bans."""
-    assert all(len(row.unique()) > 7 for row in theirs[0][:, LAST])
-    assert torch.equal(ours[0], theirs[0])
-    kept = [i for i in range(theirs[1].shape[-1]) if i not in but]
-    torch.testing.assert_close(ours[1][..., kept], theirs[1][..., kept], rtol=0, atol=1e-4)
+    assert all(len(row.unique()) > 7 for row in expected[0][:, LAST])
+    assert torch.equal(got[0], expected[0])
+    kept = [i for i in range(expected[1].shape[-1]) if i not in but]
+    torch.testing.assert_close(got[1][..., kept], expected[1][..., kept], rtol=0, atol=1e-4)
 
 
 def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def rows_alone_say_the_same_as_in_the_batch(model, tokens, rows):
+def check_that_rows_do_not_depend_on_the_batch(model, tokens, rows):
     """Sampled, a generator for each row. ``rows`` gives what belongs to a row, or to all of them."""
     options = {"max_new_tokens": NEW, "temperature": 1.2, "top_k": 19, "top_p": 0.97, "pad_id": PAD}
     together = generate(model, tokens, **rows(None), **options, generator=seeded(11, 12, 13))
@@ -89,7 +89,7 @@ def rows_alone_say_the_same_as_in_the_batch(model, tokens, rows):
 
 # -- Llama 3.2 Vision ---------------------------------------------------------------------------------
 
-MARKER = MLLAMA_TEXT["vocab_size"]  # the image token lies behind what the head scores
+MARKER = MLLAMA_TEXT["vocab_size"]  # the image token is behind the ids that the head scores
 RATIOS = {0: (0, 0), 2: (1, 2), 5: (2, 1), 6: (2, 2)}  # by transformers' id; 0 pads a row
 TOKENS_PER_TILE = 10
 
@@ -115,7 +115,7 @@ class MllamaRows:
                 shown[row, self.tokens.shape[1] - self.lengths[row] + marker :, image] = True
         self.shown = shown[..., None] & self.tiles[:, None]  # [3, s, 2, 4]
 
-    def theirs(self):
+    def hf_inputs(self):
         return {
             "pixel_values": self.images,
             "aspect_ratio_ids": self.ids,
@@ -123,7 +123,7 @@ class MllamaRows:
             "cross_attention_mask": self.shown.long(),
         }
 
-    def ours(self, row=None):
+    def inputs(self, row=None):
         """For all rows, or for one of them alone, without its padding."""
         if row == 0:
             return {}
@@ -141,27 +141,27 @@ class MllamaRows:
 
 
 def test_mllama(tmp_path, monkeypatch):
-    theirs = mllama(tmp_path, text=ROOM)
+    hf_model = mllama(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), MllamaRows()
-    ours = our_answer(model, rows.tokens, **rows.ours())
+    got = fused_answer(model, rows.tokens, **rows.inputs())
     # Of transformers alone, a row without image is right in a call with text only. In the batch it
     # attends to what pads its images, as text before the first image does to that image.
-    alone = their_answer(theirs, rows.tokens[:1, -rows.lengths[0] :])
-    leaking = their_answer(theirs, rows.tokens, **rows.theirs())
+    alone = hf_answer(hf_model, rows.tokens[:1, -rows.lengths[0] :])
+    leaking = hf_answer(hf_model, rows.tokens, **rows.hf_inputs())
     assert not torch.equal(leaking[0][0, LAST], alone[0][0, LAST])
-    assert torch.equal(ours[0][0, LAST], alone[0][0, LAST])
+    assert torch.equal(got[0][0, LAST], alone[0][0, LAST])
     stop_the_leak(monkeypatch, rows.shown.flatten(2).any(dim=-1))
-    expected = their_answer(theirs, rows.tokens, **rows.theirs())
+    expected = hf_answer(hf_model, rows.tokens, **rows.hf_inputs())
     assert torch.equal(expected[0][0, LAST], alone[0][0, LAST])
-    same_answers(ours, expected)
-    unseen = our_answer(model, rows.tokens)[0]
-    assert [torch.equal(a, b) for a, b in zip(unseen, ours[0], strict=True)] == [True, False, False]
+    same_answers(got, expected)
+    unseen = fused_answer(model, rows.tokens)[0]
+    assert [torch.equal(a, b) for a, b in zip(unseen, got[0], strict=True)] == [True, False, False]
 
 
 def test_mllama_samples_rows_as_if_alone(tmp_path):
     mllama(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), MllamaRows()
-    rows_alone_say_the_same_as_in_the_batch(model, rows.tokens, rows.ours)
+    check_that_rows_do_not_depend_on_the_batch(model, rows.tokens, rows.inputs)
 
 
 # -- LLaVA --------------------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ class LlavaRows:
         self.images = random_images(3, 2, 3, 12, 12)
         self.has = torch.arange(2) < torch.tensor([[len(starts)] for starts in self.starts])  # [3, 2]
 
-    def theirs(self):
+    def hf_inputs(self):
         return {"pixel_values": self.images[self.has], "suppress_tokens": [IMAGE]}
 
-    def ours(self, row=None):
+    def inputs(self, row=None):
         """For all rows, or for one of them alone."""
         if row == 0:
             return {}
@@ -199,26 +199,26 @@ class LlavaRows:
 
 
 def test_llava(tmp_path):
-    theirs = llava(tmp_path, text=ROOM)
+    hf_model = llava(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), LlavaRows()
-    expected = their_answer(theirs, rows.tokens, **rows.theirs())
-    same_answers(our_answer(model, rows.tokens, **rows.ours()), expected, but=[IMAGE])
-    alone = their_answer(theirs, rows.tokens[:1, -rows.lengths[0] :], suppress_tokens=[IMAGE])
+    expected = hf_answer(hf_model, rows.tokens, **rows.hf_inputs())
+    same_answers(fused_answer(model, rows.tokens, **rows.inputs()), expected, but=[IMAGE])
+    alone = hf_answer(hf_model, rows.tokens[:1, -rows.lengths[0] :], suppress_tokens=[IMAGE])
     assert torch.equal(expected[0][0, LAST], alone[0][0, LAST])
 
 
 def test_llava_with_images_one_behind_the_other(tmp_path):
     """As transformers takes them; a fourth row, so that rows and images differ in number."""
-    theirs = llava(tmp_path, text=ROOM)
+    hf_model = llava(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), LlavaRows()
     tokens = torch.cat([rows.tokens, rows.tokens[2:].flip(1)])
     images = torch.cat([rows.images[rows.has], -rows.images[2]])
-    expected = their_answer(theirs, tokens, pixel_values=images, suppress_tokens=[IMAGE])
-    ours = our_answer(model, tokens, encoder_input={"images": images})
-    same_answers(ours, expected, but=[IMAGE])
+    expected = hf_answer(hf_model, tokens, pixel_values=images, suppress_tokens=[IMAGE])
+    got = fused_answer(model, tokens, encoder_input={"images": images})
+    same_answers(got, expected, but=[IMAGE])
 
 
 def test_llava_samples_rows_as_if_alone(tmp_path):
     llava(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), LlavaRows()
-    rows_alone_say_the_same_as_in_the_batch(model, rows.tokens, rows.ours)
+    check_that_rows_do_not_depend_on_the_batch(model, rows.tokens, rows.inputs)

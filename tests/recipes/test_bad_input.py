@@ -266,7 +266,7 @@ def test_sizes_of_nothing(intact):
     ("prompts", "complaint"),
     [
         ("- question: '<image> which digit ?'\n  images: [images/none.png]\n", "prompt 1: The image "),
-        ("- question: '<image> which digit ?'\n", "prompt 1: the question shows <image> 1 times"),
+        ("- question: '<image> which digit ?'\n", "prompt 1: the question has <image> 1 times"),
         ("- questin: 'x'\n", "prompt 1: unknown field questin"),
         ("question: x\n", "must hold a list of prompts"),
         ("[", "is no YAML"),

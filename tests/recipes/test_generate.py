@@ -307,7 +307,7 @@ def test_an_unknown_flag_is_refused(refused):
         (
             "p.jsonl",
             '{"question": "<image> w4"}\n',
-            "p.jsonl, line 1: the question shows <image> 1 times",
+            "p.jsonl, line 1: the question has <image> 1 times",
         ),
     ],
     ids=["image", "key", "length", "lines", "marker"],

@@ -112,10 +112,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, layout):
         ):
             conversation.ask(Question("w4 " * 33))
         two = Question("w4", (picture, picture))
-        reason = "only the first turn can bring any" if layout == "prefix" else "would be 4 images"
+        reason = "only the first turn can have any" if layout == "prefix" else "would be 4 images"
         with pytest.raises(ValueError, match=reason):
             conversation.ask(two)
-        with pytest.raises(ValueError, match="' ' is no token"):
+        with pytest.raises(ValueError, match="makes no token of ' '"):
             conversation.ask(Question(" "))
         assert (conversation.tokens, model.encoder.seen) == (before, seen)
         second = conversation.ask(questions[1])
@@ -210,7 +210,7 @@ def test_chat(tmp_path):
     assert "none.png cannot be opened" in said[2]
     assert "broken.png is no image" in said[3]
     assert said[4] == "[/image needs the path of an image]"
-    assert "shows <image> 1 times, but there are 2 images; /image adds one" in said[5]
+    assert "has <image> 1 times, but there are 2 images; /image adds one" in said[5]
     assert said[6] == answers[0]
     assert said[7] == f"[/what is no command. {HELP}]"
     assert said[8] == answers[1]

@@ -31,7 +31,7 @@ def test_questions_and_conversations(tmp_path):
         ),
         ({"questin": "w4"}, "the field question is missing"),
         ({"question": "w4", "images": ["none.png"]}, "prompt 1: The image .*none.png cannot be opened"),
-        ({"question": "<image> w4"}, "prompt 1: the question shows <image> 1 times, but there are 0"),
+        ({"question": "<image> w4"}, "prompt 1: the question has <image> 1 times, but there are 0"),
         ({"question": "<image> w4", "images": ["a.png"] * 2}, "<image> 1 times, but there are 2 images"),
         ({"question": "w4", "images": "a.png"}, "images must be a list, got 'a.png'"),
         ({"question": 5}, "question must be a str, got 5"),
@@ -118,5 +118,5 @@ def test_turns_that_cannot_be_encoded_are_one_error(tmp_path):
         encode_turns(told, Template(), prompts, path="p")
     first, second, third = str(info.value).splitlines()[1:]
     assert "prompt 1: The question 'w4 w5 w6 w7' is 5 tokens long" in first
-    assert 'prompt 2, turn 2: with layout "prefix" images stand in front' in second
-    assert third == "  prompt 2, turn 3: ' ' is no token to the tokenizer."
+    assert 'prompt 2, turn 2: with layout "prefix" images come in front' in second
+    assert third == "  prompt 2, turn 3: the tokenizer makes no token of ' '."

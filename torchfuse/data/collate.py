@@ -1,4 +1,4 @@
-"""Samples with any number of images into one batch."""
+"""Collation of samples with any number of images."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def padded_collate_images(
     *,
     pad_left: bool = False,
 ) -> dict[str, Any]:
-    """Pad samples with 0 to n images each into a batch for a fused model.
+    """Pad samples with any number of images each into a batch for a fused model.
 
-    The signature is that of torchtune's collators, so a torchtune recipe takes it as ``collate_fn``.
+    The signature is that of torchtune's collators, for the ``collate_fn`` of its recipes.
 
     Args:
         batch: samples with ``tokens`` (ids), ``images`` (``[m, 3, h, w]``, ``m`` may be 0),
             ``encoder_mask`` (bool ``[tokens, m * n]``, True: may attend) and, for training, ``labels``
-            (ids, unshifted, ``ignore_idx`` where nothing is to be learned).
+            (ids, unshifted, ``ignore_idx`` at positions without loss).
         padding_idx: id that pads tokens.
         ignore_idx: label of padding.
-        pad_left: whether padding stands in front, as generation wants it.
+        pad_left: whether padding comes first, as for generation.
 
     Returns:
-        ``tokens`` ``[b, s]``, ``labels`` ``[b, s]`` if samples have them, and, unless no sample has an
+        ``tokens`` ``[b, s]``, ``labels`` ``[b, s]`` if samples have them, and, if any sample has an
         image, ``encoder_input`` (``images`` ``[b, m, 3, h, w]``) and ``encoder_mask`` ``[b, s, m * n]``,
-        False at the padding of text and images.
+        False at padding tokens and padding images.
 
     Raises:
-        DataError: if the batch is empty, or a sample's images and encoder_mask do not agree.
+        DataError: if the batch is empty, or a sample's ``images`` and ``encoder_mask`` do not agree.
     """
     if not batch:
         raise DataError("There is nothing to collate: the batch is empty.")

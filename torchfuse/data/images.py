@@ -1,7 +1,8 @@
-"""Image files as the encoder wants them: its size, its mean and its deviation.
+"""Image files as an encoder's pixels: resized, cropped and normalised as in its training.
 
 The arithmetic is that of transformers' PIL backend. Its torchvision backend takes the same steps but
-resizes tensors: a level or two of 255 apart, more where bicubic overshoots or nearest meets a tie.
+resizes tensors: it differs by a level or two of 255, and by more where bicubic overshoots or nearest
+meets a tie.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torchfuse.io.strict_json import read_json
 
 __all__ = ["ImageTransform", "open_image"]
 
-# PIL's numbers for them, which preprocessor files hold.
+# By PIL's numbers, which preprocessor files hold.
 _RESAMPLE: Final = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +38,7 @@ _STEPS: Final[dict[str, dict[str, str]]] = {
     "do_rescale": {"rescale_factor": "a number above 0"},
     "do_normalize": {"image_mean": "three numbers", "image_std": "three numbers above 0"},
 }
-# What holds where a file is silent: for all, and for each processor that takes these steps and no other.
+# Defaults of keys that a file lacks: of all processors, and of each that has these steps and no others.
 _DEFAULTS: Final = {"do_center_crop": False, "resample": 3, "rescale_factor": 1 / 255}
 _PROCESSORS: Final[dict[str, dict[str, Any]]] = {
     "CLIP": {"do_center_crop": True},
@@ -50,24 +51,24 @@ _PROCESSORS: Final[dict[str, dict[str, Any]]] = {
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image as RGB: 16 bits are scaled to 8, and what is transparent shows white behind it.
+    """Open an image as RGB: 16 bits are scaled to 8, and transparency is put on white.
 
     Raises:
-        DataError: if it is missing, damaged or no image, or if its values have no known range (mode
-            ``F``, or ``I`` beyond 16 bits), naming it.
+        DataError: if the file is missing, damaged or no image, or if its values have no known range
+            (mode ``F``, or ``I`` beyond 16 bits).
     """
     try:
         with Image.open(path) as image:
             return _as_rgb(image)
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is no image that can be opened.") from error
-    except Exception as error:  # a damaged file makes PIL's readers raise nearly anything
+    except Exception as error:  # PIL's readers raise many kinds on damaged files
         reason = getattr(error, "strerror", None) or str(error).rstrip(".") or repr(error)
         raise DataError(f"The image {path} cannot be opened: {reason}.") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.getbands() in {("I",), ("F",)}:  # more than 8 bits, which PIL would cut off at 255
+    if image.getbands() in {("I",), ("F",)}:  # more than 8 bits, which PIL would clip to 255
         levels = np.asarray(image)
         if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
             raise DataError(f"its mode {image.mode} has no known range, save it with 8 or 16 bits")
@@ -79,17 +80,17 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageTransform:
-    """Resize, cut out the middle, normalise: what an encoder's own preprocessor does.
+    """Resize, crop and normalise images as an encoder's own preprocessor does.
 
     Args:
-        size: side of the square that the encoder takes, in pixels. It is cut out of the middle; an image
+        size: side of the encoder's square input, in pixels. It is cropped from the center; an image
             that is smaller gets a black border.
         mean: mean of each channel, of scaled values.
-        std: deviation of each channel.
-        resize: what an image is resized to first: ``[shorter side]``, ``[height, width]``, or ``[]`` for
-            not at all; ``[size]`` unless given.
+        std: standard deviation of each channel.
+        resize: the size before cropping: ``[shorter side]``, ``[height, width]``, or ``[]`` for none;
+            ``[size]`` unless given.
         resample: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
-        scale: what the values 0 to 255 are multiplied with before they are normalised.
+        scale: factor of the values 0 to 255, before they are normalised.
 
     Raises:
         DataError: if a number or a name is out of range.
@@ -112,8 +113,9 @@ class ImageTransform:
         resize = [size] if resize is None else list(resize)
         if min(size, scale, *std, *resize) <= 0 or len(mean) != 3 or len(std) != 3 or len(resize) > 2:
             raise DataError(
-                "An image transform needs three means and deviations, at most two sides in resize, and "
-                f"all but the means above 0, got {size=}, {mean=}, {std=}, {resize=}, {scale=}."
+                "An image transform needs three means and standard deviations, at most two sides in "
+                "resize, and all but the means above 0, got "
+                f"{size=}, {mean=}, {std=}, {resize=}, {scale=}."
             )
         if resample not in (names := _RESAMPLE.values()):
             raise DataError(f"resample must be one of {', '.join(names)}, got {resample!r}.")
@@ -123,18 +125,18 @@ class ImageTransform:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ImageTransform:
-        """Read everything from an encoder's own ``preprocessor_config.json``.
+        """Read the transform from an encoder's own ``preprocessor_config.json``.
 
-        A step that it does not mention is as in the processor that it names, or in CLIP's if none.
+        Keys that the file lacks have the defaults of the processor that it names, or of CLIP's.
 
         Raises:
-            DataError: if the file is missing, or a key is or says what cannot be done, naming each.
+            DataError: if the file is missing, or naming each key whose value is not supported.
         """
         file = Path(path) / "preprocessor_config.json"
-        said = {key: value for key, value in read_json(file).items() if value is not None}
-        name = said.get("image_processor_type", said.get("feature_extractor_type", "CLIP"))
+        given = {key: value for key, value in read_json(file).items() if value is not None}
+        name = given.get("image_processor_type", given.get("feature_extractor_type", "CLIP"))
         kind = re.sub("(ImageProcessor|FeatureExtractor).*", "", str(name))
-        config = dict.fromkeys(_STEPS, True) | _DEFAULTS | _PROCESSORS.get(kind, {}) | said
+        config = dict.fromkeys(_STEPS, True) | _DEFAULTS | _PROCESSORS.get(kind, {}) | given
         readers: dict[str, Callable[[Any], Any]] = {
             "size": lambda value: _sides(value, square=bool(config.get("default_to_square"))),
             "crop_size": lambda value: _sides(value, square=True),
@@ -143,8 +145,8 @@ class ImageTransform:
             "image_mean": lambda value: _numbers(value, 3),
             "image_std": lambda value: _numbers(value, 3, above=0.0),
         }
-        others = [key for key in said if key[:3] == "do_" and key not in _STEPS and said[key]]
-        problems = [f"{key} is no step that is taken here" for key in others]
+        others = [key for key in given if key[:3] == "do_" and key not in _STEPS and given[key]]
+        problems = [f"{key} is not supported" for key in others]
         if kind not in _PROCESSORS:
             problems.append(
                 f"image_processor_type must be one of {', '.join(_PROCESSORS)}, got {name!r}"
@@ -160,7 +162,7 @@ class ImageTransform:
         square = values.get("crop_size", values.get("size", []))
         if square is not None and (len(square) != 2 or square[0] != square[1]):
             cut = {key: config.get(key) for key in ("do_resize", "size", "do_center_crop", "crop_size")}
-            problems.append(f"only squares of one size are made here, and these make others: {cut}")
+            problems.append(f"only squares of one size are supported, and these give others: {cut}")
         if problems:
             raise DataError(f"{file}: {'; '.join(problems)}.")
         return cls(
@@ -175,41 +177,41 @@ class ImageTransform:
     def check(
         self, image_size: int | None = None, *, preprocessor: str | Path | None = None, what: str = ""
     ) -> None:
-        """Compare with what an encoder was trained on.
+        """Compare with the images that an encoder was trained on.
 
         Args:
-            image_size: side of the images that it takes (``encoder.image_size``); None: not compared.
-            preprocessor: its directory. What the ``preprocessor_config.json`` in it, if there is one,
-                says about ``image_mean``, ``image_std`` and ``rescale_factor`` is compared.
+            image_size: side of its images (``encoder.image_size``); None: not compared.
+            preprocessor: its directory. If there is a ``preprocessor_config.json``, its ``image_mean``,
+                ``image_std`` and ``rescale_factor`` are compared.
             what: the encoder's name, for the message.
 
         Raises:
-            DataError: if something differs, naming each number.
+            DataError: naming each number that differs.
         """
-        wanted: dict[str, tuple[Any, Any]] = {}
+        compared: dict[str, tuple[Any, Any]] = {}
         if image_size is not None:
-            wanted["size"] = (self.size, image_size)
+            compared["size"] = (self.size, image_size)
         file = None if preprocessor is None else Path(preprocessor) / "preprocessor_config.json"
         if file is not None and file.is_file():
-            said = read_json(file)
-            for ours, key, step, without in (
+            config = read_json(file)
+            for name, key, step, without in (
                 ("mean", "image_mean", "do_normalize", [0.0] * 3),
                 ("std", "image_std", "do_normalize", [1.0] * 3),
                 ("scale", "rescale_factor", "do_rescale", 1.0),
             ):
-                theirs = said.get(key) if said.get(step, True) else without
-                if theirs is not None:
-                    wanted[ours] = (getattr(self, ours), theirs)
+                expected = config.get(key) if config.get(step, True) else without
+                if expected is not None:
+                    compared[name] = (getattr(self, name), expected)
         problems = [
-            f"{name} is {ours}, the encoder's {theirs}"
-            for name, (ours, theirs) in wanted.items()
-            if not _same(ours, theirs)
+            f"{name} is {own}, the encoder's {expected}"
+            for name, (own, expected) in compared.items()
+            if not _same(own, expected)
         ]
         if problems:
             raise DataError(
-                f"Images are not made as the encoder{what and f' {what!r}'} was trained on them: "
-                f"{'; '.join(problems)}. ImageTransform.from_directory reads these from "
-                "the encoder's own directory."
+                f"Images differ from those that the encoder{what and f' {what!r}'} was trained on: "
+                f"{'; '.join(problems)}. ImageTransform.from_directory reads these numbers from the "
+                "encoder's own directory."
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -223,7 +225,7 @@ class ImageTransform:
 
 
 def _sides(value: Any, *, square: bool) -> list[int]:
-    """``[shorter side]`` or ``[height, width]``, from the ways in which preprocessor files say it."""
+    """Return ``[shorter side]`` or ``[height, width]`` from any spelling of preprocessor files."""
     if isinstance(value, int):
         value = dict.fromkeys(("height", "width") if square else ("shortest_edge",), value)
     sides = {key: side for key, side in sorted(dict(value).items()) if side is not None}
@@ -240,8 +242,8 @@ def _numbers(value: Any, count: int, above: float = -math.inf) -> list[float]:
     return numbers
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def _same(own: Any, expected: Any) -> bool:
     try:
-        return np.allclose(theirs, ours, rtol=1e-5, atol=0) and np.shape(theirs) == np.shape(ours)
-    except (TypeError, ValueError):  # a file may say anything
+        return np.allclose(expected, own, rtol=1e-5, atol=0) and np.shape(expected) == np.shape(own)
+    except (TypeError, ValueError):  # the file's value can be anything
         return False

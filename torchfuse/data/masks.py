@@ -1,4 +1,4 @@
-"""Masks from token ids: who may attend to whom. True means may attend, everywhere.
+"""Masks from token ids: what may attend to what. True means may attend, everywhere.
 
 All helpers take and return whole batches with static shapes, on any device, without waiting for it.
 """
@@ -19,14 +19,14 @@ ImageScope = Literal["all", "group", "last"]
 
 
 def left_padding(tokens: Tensor, pad_id: int) -> Tensor:
-    """Which tokens count in rows that are padded on the left.
+    """Return which tokens count in rows that are padded on the left.
 
     Args:
         tokens: ids, ``[b, s]``.
         pad_id: the padding's id. In the middle of a row it is a token like any other.
 
     Returns:
-        Bool ``[b, s]``, True from the first token that is no padding on.
+        Bool ``[b, s]``, True from the first token that is not padding.
 
     Examples:
         >>> left_padding(torch.tensor([[0, 0, 5, 0]]), pad_id=0).tolist()
@@ -36,7 +36,7 @@ def left_padding(tokens: Tensor, pad_id: int) -> Tensor:
 
 
 def positions(valid: Tensor) -> Tensor:
-    """Positions counted from the first token that counts.
+    """Return positions counted from the first token that counts.
 
     Args:
         valid: which tokens count, bool ``[b, s]``.
@@ -50,14 +50,14 @@ def positions(valid: Tensor) -> Tensor:
 def causal_mask(
     valid: Tensor, *, document_ids: Tensor | None = None, slots: int | None = None
 ) -> Tensor:
-    """Each token attends to itself and to what counts before it, within its document.
+    """Return a causal mask: each token attends to itself and to valid tokens before it.
 
     Args:
-        valid: which tokens count, bool ``[b, s]``. A token that does not attends to itself alone, so
-            that its softmax is defined.
+        valid: which tokens count, bool ``[b, s]``. One that does not attends to itself alone, so that
+            its softmax is defined.
         document_ids: which document each token belongs to, ``[b, s]``, where several are packed into a
-            row.
-        slots: width of a cache that is wider than the sequence; slots behind it are not attended to.
+            row; nothing attends to another document.
+        slots: width of a cache that is wider than the sequence; slots behind it are masked out.
 
     Returns:
         Bool ``[b, s, s]``, or ``[b, s, slots]``.
@@ -89,21 +89,21 @@ def image_mask(
     scope: ImageScope = "all",
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Which text may attend to which image, by where the images' markers stand.
+    """Return which tokens may attend to which images, by the positions of the images' markers.
 
-    A token never sees an image whose marker is still to come; a row without markers sees nothing.
+    A token never attends to an image whose marker comes later; a row without markers attends to none.
 
     Args:
         tokens: ids, ``[b, s]``.
         image_token: id of the marker.
         features_per_image: features that an image has.
-        num_images: images a row has room for; rows with fewer leave the last ones unseen.
-        markers_per_image: how many markers in a row stand for one image.
+        num_images: images of the row with the most; in the others the last ones are masked out.
+        markers_per_image: how many consecutive markers represent one image.
         scope: ``"all"``: every image before the token; ``"last"``: the one before it (Flamingo,
             https://arxiv.org/abs/2204.14198); ``"group"``: the images before it that no text separates
             (Llama 3.2 Vision).
         document_ids: which document each token belongs to, ``[b, s]``, where several are packed into a
-            row; an image belongs to its marker's.
+            row; an image belongs to the document of its marker.
 
     Returns:
         Bool ``[b, s, num_images * features_per_image]``.
@@ -145,5 +145,5 @@ def image_mask(
 
 
 def _at(first: Tensor, values: Tensor) -> Tensor:
-    """``values`` ``[b, s]`` where each image begins: ``[b, images]``."""
+    """Return ``values`` ``[b, s]`` at the first marker of each image, ``[b, images]``."""
     return (first * values[:, :, None]).sum(dim=1)

@@ -1,11 +1,11 @@
-"""Questions about images: a file of them, and what becomes of one on its way to the model.
+"""Questions about images: question files, and the transform of a question to tokens and pixels.
 
 A question file has a JSON object a line:
 
     {"question": "<image> which digit ?", "answer": "seven", "images": ["7.png"], "kind": "digit"}
 
-``<image>`` stands where an image is shown, once for each; left out, the images come first. Paths are
-relative to the file. ``answer`` may be missing where it is asked for, ``images`` where there are none.
+``<image>`` marks the position of an image, once for each; without any, the images come first. Paths are
+relative to the file. ``answer`` is needed for training and evaluation only; ``images`` may be missing.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = [
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
 _IGNORED: Final = -100
-_LISTED: Final = 16  # problems of a file that are told one by one
+_LISTED: Final = 16  # problems of a file that are listed one by one
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its images and, where it is known, the answer."""
+    """A question, its images and, if it is known, the answer."""
 
     question: str
     images: tuple[Path, ...] = ()
@@ -59,15 +59,15 @@ class Question:
             object.__setattr__(self, "question", f"{_MARKER} " * len(self.images) + self.question)
         elif markers != len(self.images):
             raise DataError(
-                f"the question shows {_MARKER} {markers} times, but there are {len(self.images)} images"
+                f"the question has {_MARKER} {markers} times, but there are {len(self.images)} images"
             )
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a question file, and see to it that every image in it opens.
+    """Read a question file, and check that every image in it opens.
 
     Raises:
-        DataError: naming the file and every line that cannot be used; if there is no question at all.
+        DataError: naming every line that is wrong, or if there is no question.
     """
     path = Path(path)
     questions, problems = [], []
@@ -93,12 +93,11 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def image_problems(question: Question, checked: dict[Path, str]) -> list[str]:
-    """What is wrong with the images of a question, each opened once.
+    """Return what is wrong with the images of a question, opening each path once.
 
     Args:
         question: the question.
-        checked: what was found out about images before, by path; nothing (an empty string) for one that
-            opens. What is found out now is added.
+        checked: results of earlier calls by path, an empty string for an image that opens; updated.
     """
     for image in question.images:
         if image not in checked:
@@ -112,7 +111,7 @@ def image_problems(question: Question, checked: dict[Path, str]) -> list[str]:
 
 
 def name_problems(path: str | Path, problems: Sequence[str]) -> str:
-    """One message for all that is wrong with a file.
+    """Return one message for all problems of a file.
 
     Examples:
         >>> print(name_problems("a.jsonl", ["line 3: no JSON."]))
@@ -139,10 +138,10 @@ def _parse(line: str, folder: Path) -> Question:
 
 
 def question_from(record: Mapping[str, Any], folder: Path) -> Question:
-    """Check one record of a question file, or of a prompt in a YAML.
+    """Return the question of a record of a question file, or of a prompt in a YAML file.
 
     Raises:
-        DataError: naming every field that is missing, unknown or of the wrong type; if markers and
+        DataError: naming every field that is missing, unknown or of the wrong type, or if markers and
             images differ in number.
     """
     problems = []
@@ -156,7 +155,7 @@ def question_from(record: Mapping[str, Any], folder: Path) -> Question:
         if name in record and not missing and not isinstance(record[name], kind):
             problems.append(f"{name} must be a {kind.__name__}, got {record[name]!r}.")
     if record.get("kind") == "all":
-        problems.append('kind "all" stands for the questions of every kind; call it something else.')
+        problems.append('kind "all" means the questions of every kind; choose another name.')
     images = record.get("images", [])
     if isinstance(images, list) and not all(isinstance(image, str) for image in images):
         problems.append(f"images must be paths, got {images!r}.")
@@ -167,26 +166,26 @@ def question_from(record: Mapping[str, Any], folder: Path) -> Question:
 
 
 class QuestionTransform:
-    """A question as tokens, labels, pixels and the mask between them.
+    """Transform of a question to tokens, labels, pixels and the mask between them.
 
-    In a torchtune recipe it stands where the tokenizer does.
+    It takes the place of the tokenizer in a torchtune recipe.
 
     Args:
         tokenizer: directory of the language model, with its ``tokenizer.json``.
         image_token: id that marks images in the sequence; usually the first one behind the pretrained
-            vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` makes a row. None only for
+            vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` adds a row. None only for
             ``layout="prefix"``.
-        features_per_image: features that an image has when it reaches the decoder.
+        features_per_image: features of an image behind encoder and adapter.
         image_transform: directory of the encoder, with its ``preprocessor_config.json``, or an
             ``ImageTransform``.
-        layout: what stands for an image in the sequence. ``"marker"``: one ``image_token`` (for
-            cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: nothing.
+        layout: the tokens of an image in the sequence. ``"marker"``: one ``image_token`` (for
+            cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: none.
         scope: which images a token may attend to, see ``image_mask``; with ``"marker"``.
-        max_seq_len: the longest sequence that is let through; nothing is ever cut off.
-        cache_images: how many images' pixels to keep in memory, for data that is small.
+        max_seq_len: the longest sequence; a longer one is an error, never truncated.
+        cache_images: how many images' pixels to keep in memory.
 
     Raises:
-        DataError: if the options do not fit each other, or a directory lacks its file.
+        DataError: if options contradict each other, or a directory lacks its file.
     """
 
     def __init__(
@@ -231,7 +230,7 @@ class QuestionTransform:
         return self.tokenizer.eos_ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, up to the first that ends an answer; markers of images left out."""
+        """Return the text of tokens up to the first stop token, without markers of images."""
         text = []
         for token in tokens:
             if token in self.stop_tokens:
@@ -245,14 +244,14 @@ class QuestionTransform:
 
         Args:
             question: the question.
-            with_answer: whether the answer and the end of the sequence follow, and are to be learned.
+            with_answer: whether to append the answer and EOS, with labels.
 
         Returns:
             ``tokens`` (list), ``images`` ``[m, 3, h, w]``, ``encoder_mask`` (bool ``[s, m * n]``) and,
             with the answer, ``labels`` (list, unshifted, -100 before the answer).
 
         Raises:
-            DataError: if the answer is wanted and missing, or the sequence is too long.
+            DataError: if the answer is needed and missing, or the sequence is too long.
         """
         prompt, answer = self.encode(question, with_answer=with_answer)
         tokens = prompt + answer
@@ -268,18 +267,17 @@ class QuestionTransform:
         return sample
 
     def encode(self, question: Question, *, with_answer: bool = True) -> tuple[list[int], list[int]]:
-        """The ids of a question and of its answer, images not looked at.
+        """Return the ids of a question and of its answer, without opening images.
 
         Args:
             question: the question.
-            with_answer: whether there shall be an answer.
+            with_answer: whether to encode the answer too.
 
         Returns:
-            Ids from the sequence's begin to where the answer begins, and those of the answer with the
-            end of the sequence; none without answer.
+            Ids from BOS to where the answer begins, and those of the answer with EOS, or an empty list.
 
         Raises:
-            DataError: if the answer is wanted and missing, or the sequence is too long.
+            DataError: if the answer is needed and missing, or the sequence is too long.
         """
         prompt = [self.tokenizer.bos_id]
         for index, text in enumerate(question.question.split(_MARKER)):
@@ -300,11 +298,11 @@ class QuestionTransform:
         return prompt, answer
 
     def encoder_mask(self, tokens: Sequence[int], num_images: int) -> Tensor:
-        """Which features each token may attend to, bool ``[s, num_images * features_per_image]``.
+        """Return which features each token may attend to, bool ``[s, num_images * features_per_image]``.
 
         Args:
-            tokens: a whole sequence, from its begin on.
-            num_images: images whose markers it holds.
+            tokens: a whole sequence.
+            num_images: the number of its images.
         """
         if self.image_token is None:
             shape = (len(tokens), num_images * self.features_per_image)
@@ -322,18 +320,18 @@ class QuestionTransform:
 def check_questions(
     transform: QuestionTransform, questions: Sequence[Question], path: str | Path
 ) -> int:
-    """See to it that every question has an answer and, with it, fits the model.
+    """Check that every question has an answer and is not too long with it.
 
     Args:
         transform: turns questions into sequences.
         questions: the questions.
-        path: the file that they are from, for the message.
+        path: their file, for the message.
 
     Returns:
-        Tokens of the longest answer, the end of the sequence included.
+        Tokens of the longest answer, EOS included.
 
     Raises:
-        DataError: for the first question without answer or too long, naming file and question.
+        DataError: for the first question that has no answer or is too long, naming file and question.
     """
     longest = 0
     for question in questions:
@@ -348,12 +346,12 @@ class QuestionDataset(Dataset[dict[str, Any]]):
     """The questions of a file, encoded for training.
 
     Args:
-        transform: turns a question into a sample; a torchtune recipe gives its tokenizer here.
+        transform: turns a question into a sample; a torchtune recipe passes its tokenizer here.
         path: the question file.
         limit: how many of the file's questions to use, from its start; None: all.
 
     Raises:
-        DataError: if a line of the file cannot be used, has no answer or is too long, naming it.
+        DataError: naming each line that is wrong, or the first question without answer or too long.
     """
 
     def __init__(self, transform: QuestionTransform, path: str | Path, limit: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The batches of each optimizer step, and how many tokens of which modality are in them."""
+"""The batches of each optimizer step, and the number of their tokens by modality."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ def optimizer_steps(
     rank: int = 0,
     start: int = 0,
 ) -> tuple[int, Iterator[Step]]:
-    """Shuffle questions anew in every epoch, and batch them.
+    """Shuffle questions in every epoch, and batch them.
 
     Args:
         questions: the questions.
         batch_size: questions in a batch.
         batches_per_step: batches whose gradients are accumulated.
-        epochs: how often each question comes. What is left behind the last whole step of an epoch, is
-            left out in it.
-        max_steps: the most steps there are.
+        epochs: passes over the questions; each drops the questions behind its last whole step.
+        max_steps: the most steps.
         seed: of the order.
-        world_size: how many ranks share a step; each gets as many batches.
-        rank: this one.
-        start: how many steps have been taken; nothing of theirs is read.
+        world_size: how many ranks share a step, with equally many batches each.
+        rank: this process's.
+        start: steps to skip, whose questions are not read.
 
     Returns:
-        How many steps there are with those, and the batches of each that is left, as
+        The number of steps, skipped ones included, and the batches of each of the others, as
         ``padded_collate_images`` makes them.
 
     Raises:
@@ -55,8 +54,8 @@ def optimizer_steps(
         questions, world_size, rank, seed=seed, drop_last=True
     )
     batches = BatchSampler(sampler, batch_size, drop_last=True)
-    an_epoch = len(batches) // batches_per_step
-    num_steps = an_epoch * epochs
+    steps_per_epoch = len(batches) // batches_per_step
+    num_steps = steps_per_epoch * epochs
     if not num_steps:
         raise DataError(
             f"{len(questions)} questions are too few for one step of {world_size} x {batch_size} x "
@@ -69,9 +68,9 @@ def optimizer_steps(
         return padded_collate_images(samples, questions.transform.pad_id)
 
     def steps() -> Iterator[Step]:
-        for epoch in range(start // an_epoch, epochs):
+        for epoch in range(start // steps_per_epoch, epochs):
             sampler.set_epoch(epoch)
-            taken = max(start - epoch * an_epoch, 0) * batches_per_step
+            taken = max(start - epoch * steps_per_epoch, 0) * batches_per_step
             left = list(islice(batches, taken, None))
             loader = iter(DataLoader(questions, batch_sampler=left, collate_fn=collated))
             while len(step := list(islice(loader, batches_per_step))) == batches_per_step:
@@ -81,11 +80,11 @@ def optimizer_steps(
 
 
 def count_tokens(batch: Mapping[str, Any], transform: QuestionTransform) -> dict[str, int]:
-    """How many tokens of text and of images a batch has, without padding and markers of images.
+    """Return the number of tokens of text and of images in a batch, without padding and markers.
 
     Args:
         batch: what ``padded_collate_images`` made.
-        transform: what turned the questions into sequences.
+        transform: the transform of the questions.
     """
     ids, mask = batch["tokens"], batch.get("encoder_mask")
     others = [transform.pad_id]

@@ -1,4 +1,4 @@
-"""From logits to the next token, on the device and without waiting for it."""
+"""Sampling of the next token from logits, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def problems(self) -> list[str]:
-        """What is out of range, in words."""
+        """Return what is out of range."""
         problems = []
         if not 0 <= self.temperature < float("inf"):
             problems.append(f"temperature must be at least 0, got {self.temperature}")
@@ -85,10 +85,10 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        # A token goes if those before it suffice without it; the first never does.
+        # A token is dropped if those before it reach top_p; the first never is.
         enough = probabilities.cumsum(dim=-1) - probabilities >= top_p
         logits = logits.masked_fill(enough.scatter(-1, order, enough), -torch.inf)
-    # The first of several exponential clocks to ring is each with the probability of its rate.
+    # Of exponential waiting times, the shortest is each with the probability of its rate.
     return (logits.softmax(dim=-1) / _waiting_times(logits, generator)).argmax(dim=-1)
 
 

@@ -29,7 +29,7 @@ from torchfuse.generation.checks import (
     vocab_size,
 )
 from torchfuse.generation.sampling import Generators, Sampling, sample
-from torchfuse.generation.steps import bucket, compiled, next_logits, read_prompt
+from torchfuse.generation.steps import bucket, compiled, next_logits, run_prompt
 from torchfuse.naming import unwrap
 
 __all__ = ["Session"]
@@ -241,9 +241,9 @@ class Session:
         if embeds is not None:
             mask = _widen(encoder_mask, tokens.shape[1])
             given = {"encoder_embeds": _detached(embeds), "encoder_mask": mask}
-        run: Callable[..., Tensor] = read_prompt
+        run: Callable[..., Tensor] = run_prompt
         if self.compile:
-            run = compiled(read_prompt, tokens.device.type)
+            run = compiled(run_prompt, tokens.device.type)
             torch.compiler.cudagraph_mark_step_begin()
         logits = run(
             self.model, tokens, valid, self._valid, self._count, self._column, self._special, given

@@ -1,7 +1,7 @@
-"""What runs for a prompt and for each token after it, as functions of tensors that keep their place.
+"""The functions that run the model on a prompt and on each token behind it.
 
-Each is one graph: nothing in it depends on a value, and what goes on from call to call is written in
-place.
+Each is one graph: nothing in it depends on a value, and what later calls need is written in place, to
+tensors with fixed addresses.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["bucket", "compiled", "next_logits", "read_prompt"]
+__all__ = ["bucket", "compiled", "next_logits", "run_prompt"]
 
-_MOST_GRAPHS: Final = 256
+_MAX_GRAPHS: Final = 256
 
 
 def bucket(length: int, most: int) -> int:
-    """The length that a prompt is padded to where each length needs a graph of its own.
+    """Return the length that a prompt is padded to where each length needs a graph of its own.
 
     Powers of two up to 128, then multiples of 128, and never more than ``most``.
 
@@ -31,7 +31,7 @@ def bucket(length: int, most: int) -> int:
     return max(length, min(padded, most))
 
 
-def read_prompt(
+def run_prompt(
     model: Any,
     tokens: Tensor,
     counts: Tensor,
@@ -41,17 +41,24 @@ def read_prompt(
     special: Tensor,
     given: Mapping[str, Any],
 ) -> Tensor:
-    """Read ``tokens`` ``[b, s]`` of which ``counts`` count, and score what comes behind, ``[b, v]``.
+    """Run the model on a prompt; return the logits ``[b, v]`` of the token behind it.
 
-    ``valid`` ``[b, slots]`` (what may be seen), ``count`` ``[b]`` (tokens so far) and ``column`` ``[1]``
-    (slots so far) go on in place.
+    Args:
+        model: with caches set up.
+        tokens: ``[b, s]``.
+        counts: which of them count, bool ``[b, s]``; the others are padding.
+        valid: which slots of the caches may be attended to, bool ``[b, slots]``; updated in place.
+        count: tokens of each row so far, ``[b]``; updated in place.
+        column: slots in use, ``[1]``; updated in place.
+        special: ids that are never generated.
+        given: further keywords of the model's call.
     """
     s, slots = tokens.shape[1], valid.shape[1]
     here = column + torch.arange(s, device=tokens.device)
-    # Written only when the model has taken the tokens: what it refuses leaves no trace.
+    # Not in place before the model has run: if it raises, nothing has changed.
     seen = valid.index_copy(1, here, counts)
     every = torch.arange(slots, device=tokens.device)
-    # What does not count sees itself, so that its softmax is defined.
+    # Padding attends to itself, so that its softmax is defined.
     mask = (seen[:, None] & (every <= here[:, None])) | (every == here[:, None])
     positions = (count[:, None] + counts.cumsum(dim=1) - 1).clamp(min=0)
     logits = _score(model, tokens, mask, positions, special, given)
@@ -70,7 +77,7 @@ def next_logits(
     column: Tensor,
     special: Tensor,
 ) -> Tensor:
-    """Read one token ``[b]`` of each row, as ``read_prompt`` does."""
+    """Run the model on one token ``[b]`` of each row, as ``run_prompt`` does on several."""
     valid.index_copy_(1, column, counts[:, None])
     logits = _score(model, token[:, None], valid[:, None], count[:, None], special, {})
     count.add_(counts)
@@ -90,21 +97,21 @@ def _score(
     while isinstance(output, list):  # hidden states in front, or chunks of the sequence
         output = output[-1]
     logits: Tensor = output[:, -1]
-    # A token that stands for a feature is nothing to say; many lie outside the vocabulary.
+    # Tokens that features replace are no text; many are outside the vocabulary.
     banned = torch.isin(torch.arange(logits.shape[-1], device=logits.device), special)
     return logits.masked_fill(banned, -torch.inf)
 
 
 @functools.cache
 def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    """A function as one graph for each shape; on CUDA, recorded and replayed."""
+    """Compile a function to one graph for each shape; on CUDA, recorded and replayed."""
     mode = "reduce-overhead" if device == "cuda" else None
     graphs = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     @functools.wraps(function)
     def run(*args: Any) -> Tensor:
-        # Each model, number of rows and bucket has graphs of its own, and many are no mistake.
-        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+        # Each model, number of rows and bucket has its own graphs; many are intended.
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
             return graphs(*args)
 
     return run

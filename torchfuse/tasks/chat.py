@@ -1,4 +1,4 @@
-"""A conversation that is typed, line by line."""
+"""A conversation in a terminal, line by line."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from torchfuse.tasks.conversation import Conversation
 __all__ = ["HELP", "chat"]
 
 HELP: Final = (
-    "Type a question. /image PATH shows an image with the next one, /reset starts anew, /quit leaves."
+    "Type a question. /image PATH adds an image to the next one, /reset starts anew, /quit ends."
 )
 
 
 def chat(conversation: Conversation, lines: Iterable[str], write: Callable[[str], object]) -> None:
-    """Answer lines of text until they end or one says ``/quit``.
+    """Answer lines of text until they end or one is ``/quit``.
 
-    ``/image PATH`` adds an image to the next question, ``/reset`` starts anew. What cannot be done, an
-    image that does not open, a turn that does not fit any more, is told in one line, and the
-    conversation goes on as if it had not been asked for.
+    ``/image PATH`` adds an image to the next question, ``/reset`` starts a new conversation. An image
+    that does not open or a turn that does not fit any more is one line of output, and changes nothing.
 
     Args:
-        conversation: what answers.
-        lines: what is typed, line by line.
-        write: takes what is to be shown, piece by piece, with the ends of lines.
+        conversation: answers the questions.
+        lines: the input.
+        write: takes the output, piece by piece, line ends included.
     """
     images: list[Path] = []
     for line in lines:
@@ -59,11 +58,13 @@ def _question(text: str, images: list[Path]) -> Question:
     try:
         return Question(text, tuple(images))
     except ValueError as error:
-        raise DataError(f"{error}; /image adds one, and without any mark images come first") from error
+        raise DataError(
+            f"{error}; /image adds one, and without <image> in the question images come first"
+        ) from error
 
 
 def _image(argument: str) -> Path:
-    """The path that was typed, quoted or not, of an image that opens."""
+    """Return the path in the input, quoted or not, of an image that opens."""
     typed = argument.strip().strip("'\"")
     if not typed:
         raise DataError("/image needs the path of an image")

@@ -1,8 +1,7 @@
-"""What a model is asked: a question, or a conversation of several turns with a system text in front.
+"""Prompts: a question, or a conversation of several turns with a system text in front.
 
-A conversation is one sequence: its begin, the system text and the first question, the answer as the
-model gave it, the next question, and so on. What a model was taught to see around a question is the
-``Template``'s, and nothing else puts a token there.
+A conversation is one sequence: BOS, the system text and the first question, the answer as the model
+generated it, the next question, and so on. Text around a question comes from the ``Template`` only.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _KEYS: Final = ("system", "turns")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Questions that are asked one after the other, each with the answers before it in view.
+    """Questions of one conversation, each with all earlier turns in context.
 
     Attributes:
         turns: the questions.
@@ -43,13 +42,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    r"""What stands around a text; ``{text}`` is where it goes.
+    r"""The text around a question and around a system text, which replace ``{text}``.
 
-    Special tokens may be written out, where the tokenizer knows them.
+    Special tokens can be written out, if they are in the tokenizer.
 
     Attributes:
         system: around the system text.
-        question: around a question. The answer begins where this ends.
+        question: around a question, up to where the answer begins.
 
     Examples:
         >>> llava = Template(system="{text} ", question="USER: {text} ASSISTANT:")
@@ -61,7 +60,7 @@ class Template:
     question: str = "{text}"
 
     def problems(self) -> list[str]:
-        """What is wrong with it, in words."""
+        """Return what is wrong with it."""
         return [
             f"template.{name} must hold {_TEXT} once and no {_MARKER}, got {value!r}"
             for name, value in vars(self).items()
@@ -69,13 +68,13 @@ class Template:
         ]
 
     def fill(self, question: str, *, system: str | None = None) -> str:
-        """The text of a turn, with the system text in front of the first."""
+        """Return the text of a turn, with the system text in front of the first."""
         front = "" if system is None else self.system.replace(_TEXT, system)
         return front + self.question.replace(_TEXT, question)
 
 
 def prompts_from(records: Any, path: Path) -> list[Prompt]:
-    """Check the prompts of a YAML, and see to it that every image in them opens.
+    """Check the prompts of a YAML file, and that every image in them opens.
 
     Each is a ``question`` with ``images``, as in a question file, or a conversation:
 
@@ -86,11 +85,11 @@ def prompts_from(records: Any, path: Path) -> list[Prompt]:
             - question: even or odd ?
 
     Args:
-        records: what the YAML holds.
-        path: the YAML; paths of images are relative to it.
+        records: the content of the file.
+        path: the file; paths of images are relative to it.
 
     Raises:
-        DataError: naming the file and everything that is wrong with it.
+        DataError: naming everything that is wrong with the file.
     """
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records) or not records:
         raise DataError(
@@ -118,7 +117,7 @@ def prompts_from(records: Any, path: Path) -> list[Prompt]:
 
 
 def _turns(record: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The questions of a prompt, and where each stands in it."""
+    """Return the questions of a prompt, and the position of each in it."""
     if not set(record) & set(_KEYS):
         yield "", record
     elif isinstance(record.get("turns"), list):
@@ -153,22 +152,22 @@ def encode_turn(
     first: bool,
     system: str | None = None,
 ) -> list[int]:
-    """The ids of one turn, up to where its answer begins; the first has the sequence's begin.
+    """Return the ids of one turn, up to where its answer begins; those of the first begin with BOS.
 
     Raises:
-        DataError: if the turn has no text at all, is too long for the transform, or brings images where
-            they cannot stand.
+        DataError: if the turn has no tokens, is too long for the transform, or has images in a later
+            turn where all must come first.
     """
     if not first and question.images and transform.image_token is None:
         raise DataError(
-            'with layout "prefix" images stand in front of the sequence, so only the first turn can '
-            f"bring any, got {len(question.images)} with {question.question!r}"
+            'with layout "prefix" images come in front of the sequence, so only the first turn can '
+            f"have any, got {len(question.images)} with {question.question!r}"
         )
     text = template.fill(question.question, system=system if first else None)
     tokens, _ = transform.encode(replace(question, question=text), with_answer=False)
     tokens = tokens if first else tokens[1:]
     if not tokens:
-        raise DataError(f"{question.question!r} is no token to the tokenizer")
+        raise DataError(f"the tokenizer makes no token of {question.question!r}")
     return tokens
 
 
@@ -180,14 +179,14 @@ def encode_turns(
     path: str | Path,
     what: str = "prompt",
 ) -> list[list[list[int]]]:
-    """The ids of every turn of every prompt.
+    """Return the ids of every turn of every prompt.
 
     Args:
         transform: turns questions into ids.
-        template: what stands around them.
-        prompts: what is asked.
-        path: the file that it comes from, for the message.
-        what: what the file calls a prompt.
+        template: the text around them.
+        prompts: the prompts.
+        path: the file that they come from, for the message.
+        what: the word for a prompt in the message.
 
     Raises:
         DataError: naming every turn that cannot be encoded.

@@ -1,4 +1,4 @@
-"""What a finetuning run leaves behind, as a model that answers."""
+"""Models and transforms of finetuning runs, and of whole models' directories."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchfuse.data.questions import QuestionTransform
 from torchfuse.errors import CheckpointError
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
-from torchfuse.training.config import build, read_config, read_yaml
+from torchfuse.training.config import build, read_config
 from torchfuse.training.device import device_and_dtype
 
-__all__ = ["Loadable", "build_model", "check_images", "load_run", "read_model", "read_run", "read_yaml"]
+__all__ = ["ModelSource", "build_model", "check_images", "load_run", "read_model", "read_run"]
 
 
 def build_model(
@@ -30,13 +30,14 @@ def build_model(
 
     Args:
         model: the section of a configuration that names and describes the model.
-        pretrained: the section that names the directories, see ``load_pretrained``.
-        device: where the model shall be.
+        pretrained: the section that names the directories: arguments of ``load_pretrained``.
+        device: the model's device.
         dtype: ``"fp32"`` or ``"bf16"``.
-        where: what stands in front of the sections' names in messages.
+        where: prefix of the sections' names in messages.
 
     Raises:
-        CheckpointError: if a section is not what it should be, or something does not fit.
+        ConfigError: if a section is wrong.
+        CheckpointError: if a directory is wrong, or does not fit the model.
     """
     from torchtune import training
 
@@ -50,16 +51,16 @@ def build_model(
 def check_images(
     model: nn.Module, transform: ImageTransform, encoder: str | Path | Mapping[str, str | Path] | None
 ) -> None:
-    """Compare what images are made into with what the model's encoders were trained on.
+    """Check that images become what the model's encoders were trained on.
 
     Args:
         model: a fused model.
-        transform: what turns images into pixels.
+        transform: turns images into pixels.
         encoder: the encoders' directories, as for ``load_pretrained``; where they hold a
-            ``preprocessor_config.json``, mean and deviation are compared too.
+            ``preprocessor_config.json``, mean and standard deviation are compared too.
 
     Raises:
-        CheckpointError: naming each number that differs.
+        DataError: naming each number that differs.
     """
     owner: Any = unwrap(model)
     for name in owner.encoder_names:
@@ -69,27 +70,27 @@ def check_images(
 
 
 @dataclass(frozen=True)
-class Loadable:
-    """What answers questions: how they are put to it, and the model, which is not loaded yet.
+class ModelSource:
+    """A model that is not loaded yet, and its transform.
 
     Attributes:
         transform: the transform that the model was trained with.
-        load: builds the model on a device in a dtype, and loads it.
+        load: builds and loads the model, on a device in a dtype.
     """
 
     transform: QuestionTransform
     load: Callable[[str, str], nn.Module]
 
 
-def read_run(path: str | Path) -> Loadable:
-    """Read what a finetuning run says of itself, and build its transform.
+def read_run(path: str | Path) -> ModelSource:
+    """Read the configuration of a finetuning run, and build its transform.
 
     Args:
         path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
 
     Raises:
-        CheckpointError: if the run is not what it should be; when the model is loaded, if a checkpoint
-            that it names is not.
+        ConfigError: if the configuration is wrong.
+        CheckpointError: on loading, if a checkpoint is wrong or does not fit.
     """
     file = Path(path) / "config.yaml"
     given = read_config(file, "every finetuning run writes one")
@@ -112,10 +113,10 @@ def read_run(path: str | Path) -> Loadable:
         load_trained(model, Path(path) / "fusion")
         return model
 
-    return Loadable(transform, load)
+    return ModelSource(transform, load)
 
 
-def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> Loadable:
+def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> ModelSource:
     """Build a transform for the directory of a whole model.
 
     Args:
@@ -123,8 +124,8 @@ def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> Loadabl
         transform: the section of a configuration that names and describes the transform.
 
     Raises:
-        CheckpointError: if one of them is not what it should be; when the model is loaded, if the
-            directory does not hold what it says.
+        ConfigError: if the section is wrong.
+        CheckpointError: if there is no such directory; on loading, if the checkpoint is wrong.
     """
     built: QuestionTransform = build(transform, what="transform", kind=QuestionTransform)
     if not Path(path).is_dir():
@@ -136,7 +137,7 @@ def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> Loadabl
         check_images(model, built.image_transform, path)
         return model
 
-    return Loadable(built, load)
+    return ModelSource(built, load)
 
 
 def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, QuestionTransform]:
@@ -144,14 +145,15 @@ def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Q
 
     Args:
         path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
-        device: where the model shall be.
+        device: the model's device.
         dtype: ``"fp32"`` or ``"bf16"``.
 
     Returns:
         The model, and the transform that it was trained with.
 
     Raises:
-        CheckpointError: if the run, or a checkpoint that it names, is not what it should be.
+        ConfigError: if the run's configuration is wrong.
+        CheckpointError: if a checkpoint is wrong or does not fit.
     """
     run = read_run(path)
     return run.load(device, dtype), run.transform

@@ -1,4 +1,4 @@
-"""Text that appears while its tokens are made."""
+"""Text that is written while its tokens are generated."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Final
 
 __all__ = ["TextStream"]
 
-_INCOMPLETE: Final = "\ufffd"  # what a decoder makes of half a character
+_INCOMPLETE: Final = "\ufffd"  # the text of half a character
 
 
 class TextStream:
-    """Writes what each token adds to the text of those before it.
+    """Writer of the text that each token adds.
 
-    Tokens are never decoded alone, since a tokenizer joins them to words and characters by what stands
-    beside them. A character whose bytes have not all come is held back.
+    Tokens are never decoded alone, since the text of a token depends on its neighbours. A character is
+    written when all of its bytes are there.
 
     Args:
         decode: text of tokens.
@@ -36,17 +36,17 @@ class TextStream:
         self._written = ""
 
     def put(self, token: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self._tokens.append(token)
         text = self._decode(self._tokens).rstrip(_INCOMPLETE)
         if text.startswith(self._written):
             self._show(text)
 
     def end(self) -> None:
-        """Write what was held back; the pieces together are the text of all tokens then."""
+        """Write the rest: then all pieces together are the text of all tokens."""
         text = self._decode(self._tokens)
         if not text.startswith(self._written):
-            # The tokenizer changed its mind about what stands there already.
+            # Text that is written already has changed.
             self._write("\n")
             self._written = ""
         self._show(text)

@@ -1,69 +1,77 @@
-"""Makes the reference: a page for the names of ``torchfuse``, and one for every module below it.
+"""The reference of the site: a page for every public module, with the names in its ``__all__`` alone."""
 
-A module is public if it has ``__all__`` with something in it; its page shows exactly those names.
-"""
+from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
-PACKAGE = Path(__file__).parent.parent / "torchfuse"
-# The order of the layers, from what is called first to what lies deepest.
-GROUPS = {
-    "Models": "models",
-    "Modules": "modules",
-    "Encoders": "encoders",
-    "Checkpoints": "checkpoint",
-    "Parameters": "params",
-    "Generation": "generation",
-    "Data": "data",
-    "Running": "",
-}
+ROOT = Path(__file__).parent.parent
+# Everything else in the package is private.
+PUBLIC_MODULES = (
+    "torchfuse",
+    "torchfuse.models",
+    "torchfuse.models.builders",
+    "torchfuse.modules",
+    "torchfuse.encoders",
+    "torchfuse.checkpoint",
+    "torchfuse.params",
+    "torchfuse.quantization",
+    "torchfuse.generation",
+    "torchfuse.data",
+    "torchfuse.training",
+    "torchfuse.tasks",
+    "torchfuse.errors",
+)
 
 
-def public_names(path: Path) -> list[str]:
-    """What a module's ``__all__`` lists."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+def public_names(module: str) -> list[str]:
+    """Return the ``__all__`` of a module, read from its source."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
             return list(ast.literal_eval(node.value))
-    return []
+    raise ValueError(f"{file} has no __all__.")
 
 
-def pages() -> dict[str, dict[str, str]]:
-    """For each group the modules in it, and for each module the source of its page."""
-    root = f"# torchfuse\n\n::: torchfuse\n{_options(public_names(PACKAGE / '__init__.py'))}"
-    found = {"": {"torchfuse": root}}
-    for title, folder in GROUPS.items():
-        found[title] = {}
-        for path in sorted((PACKAGE / folder).glob("*.py")):
-            names = public_names(path)
-            if path.name != "__init__.py" and names:
-                module = ".".join(["torchfuse", *([folder] if folder else []), path.stem])
-                found[title][module] = f"# {module}\n\n::: {module}\n{_options(names)}"
-    return found
+def documented_names(module: str) -> list[str]:
+    """Return the public names that a module's page shows.
+
+    A function named as the submodule that defines it (``torchfuse.models.fuse``) cannot be addressed there by
+    tools that read the source; it is shown on the page of ``torchfuse``.
+    """
+    path = ROOT.joinpath(*module.split("."))
+    return [name for name in public_names(module) if not (path / f"{name}.py").exists()]
 
 
-def _options(names: list[str]) -> str:
-    options = {"show_root_heading": "false", "show_root_toc_entry": "false", "heading_level": "2"}
+def page(module: str) -> str:
+    """Return the source of a module's page."""
+    options = {
+        "show_root_heading": "false",
+        "show_root_toc_entry": "false",
+        "heading_level": "2",
+        "members": f"[{', '.join(documented_names(module))}]",
+    }
     lines = [f"        {name}: {value}" for name, value in options.items()]
-    return "\n".join(["    options:", *lines, f"        members: [{', '.join(names)}]", ""])
+    return "\n".join([f"# {module}", "", f"::: {module}", "    options:", *lines, ""])
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages behind what ``mkdocs.yml`` lists."""
-    nav: list[object] = []
-    for title, modules in pages().items():
-        listed = [{module: f"reference/{module}.md"} for module in modules]
-        nav += [{title: listed}] if title else listed
-    config.nav = [*config.nav, {"Reference": nav}]
+    """Append the pages to the navigation of ``mkdocs.yml``."""
+    pages = [{module: f"reference/{module}.md"} for module in PUBLIC_MODULES]
+    config.nav = [*config.nav, {"Reference": pages}]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages to the site's files."""
-    for modules in pages().values():
-        for module, source in modules.items():
-            files.append(File.generated(config, f"reference/{module}.md", content=source))
+    """Add the pages to the files of the site."""
+    from mkdocs.structure.files import File
+
+    for module in PUBLIC_MODULES:
+        files.append(File.generated(config, f"reference/{module}.md", content=page(module)))
     return files

@@ -1,19 +1,19 @@
 """Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
 
 from torchfuse.checkpoint import (
-    export,
     from_pretrained,
     fusion_state_dict,
     load_fusion,
     load_fusion_state_dict,
     load_pretrained,
     save_fusion,
-    save_pretrained,
     seed_adapters,
 )
+from torchfuse.checkpoint.export import export, save_pretrained
 from torchfuse.errors import CheckpointError, ConfigError, DataError, FusionError, ModelError
 from torchfuse.generation import generate
-from torchfuse.models import DeepFusionModel, EarlyFusionModel, MixtureFusionModel, fuse
+from torchfuse.models import DeepFusionModel, EarlyFusionModel, MixtureFusionModel
+from torchfuse.models.fuse import fuse
 from torchfuse.modules import FusionEmbedding, FusionLayer, FusionLinear, TiedFusionLinear
 from torchfuse.params import (
     describe,

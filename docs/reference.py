@@ -42,8 +42,8 @@ def public_names(module: str) -> list[str]:
 def documented_names(module: str) -> list[str]:
     """Return the public names that a module's page shows.
 
-    A function named as the submodule that defines it (``torchfuse.models.fuse``) cannot be addressed there by
-    tools that read the source; it is shown on the page of ``torchfuse``.
+    A function named as the submodule that defines it (``torchfuse.models.fuse``) has no address for
+    tools that read the source: it is shown on the page of ``torchfuse``.
     """
     path = ROOT.joinpath(*module.split("."))
     return [name for name in public_names(module) if not (path / f"{name}.py").exists()]

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from torchfuse.data.questions import check_questions, read_questions
 from torchfuse.tasks.evaluation import accuracy
-from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import load_run
 from torchfuse.training.config import recipe

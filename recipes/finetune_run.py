@@ -42,7 +42,7 @@ from torchfuse.tasks.evaluation import (
     training_costs,
 )
 from torchfuse.tasks.image_inputs import fit_to_encoder
-from torchfuse.tasks.predict import Prediction, predict
+from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images
 from torchfuse.training.config import build

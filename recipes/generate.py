@@ -42,7 +42,7 @@ from torchfuse.io.atomic import write_text
 from torchfuse.quantization import Scheme
 from torchfuse.tasks.chat import HELP, chat
 from torchfuse.tasks.conversation import Conversation
-from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.prompts import Prompt, encode_turns, prompts_from
 from torchfuse.tasks.prompts import Template as Surroundings

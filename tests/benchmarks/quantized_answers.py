@@ -24,7 +24,7 @@ from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import check_questions, read_questions
 from torchfuse.quantization import Scheme
 from torchfuse.tasks.evaluation import accuracy
-from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import load_run
 from torchfuse.training.config import read_config

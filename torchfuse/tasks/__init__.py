@@ -2,7 +2,7 @@
 
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.evaluation import accuracy, accuracy_by_kind, evaluate
-from torchfuse.tasks.predict import Prediction, predict
+from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.prompts import Prompt, Template, prompts_from
 from torchfuse.tasks.report import Report

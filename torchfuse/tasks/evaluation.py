@@ -17,7 +17,7 @@ from torchfuse.data.questions import Question
 from torchfuse.errors import DataError
 from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load
 from torchfuse.params import get_fusion_params
-from torchfuse.tasks.predict import Prediction
+from torchfuse.tasks.prediction import Prediction
 from torchfuse.training.record import TrainingRecord
 
 __all__ = [

@@ -8,7 +8,7 @@ from torchfuse.data.questions import Question
 from torchfuse.generation import session
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.conversation import Conversation
-from torchfuse.tasks.predict import predict
+from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.report import Report, peak_memory
 
 SAMPLED = Sampling(temperature=1.4, top_k=17)

@@ -7,6 +7,10 @@ DEMO := demo
 TUNE := $(BIN)/tune run torchfuse/recipes
 CONFIGS := recipes/configs/digits
 
+# Python keeps bytecode, whatever the environment says: recipes and tests start many processes, and each would
+# compile thousands of files.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo compare test test-long check format docs clean
 

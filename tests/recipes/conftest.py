@@ -7,19 +7,22 @@ from torchfuse.recipes import prepare_digits
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """What prepare_digits writes, with two steps of pretraining, and question files cut short."""
+    """What prepare_digits writes, with two steps of pretraining, question files cut short, and their images alone."""
     folder = tmp_path_factory.mktemp("digits") / "demo"
     run_program(prepare_digits, folder.parent, folder, "--llama-steps", 2, "--clip-steps", 2)
+    shown = (folder / "prompt.yaml").read_text()
     for split, count in (("train", 64), ("test", 48)):
         file = folder / "questions" / f"{split}.jsonl"
         lines = file.read_text().splitlines(keepends=True)
-        assert {json.loads(line)["kind"] for line in lines[:count]} == {
-            "one_image",
-            "two_images",
-            "text",
-        }
-        (folder / "questions" / f"{split}_all.jsonl").write_text("".join(lines))
+        kinds = [json.loads(line)["kind"] for line in lines]
+        assert set(kinds[:count]) == {"one_image", "two_images", "text"}
+        text = [line for line, kind in zip(lines, kinds, strict=True) if kind == "text"]
+        (folder / "questions" / f"{split}_text.jsonl").write_text("".join(text))
         file.write_text("".join(lines[:count]))
+        shown += file.read_text()
+    for image in (folder / "images").iterdir():
+        if image.name not in shown:
+            image.unlink()
     return folder
 
 

@@ -1,18 +1,16 @@
-"""What the caller got wrong is one clear sentence, exit code 1, and nothing is written."""
+"""A mistake of the caller is one error message with exit code 1, and nothing is written."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from programs import DIGITS, run_program
 from torchfuse.recipes import evaluate, finetune, generate
 
-from torchfuse import recipes
 from torchfuse.tasks.runs import build_model, load_run
 
-CONFIGS = Path(recipes.__file__).parent / "configs" / "digits"
 MODEL = "model (torchfuse.models.builders.digits): "
 TRANSFORM = "transform (torchfuse.data.questions.QuestionTransform): "
 
@@ -20,7 +18,7 @@ TRANSFORM = "transform (torchfuse.data.questions.QuestionTransform): "
 @pytest.fixture
 def demo(digits, tmp_path, monkeypatch):
     """A copy of the demo folder that a test may damage."""
-    shutil.copytree(digits, tmp_path / "demo", ignore=shutil.ignore_patterns("run_*", "*_all.jsonl"))
+    shutil.copytree(digits, tmp_path / "demo", ignore=shutil.ignore_patterns("run_*"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "demo"
 
@@ -31,22 +29,22 @@ def intact(digits, monkeypatch):
     monkeypatch.chdir(digits.parent)
 
 
-def everything(folder):
+def modification_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def fails(recipe, config, capsys, monkeypatch, *overrides):
-    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(CONFIGS / config), *overrides])
-    before = everything(Path.cwd())
+def error_of(recipe, config, capsys, *overrides):
+    """What a recipe writes to stderr: one error message and no traceback."""
+    before = modification_times(Path.cwd())
     with pytest.raises(SystemExit) as ended:
-        recipe.main()
+        run_program(recipe, Path.cwd(), "--config", DIGITS / config, *overrides)
     assert ended.value.code == 1
-    assert everything(Path.cwd()) == before
-    said = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in said if line.startswith("error: ")]
-    assert len(errors) == 1, said
-    assert "Traceback" not in "".join(said)
-    return "\n".join(said)
+    assert modification_times(Path.cwd()) == before
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert "Traceback" not in "".join(lines)
+    return "\n".join(lines)
 
 
 def break_line(demo):
@@ -63,7 +61,7 @@ def break_image(demo):
 
 
 @pytest.mark.parametrize(
-    ("override", "damage", "complaint"),
+    ("override", "damage", "message"),
     [
         ("learning_rate=1e-3", None, "Configuration key 'learning_rate': "),
         ("train.rate=1e-3", None, "Configuration key 'train.rate': "),
@@ -92,18 +90,18 @@ def break_image(demo):
         ("seed=7", break_line, "questions/train.jsonl, line 6: no JSON"),
         ("seed=7", break_image, "broken.png is no image that can be opened"),
         ("train.batch_size=999", None, "64 questions are too few for one step of 1 x 999 x 1"),
-        ("output_dir=demo/prompt.yaml/run", None, "is no directory that can be written to"),
+        ("output_dir=demo/prompt.yaml/run", None, "is not a directory that can be written to"),
         ("train.lr={decoder: 1.0}", None, "lr must name the parts that train, fusion; unknown: decoder"),
     ],
 )
-def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
+def test_finetune(demo, capsys, override, damage, message):
     if damage:
         damage(demo)
-    assert complaint in fails(finetune, "cross_attention.yaml", capsys, monkeypatch, override)
+    assert message in error_of(finetune, "cross_attention.yaml", capsys, override)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "complaint"),
+    ("overrides", "message"),
     [
         ("train=5", "Configuration key 'train': expected a section with lr, "),
         ("data=x", "Configuration key 'data': expected a section with train, test, limit, got 'x'"),
@@ -114,7 +112,7 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ("pretrained.decoder=null", "Configuration key 'pretrained.decoder': "),
         ("train.epochs=many sed=7", "Configuration key 'sed': unknown; there are output_dir, model, "),
         ("~output_dir", "Configuration key 'output_dir': missing, and must be given."),
-        ("seed", "Override seed: Command-line overrides must be in the form of key=value"),
+        ("seed", "Override seed: expected key=value, or ~key to remove a key."),
         ("model.every={a", "Override model.every={a: while parsing a flow mapping"),
         ("~seed.x", "Override ~seed.x: "),
         ("model.every=two", f"{MODEL}every must be an integer or null, got 'two'."),
@@ -155,7 +153,10 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ("transform.cache_images=many", f"{TRANSFORM}cache_images must be an integer, got 'many'."),
         ("pretrained.encoder=5", "pretrained: encoder must be a string, a path, a mapping "),
         ("pretrained.encoder=[demo/clip]", "or null, got ['demo/clip']."),
-        ("model._component_=argparse.Namespace", "model (argparse.Namespace) must make a Module, got "),
+        (
+            "model._component_=argparse.Namespace",
+            "model (argparse.Namespace) must return a Module, got ",
+        ),
         ("transform.tokenizer=5", f"{TRANSFORM}tokenizer must be a string or a path, got 5."),
         (
             "transform.image_transform=5",
@@ -163,13 +164,13 @@ def test_finetune(demo, capsys, monkeypatch, override, damage, complaint):
         ),
     ],
 )
-def test_values_that_do_not_fit(intact, capsys, monkeypatch, overrides, complaint):
-    assert complaint in fails(finetune, "cross_attention.yaml", capsys, monkeypatch, *overrides.split())
+def test_values_that_do_not_fit(intact, capsys, overrides, message):
+    assert message in error_of(finetune, "cross_attention.yaml", capsys, *overrides.split())
 
 
 @pytest.mark.parametrize("recipe", [finetune, generate, evaluate])
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("model: [1\n", "mine.yaml is no YAML: while parsing a flow sequence "),
         ("seed: 1\nseed: 2\n", "mine.yaml is no YAML: while constructing a mapping "),
@@ -182,16 +183,16 @@ def test_values_that_do_not_fit(intact, capsys, monkeypatch, overrides, complain
         ("", ": missing, and must be given."),
     ],
 )
-def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, text, complaint):
+def test_files_that_are_no_configuration(intact, tmp_path, capsys, recipe, text, message):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    said = fails(recipe, file, capsys, monkeypatch)
-    assert complaint in said
-    assert len(said.splitlines()) == 1
+    error = error_of(recipe, file, capsys)
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "complaint"),
+    ("section", "change", "message"),
     [
         (
             "pretrained",
@@ -213,7 +214,7 @@ def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, t
         (
             "model",
             {"_component_": "argparse.Namespace"},
-            r"model \(argparse\.Namespace\) must make a Module, got a Namespace\.",
+            r"model \(argparse\.Namespace\) must return a Module, got a Namespace\.",
         ),
         (
             "transform",
@@ -223,16 +224,16 @@ def test_a_config_that_is_wrong(intact, tmp_path, capsys, monkeypatch, recipe, t
         (
             "transform",
             {"_component_": "argparse.Namespace"},
-            r"transform \(argparse\.Namespace\) must make a QuestionTransform, got a Namespace\.",
+            r"transform \(argparse\.Namespace\) must return a QuestionTransform, got a Namespace\.",
         ),
     ],
     ids=str,
 )
-def test_a_run_that_was_changed(intact, tmp_path, section, change, complaint):
-    config = yaml.safe_load((CONFIGS / "cross_attention.yaml").read_text())
+def test_a_run_whose_configuration_was_edited(intact, tmp_path, section, change, message):
+    config = yaml.safe_load((DIGITS / "cross_attention.yaml").read_text())
     config[section] |= change
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.yaml, {complaint}"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.yaml, {message}"):
         load_run(tmp_path, device="cpu", dtype="fp32")
 
 
@@ -246,7 +247,7 @@ def test_an_encoder_that_is_no_path(intact, encoder):
         build_model(model, pretrained, device="cpu", dtype="fp32")
 
 
-def test_sizes_of_nothing(intact):
+def test_sizes_below_one(intact):
     sizes = dict.fromkeys(
         "vocab_size num_layers num_heads num_kv_heads embed_dim max_seq_len intermediate_dim "
         "image_size patch_size vision_embed_dim vision_num_layers vision_num_heads".split(),
@@ -263,7 +264,7 @@ def test_sizes_of_nothing(intact):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "complaint"),
+    ("prompts", "message"),
     [
         ("- question: '<image> which digit ?'\n  images: [images/none.png]\n", "prompt 1: The image "),
         ("- question: '<image> which digit ?'\n", "prompt 1: the question has <image> 1 times"),
@@ -273,32 +274,32 @@ def test_sizes_of_nothing(intact):
         (None, "prompts.yaml cannot be read"),
     ],
 )
-def test_generate_prompts(demo, capsys, monkeypatch, prompts, complaint):
+def test_generate_prompts(demo, capsys, prompts, message):
     if prompts is not None:
         (demo / "prompts.yaml").write_text(prompts)
     override = "prompts=demo/prompts.yaml"
-    assert complaint in fails(generate, "generate.yaml", capsys, monkeypatch, override)
+    assert message in error_of(generate, "generate.yaml", capsys, override)
 
 
 @pytest.mark.parametrize("recipe", [generate, evaluate])
-def test_a_run_that_is_none(demo, capsys, monkeypatch, recipe):
+def test_folders_that_are_no_run(demo, capsys, recipe):
     config = f"{recipe.__name__.split('.')[-1]}.yaml"
-    said = fails(recipe, config, capsys, monkeypatch, "run=demo/nowhere")
-    assert "demo/nowhere/config.yaml cannot be read (No such file or directory)" in said
-    for text, complaint in (
+    error = error_of(recipe, config, capsys, "run=demo/nowhere")
+    assert "demo/nowhere/config.yaml cannot be read (No such file or directory)" in error
+    for text, message in (
         ("model: 3\n", " lacks one of the sections model, pretrained, transform."),
         ("- model\n", " must hold keys with values, got a list: every finetuning run writes one."),
         ("model: {\n", " is no YAML: while parsing a flow "),
         ("model: {}\nmodel: {}\n", " is no YAML: while constructing a mapping "),
     ):
         (demo / "config.yaml").write_text(text)
-        said = fails(recipe, config, capsys, monkeypatch, "run=demo")
-        assert f"demo/config.yaml{complaint}" in said
+        error = error_of(recipe, config, capsys, "run=demo")
+        assert f"demo/config.yaml{message}" in error
 
 
-def test_a_config_that_is_none(demo, capsys, monkeypatch):
+def test_a_configuration_that_is_missing(demo, capsys):
     hint = "--config takes the YAML of a recipe."
-    said = fails(finetune, "nowhere.yaml", capsys, monkeypatch)
-    assert f"nowhere.yaml cannot be read (No such file or directory): {hint}" in said
-    said = fails(finetune, demo / "clip", capsys, monkeypatch)
-    assert f"demo/clip cannot be read (Is a directory): {hint}" in said
+    error = error_of(finetune, "nowhere.yaml", capsys)
+    assert f"nowhere.yaml cannot be read (No such file or directory): {hint}" in error
+    error = error_of(finetune, demo / "clip", capsys)
+    assert f"demo/clip cannot be read (Is a directory): {hint}" in error

@@ -2,17 +2,16 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
-from torchfuse.recipes import compare, finetune_config
+from programs import DIGITS, run_program
+from torchfuse.recipes import compare, finetune, finetune_config
 
-from torchfuse import recipes
-
-CONFIGS = Path(recipes.__file__).parent / "configs" / "digits"
 BUDGET = {
     "train": {"max_steps": 3, "batch_size": 16, "warmup_steps": 1},
     "eval_every": 2,
@@ -22,25 +21,35 @@ BUDGET = {
 
 
 @pytest.fixture
-def start(digits, tmp_path, monkeypatch):
-    def run(*configs, budget=BUDGET, **changes):
+def start(digits, tmp_path):
+    def start(*configs, budget=BUDGET, **changes):
         given = {
             "output_dir": str(tmp_path / "runs"),
             "configs": [str(c) for c in configs],
             "budget": budget,
         }
         (tmp_path / "compare.yaml").write_text(yaml.safe_dump(given | changes))
-        monkeypatch.chdir(digits.parent)
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        monkeypatch.setattr(sys, "argv", ["compare", "--config", str(tmp_path / "compare.yaml")])
-        compare.main()
+        run_program(compare, digits.parent, "--config", tmp_path / "compare.yaml")
 
-    return run
+    return start
 
 
-def test_two_architectures_are_trained_on_one_budget_and_drawn(start, tmp_path, capfd):
-    start(CONFIGS / "joint_decoder.yaml", CONFIGS / "moma.yaml")
-    said = capfd.readouterr().out
+@pytest.fixture
+def finetune_here(monkeypatch):
+    """Runs of the finetune recipe in this process instead of one of their own."""
+
+    def run(command):
+        assert command[:3] == [sys.executable, "-m", "torchfuse.recipes.finetune"]
+        run_program(finetune, Path.cwd(), *command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("finetune_here")
+def test_two_architectures_are_trained_on_one_budget_and_drawn(start, tmp_path, capsys):
+    start(DIGITS / "joint_decoder.yaml", DIGITS / "moma.yaml")
+    printed = capsys.readouterr().out
     runs = {name: tmp_path / "runs" / name for name in ("joint_decoder", "moma")}
     numbers = json.loads((tmp_path / "runs.json").read_text())
     assert numbers["budget"] == BUDGET
@@ -55,7 +64,7 @@ def test_two_architectures_are_trained_on_one_budget_and_drawn(start, tmp_path, 
         row = [f"{metrics['new_parameters']:,}", f"{metrics['training_seconds']:.0f} s"]
         row += [f"{metrics['tokens_per_second']:,}"]
         row += [f"{metrics['after'][kind]:.1%}" for kind in ("one_image", "two_images")]
-        assert re.search(rf"^{name} +{' +'.join(map(re.escape, row))}$", said, re.MULTILINE), said
+        assert re.search(rf"^{name} +{' +'.join(map(re.escape, row))}$", printed, re.MULTILINE), printed
     tokens = [metrics["tokens"] for metrics in numbers["runs"].values()]
     assert tokens[0] == tokens[1]
     with Image.open(tmp_path / "runs.png") as image:
@@ -76,8 +85,8 @@ def metrics(name, ends, **changes):
 
 
 def test_the_table_leaves_out_what_text_alone_answers():
-    said = compare.table({"a": metrics("a", 0.5), "longer": metrics("longer", 1.0, new_parameters=7)})
-    assert said.splitlines() == [
+    table = compare.table({"a": metrics("a", 0.5), "longer": metrics("longer", 1.0, new_parameters=7)})
+    assert table.splitlines() == [
         "architecture  new parameters  training  tokens/s  one image",
         "a                     12,345       7 s     6,789      50.0%",
         "longer                     7       7 s     6,789     100.0%",
@@ -110,7 +119,7 @@ def test_accuracies_at_the_ends_of_the_scale_are_drawn_at_its_border(tmp_path, s
 
 
 @pytest.mark.parametrize(
-    ("configs", "changes", "complaints"),
+    ("configs", "changes", "messages"),
     [
         ([], {}, ["configs names no configuration."]),
         (["nowhere.yaml"], {}, ["nowhere.yaml cannot be read (No such file or directory)"]),
@@ -139,45 +148,48 @@ def test_accuracies_at_the_ends_of_the_scale_are_drawn_at_its_border(tmp_path, s
         "other-recipe",
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_the_first_run(
-    start, tmp_path, capsys, monkeypatch, configs, changes, complaints
+def test_configurations_that_cannot_be_compared_are_refused_before_the_first_run(
+    start, tmp_path, capsys, monkeypatch, configs, changes, messages
 ):
     monkeypatch.setattr(compare, "_finetune", lambda *_: pytest.fail("a run was started"))
     with pytest.raises(SystemExit, match="1"):
-        start(*(CONFIGS / name for name in configs), **changes)
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    for complaint in complaints:
-        assert complaint in said
+        start(*(DIGITS / name for name in configs), **changes)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    for message in messages:
+        assert message in printed
     assert [path.name for path in tmp_path.iterdir()] == ["compare.yaml"]
 
 
 def test_runs_on_other_data_or_budgets_cannot_be_compared(start, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "_finetune", lambda *_: pytest.fail("a run was started"))
-    other = yaml.safe_load((CONFIGS / "mot.yaml").read_text())
+    other = yaml.safe_load((DIGITS / "mot.yaml").read_text())
     other["data"]["limit"], other["train"]["epochs"], other["train"]["lr"] = 50, 2, 1e-5
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(SystemExit, match="1"):
-        start(CONFIGS / "mot.yaml", tmp_path / "other.yaml")
-    said = capsys.readouterr().err
-    assert f"other.yaml: differs from {CONFIGS / 'mot.yaml'} in data.limit, train.epochs, which" in said
+        start(DIGITS / "mot.yaml", tmp_path / "other.yaml")
+    printed = capsys.readouterr().err
+    assert (
+        f"other.yaml: differs from {DIGITS / 'mot.yaml'} in data.limit, train.epochs, which" in printed
+    )
 
 
 def test_a_run_that_fails_ends_the_comparison(start, tmp_path, capfd):
-    broken = yaml.safe_load((CONFIGS / "mot.yaml").read_text())
+    """The run has a process of its own."""
+    broken = yaml.safe_load((DIGITS / "mot.yaml").read_text())
     broken["pretrained"]["decoder"] = "demo/nowhere"
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
     with pytest.raises(SystemExit, match="1"):
         start(tmp_path / "broken.yaml")
-    said = capfd.readouterr().err
-    assert "demo/nowhere is not a directory" in said
-    assert "error: the run broken ended with exit code 1, see above." in said
+    printed = capfd.readouterr().err
+    assert "demo/nowhere is not a directory" in printed
+    assert "error: the run broken ended with exit code 1, see above." in printed
     assert not (tmp_path / "runs.json").exists()
 
 
 def test_the_digits_configurations_differ_in_nothing_but_the_architecture():
-    given = compare.typed(compare.read_config(CONFIGS / "compare.yaml", ""), compare.Config)
-    given.configs = [str(CONFIGS / Path(name).name) for name in given.configs]
+    given = compare.typed(compare.read_config(DIGITS / "compare.yaml", ""), compare.Config)
+    given.configs = [str(DIGITS / Path(name).name) for name in given.configs]
     runs = compare._read_runs(given)
     assert set(runs) == {"joint_decoder", "cross_attention", "mot", "moma", "deepstack"}
     assert all(run.model.arch == name for name, run in runs.items())

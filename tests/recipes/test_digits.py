@@ -88,11 +88,7 @@ def test_text_alone_has_the_language_models_logits_after_training_too(digits, ru
         dim=sizes["hidden_size"],
     )
     alone.load_state_dict({name: value for name, value in weights.items() if name != "output.weight"})
-    questions = [
-        question
-        for question in read_questions(digits / "questions" / "test_all.jsonl")
-        if not question.images
-    ]
+    questions = read_questions(digits / "questions" / "test_text.jsonl")
     assert len(questions) > 3
     for question in questions:
         tokens = torch.tensor([transform(question)["tokens"]])

@@ -8,7 +8,7 @@ from torchfuse.recipes import finetune_config, prepare_digits
 
 def config(**train):
     limit = train.pop("limit", None)
-    asking = {
+    options = {
         name: train.pop(name) for name in ("eval_every", "eval_limit", "save_every") if name in train
     }
     return finetune_config.Config(
@@ -16,12 +16,12 @@ def config(**train):
         data=finetune_config.Data(limit=limit),
         pretrained=finetune_config.Pretrained(path="model"),
         eval_batch_size=train.get("batch_size", 1),
-        **asking,
+        **options,
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "complaints"),
+    ("given", "messages"),
     [
         ({"max_steps": 0}, ["train.max_steps=0 must be at least 1"]),
         (
@@ -43,11 +43,11 @@ def config(**train):
     ],
     ids=str,
 )
-def test_numbers_out_of_range_are_one_error(given, complaints):
+def test_numbers_out_of_range_are_one_error(given, messages):
     with pytest.raises(ValueError, match="must be") as info:
         finetune_config.check_config(config(**given))
-    for complaint in complaints:
-        assert complaint in str(info.value)
+    for message in messages:
+        assert message in str(info.value)
 
 
 @pytest.mark.parametrize("given", [{}, {"decoder": "llama"}, {"encoder": "clip"}], ids=str)
@@ -66,7 +66,7 @@ def test_numbers_in_range():
 
 
 @pytest.mark.parametrize("part", ["images", "questions", "llama", "clip", "prompt.yaml"])
-def test_what_prepare_digits_did_not_make_it_does_not_replace(tmp_path, monkeypatch, part):
+def test_prepare_digits_replaces_only_what_it_made(tmp_path, monkeypatch, part):
     mine = tmp_path / part
     mine.mkdir()
     (mine / "holiday.png").write_text("mine")
@@ -77,7 +77,7 @@ def test_what_prepare_digits_did_not_make_it_does_not_replace(tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == [part]
 
 
-def test_a_file_is_no_folder(tmp_path, monkeypatch):
+def test_prepare_digits_needs_a_folder(tmp_path, monkeypatch):
     file = tmp_path / "demo"
     file.write_text("mine")
     monkeypatch.setattr(sys, "argv", ["prepare_digits", str(file)])
@@ -85,5 +85,5 @@ def test_a_file_is_no_folder(tmp_path, monkeypatch):
         prepare_digits.main()
 
 
-def test_it_replaces_what_it_made(digits):
+def test_prepare_digits_accepts_a_folder_that_it_made(digits):
     prepare_digits._check_folder(digits)

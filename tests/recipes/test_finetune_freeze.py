@@ -1,19 +1,15 @@
-"""Stages of a configuration: applied, recorded, and refused before anything is done."""
-
-import sys
-from pathlib import Path
+"""Stages of a configuration: applied, recorded, and refused before the first step."""
 
 import pytest
 import torch
 import yaml
+from programs import DIGITS, run_program
 from safetensors.torch import load_file
 from torchfuse.recipes import finetune
 
-from torchfuse import recipes
 from torchfuse.params import canonical_freeze_meta, read_freeze_meta
 from torchfuse.tasks.runs import build_model, load_run
 
-CONFIG = Path(recipes.__file__).parent / "configs" / "digits" / "cross_attention.yaml"
 STAGES = [
     {
         "start_step": 0,
@@ -33,24 +29,20 @@ STAGES = [
 def start(digits, tmp_path, monkeypatch):
     """Run the recipe for two steps with stages."""
 
-    def run(stages):
-        config = yaml.safe_load(CONFIG.read_text()) | {
-            "freeze": stages,
-            "output_dir": str(tmp_path / "run"),
-        }
+    def start(stages):
+        config = yaml.safe_load((DIGITS / "cross_attention.yaml").read_text())
+        config |= {"freeze": stages, "output_dir": str(tmp_path / "run")}
         config["train"] |= {"max_steps": 2, "epochs": 1, "batch_size": 8, "warmup_steps": 0}
         config["data"]["test"] = None
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        monkeypatch.chdir(digits.parent)
-        monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(tmp_path / "config.yaml")])
-        with torch.random.fork_rng():
-            finetune.main()
+        run_program(finetune, digits.parent, "--config", tmp_path / "config.yaml")
+        monkeypatch.chdir(digits.parent)  # the run's configuration holds relative paths
         return config, tmp_path / "run"
 
-    return run
+    return start
 
 
-def test_stages_are_followed_recorded_and_all_that_they_trained_is_saved(start):
+def test_stages_are_applied_and_recorded_and_what_they_trained_is_saved(start):
     config, output = start(STAGES)
     written = yaml.safe_load((output / "config.yaml").read_text())
     assert written["freeze"] == STAGES == canonical_freeze_meta(read_freeze_meta(written["freeze"]))
@@ -64,12 +56,12 @@ def test_stages_are_followed_recorded_and_all_that_they_trained_is_saved(start):
     assert {n for n in moved if n.startswith("decoder.layers.")} <= {
         n for n in moved if "fusion_layer" in n
     }
-    # The second stage came in time, and its parameters are in the optimizer.
+    # The second stage was applied, and its parameters are in the optimizer.
     assert any(n.endswith("_scale.scale") for n in moved)
 
 
 @pytest.mark.parametrize(
-    ("stages", "complaint"),
+    ("stages", "message"),
     [
         ([{"start_step": 0}], "stage 0 must have the keys start_step and specs"),
         (
@@ -84,9 +76,9 @@ def test_stages_are_followed_recorded_and_all_that_they_trained_is_saved(start):
     ids=["keys", "no-match", "nothing-trains"],
 )
 def test_stages_that_do_not_fit_are_refused_before_the_first_step(
-    start, tmp_path, capsys, stages, complaint
+    start, tmp_path, capsys, stages, message
 ):
     with pytest.raises(SystemExit, match="1"):
         start(stages)
-    assert complaint in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The generate recipe on tiny models: what is asked, what is answered, what is refused and when."""
+"""The generate recipe on tiny models: prompts, answers, files, chat, and what is refused before a model is loaded."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from torchfuse.tasks.prompt_settings import PromptSettings
 TRANSFORM = {
     "_component_": "torchfuse.data.questions.QuestionTransform",
     "tokenizer": "words",
-    "image_transform": "eyes",
+    "image_transform": "processor",
     "image_token": 37,
     "features_per_image": 9,
 }
@@ -52,8 +52,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finetuning run, and checkpoints of whole models, as they lie on a disk."""
+def checkpoints(tmp_path_factory):
+    """A folder with a finetuning run, checkpoints of whole models, images and prompts."""
     folder = tmp_path_factory.mktemp("generate")
     (folder / "images").mkdir()
     images(folder / "images", 12)
@@ -62,11 +62,12 @@ def made(tmp_path_factory):
     hf.clip_tower(folder / "clip")
     hf.llava(folder / "llava")
     hf.mllama(folder / "mllama")
-    (folder / "eyes").mkdir()
+    (folder / "processor").mkdir()
     shape = {"height": 12, "width": 12}
-    eyes = ImageTransform(12)
-    said = {"crop_size": shape, "size": shape, "image_mean": eyes.mean, "image_std": eyes.std}
-    (folder / "eyes" / "preprocessor_config.json").write_text(json.dumps(said))
+    image_transform = ImageTransform(12)
+    settings = {"crop_size": shape, "size": shape}
+    settings |= {"image_mean": image_transform.mean, "image_std": image_transform.std}
+    (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(settings))
     torch.manual_seed(3)
     model = open_gates(hf.ours(fusion_vocab_size=1))
     load_pretrained(model, decoder=folder / "llama", encoder=folder / "clip")
@@ -90,19 +91,19 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def place(made, monkeypatch):
-    monkeypatch.chdir(made)
-    yield made
-    for path in made.glob("said*"):
+def folder(checkpoints, monkeypatch):
+    monkeypatch.chdir(checkpoints)
+    yield checkpoints
+    for path in checkpoints.glob("answers*"):
         path.unlink()
 
 
 @pytest.fixture
-def start(place, monkeypatch, capsys):
+def start(folder, monkeypatch, capsys):
     def start(*flags, typed=None, **config):
         given = {"run": "run", "prompts": "prompts.yaml", "sampling": {"max_new_tokens": 5}} | config
         given = {key: value for key, value in given.items() if value is not None}
-        (place / "config.yaml").write_text(yaml.safe_dump(given))
+        (folder / "config.yaml").write_text(yaml.safe_dump(given))
         monkeypatch.setattr(sys, "argv", ["generate", "--config", "config.yaml", *flags])
         monkeypatch.setattr(sys, "path", [*sys.path])
         if typed is not None:
@@ -115,7 +116,7 @@ def start(place, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(start, capsys, monkeypatch):
-    """One sentence and exit code 1, before a model is loaded."""
+    """The error message of a run that ends with exit code 1, unless ``load`` before a model is loaded."""
 
     def never(*_, **__):
         pytest.fail("a model was loaded")
@@ -126,10 +127,10 @@ def refused(start, capsys, monkeypatch):
             monkeypatch.setattr(runs, "from_pretrained", never)
         with pytest.raises(SystemExit, match="^1$"):
             start(*flags, **config)
-        said = capsys.readouterr()
-        assert "tokens for" not in said.out
-        assert said.err.startswith("error: ")
-        return said.err
+        printed = capsys.readouterr()
+        assert "tokens for" not in printed.out
+        assert printed.err.startswith("error: ")
+        return printed.err
 
     return refused
 
@@ -138,9 +139,8 @@ def records(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def asked(said):
-    """Question and answer, as they are printed."""
-    return re.findall(r"^(w?\S.*?)(?:  \[.*\])?\n    (.*)$", said, re.MULTILINE)
+def questions_and_answers(printed):
+    return re.findall(r"^(w?\S.*?)(?:  \[.*\])?\n    (.*)$", printed, re.MULTILINE)
 
 
 def expected(prompts, **options):
@@ -158,10 +158,10 @@ def expected(prompts, **options):
     return answers
 
 
-def test_prompts_are_answered_as_they_appear_and_written(place, start):
-    said = start(output="said.jsonl")
+def test_prompts_are_answered_as_they_appear_and_written(folder, start):
+    printed = start(output="answers.jsonl")
     answers = expected(PROMPTS)
-    written = records("said.jsonl")
+    written = records("answers.jsonl")
     assert written == [
         {**PROMPTS[0], "answer": answers[0][0]},
         {
@@ -174,81 +174,83 @@ def test_prompts_are_answered_as_they_appear_and_written(place, start):
         {"question": "w10 w11", "images": [], "answer": answers[2][0]},
     ]
     flat = [answer for prompt in answers for answer in prompt]
-    assert [answer for _, answer in asked(said)] == flat
+    assert [answer for _, answer in questions_and_answers(printed)] == flat
     assert len(set(flat)) > 1
-    assert "w4 <image> w5 <image>  [a.png, b.png]\n    " in said
-    assert "\nw6 w7\nw4 <image>  [a.png]\n" in said
-    assert "wrote 3 answers to said.jsonl" in said
+    assert "w4 <image> w5 <image>  [a.png, b.png]\n    " in printed
+    assert "\nw6 w7\nw4 <image>  [a.png]\n" in printed
+    assert "wrote 3 answers to answers.jsonl" in printed
     assert re.search(
-        r"\n\d+ tokens for 5 prompts in \d+\.\d\d s on cpu\n  images:    4 encoded in", said
+        r"\n\d+ tokens for 5 prompts in \d+\.\d\d s on cpu\n  images:    4 encoded in", printed
     )
     for phase in ("prefill", "decoding", "memory"):
-        assert f"\n  {phase}: " in said
+        assert f"\n  {phase}: " in printed
 
 
 def test_answers_are_streamed_token_by_token(start, monkeypatch):
     pieces = []
     monkeypatch.setattr(generate, "_say", pieces.append)
-    start(prompts="prompts.yaml", output="said.jsonl")
-    answers = [a for record in records("said.jsonl") for a in record.get("turns", [record])]
+    start(prompts="prompts.yaml", output="answers.jsonl")
+    answers = [a for record in records("answers.jsonl") for a in record.get("turns", [record])]
     assert "".join(pieces) == "".join(answer["answer"] for answer in answers)
     assert len(pieces) == sum(len(answer["answer"].split()) for answer in answers)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_a_file_of_questions_in_batches(place, start, temperature):
+def test_a_file_of_questions_in_batches(folder, start, temperature):
     sampling = {"max_new_tokens": 7, "temperature": temperature, "top_k": 23}
-    (place / "elsewhere").mkdir(exist_ok=True)
+    (folder / "elsewhere").mkdir(exist_ok=True)
     for size in (1, 2, 50):
         options = {"prompts": "rows.jsonl", "batch_size": size, "sampling": sampling, "seed": 3}
-        said = start(output=f"elsewhere/said{size}.jsonl", **options)
-        assert "tokens for 5 prompts in" in said
-        assert "    w" not in said  # batches do not stream
-    one = records("elsewhere/said1.jsonl")
-    assert one == records("elsewhere/said2.jsonl") == records("elsewhere/said50.jsonl")
+        printed = start(output=f"elsewhere/answers{size}.jsonl", **options)
+        assert "tokens for 5 prompts in" in printed
+        assert "    w" not in printed  # batches do not stream
+    one = records("elsewhere/answers1.jsonl")
+    assert one == records("elsewhere/answers2.jsonl") == records("elsewhere/answers50.jsonl")
     chosen = {"sampling": Sampling(temperature, 23), "max_new_tokens": 7, "seed": 3}
     assert [[record["answer"]] for record in one] == expected(ROWS, **chosen)
     assert [record["question"] for record in one] == [row["question"] for row in ROWS]
     assert [set(record) for record in one] == [{"question", "images", "answer"}] * 5
-    again = read_questions("elsewhere/said1.jsonl")  # it is a question file itself
+    again = read_questions("elsewhere/answers1.jsonl")  # it is a question file itself
     assert [len(question.images) for question in again] == [2, 0, 1, 0, 1]
 
 
 def test_a_batch_without_output_is_printed_in_order(start):
-    said = start(prompts="rows.jsonl", batch_size=2)
-    assert [question for question, _ in asked(said)] == [row["question"] for row in ROWS]
-    assert [[answer] for _, answer in asked(said)] == expected(ROWS)
+    printed = start(prompts="rows.jsonl", batch_size=2)
+    assert [question for question, _ in questions_and_answers(printed)] == [
+        row["question"] for row in ROWS
+    ]
+    assert [[answer] for _, answer in questions_and_answers(printed)] == expected(ROWS)
 
 
 @pytest.mark.parametrize(
-    "how", [{"flags": ["--chat"]}, {"chat": True, "prompts": None}], ids=["flag", "key"]
+    ("flags", "config"), [(["--chat"], {}), ([], {"chat": True, "prompts": None})], ids=["flag", "key"]
 )
-def test_chat(start, how):
+def test_chat(start, flags, config):
     typed = "/image images/a.png\nw4 <image>\nw8\n/image images/none.png\n/reset\nw10 w11\n/quit\nw4\n"
-    said = start(*how.get("flags", ()), typed=typed, **{k: v for k, v in how.items() if k != "flags"})
-    lines = said.splitlines()
-    talked = expected(
+    printed = start(*flags, typed=typed, **config)
+    lines = printed.splitlines()
+    answers = expected(
         [{"turns": [{"question": "w4 <image>", "images": ["images/a.png"]}, {"question": "w8"}]}]
     )
     assert lines[0] == generate.HELP
     assert lines[1] == "[a.png comes with the next question]"
-    assert lines[2:4] == talked[0]
+    assert lines[2:4] == answers[0]
     assert "[The image images/none.png cannot be opened" in lines[4]
     assert lines[5:7] == ["[a new conversation]", expected([PROMPTS[2]])[0][0]]
     assert " tokens for 3 prompts in" in lines[8]
     assert "1 encoded in" in lines[9]
 
 
-def test_chat_ends_with_its_input_and_says_what_does_not_fit(start):
+def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
     typed = f"{'w4 ' * 12}\n{'w5 ' * 12}\nw8\n"
-    said = start("--chat", typed=typed, max_tokens=24).splitlines()
-    assert "[This turn does not fit any more: 12 tokens and an answer of up to 5" in said[2]
+    printed = start("--chat", typed=typed, max_tokens=24).splitlines()
+    assert "[This turn does not fit any more: 12 tokens and an answer of up to 5" in printed[2]
     turns = [{"question": ("w4 " * 12).strip()}, {"question": "w8"}]
-    assert [said[1], said[3]] == expected([{"turns": turns}])[0]
+    assert [printed[1], printed[3]] == expected([{"turns": turns}])[0]
 
 
 @pytest.mark.parametrize(
-    ("config", "complaint"),
+    ("config", "message"),
     [
         ({"run": None}, "Configuration key 'run' (or 'model'): missing, and must be given."),
         ({"model": "llava"}, "give run=run or model=llava, not both"),
@@ -257,7 +259,7 @@ def test_chat_ends_with_its_input_and_says_what_does_not_fit(start):
         ({"run": None, "model": "none", "transform": TRANSFORM}, "model: none is not a directory"),
         ({"run": "none"}, "none/config.yaml cannot be read"),
         ({"prompts": None}, "give prompts, a YAML or a .jsonl, or --chat"),
-        ({"chat": True, "output": "said.jsonl"}, "output is for prompts, not for a chat"),
+        ({"chat": True, "output": "answers.jsonl"}, "output is for prompts, not for a chat"),
         ({"batch_size": 0, "max_images": -1}, "batch_size=0 must be at least 1; max_images=-1 must be"),
         ({"sampling": {"top_p": 1.5}}, "sampling.top_p must lie in (0, 1], got 1.5"),
         ({"sampling": {"temperature": -1.0, "top_k": 0}}, "got -1.0; sampling.top_k must be at least 1"),
@@ -273,7 +275,7 @@ def test_chat_ends_with_its_input_and_says_what_does_not_fit(start):
         ({"quantization_parts": ["adapter"]}, "quantization_parts must be decoder, encoder or"),
         ({"device": "toaster"}, "device 'toaster' is none"),
         ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
-        ({"output": "none/said.jsonl"}, "output=none/said.jsonl is no file in a directory"),
+        ({"output": "none/answers.jsonl"}, "output=none/answers.jsonl is no file in a directory"),
         ({"output": "images"}, "output=images is no file in a directory"),
         ({"output": "prompts.yaml"}, "output=prompts.yaml is the file of the prompts"),
         ({"prompts": "none.yaml"}, "none.yaml cannot be read"),
@@ -282,15 +284,15 @@ def test_chat_ends_with_its_input_and_says_what_does_not_fit(start):
     ],
     ids=str,
 )
-def test_what_is_refused_before_a_model_is_loaded(refused, config, complaint):
-    assert complaint in refused(**config)
+def test_configurations_that_are_refused_before_a_model_is_loaded(refused, config, message):
+    assert message in refused(**config)
 
 
-def test_all_that_is_wrong_with_a_configuration_is_one_sentence(refused):
-    said = refused(batch_size=0, quantization="int3", output="images", sampling={"top_k": 0})
-    assert len(said.splitlines()) == 1
+def test_all_problems_of_a_configuration_are_one_error(refused):
+    error = refused(batch_size=0, quantization="int3", output="images", sampling={"top_k": 0})
+    assert len(error.splitlines()) == 1
     for part in ("batch_size=0", "got 'int3'", "output=images", "sampling.top_k"):
-        assert part in said
+        assert part in error
 
 
 def test_an_unknown_flag_is_refused(refused):
@@ -298,7 +300,7 @@ def test_an_unknown_flag_is_refused(refused):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "complaint"),
+    ("name", "text", "message"),
     [
         ("p.yaml", "- question: <image>\n  images: [images/none.png]\n", "prompt 1: The image "),
         ("p.yaml", "- {turns: [{question: w4}], sytem: w5}\n", "prompt 1: unknown key sytem"),
@@ -312,44 +314,44 @@ def test_an_unknown_flag_is_refused(refused):
     ],
     ids=["image", "key", "length", "lines", "marker"],
 )
-def test_problems_of_prompts_leave_the_output_as_it_was(place, refused, name, text, complaint):
-    (place / name).write_text(text)
-    (place / "said.jsonl").write_text("mine")
-    said = refused(load=complaint is None, prompts=name, output="said.jsonl")
-    complaint = complaint or "p.yaml, prompt 1: 100 tokens in 1 turns, and an answer of up to 5 to each"
-    assert complaint in said
-    assert (place / "said.jsonl").read_text() == "mine"
+def test_problems_of_prompts_leave_the_output_as_it_was(folder, refused, name, text, message):
+    (folder / name).write_text(text)
+    (folder / "answers.jsonl").write_text("mine")
+    error = refused(load=message is None, prompts=name, output="answers.jsonl")
+    message = message or "p.yaml, prompt 1: 100 tokens in 1 turns, and an answer of up to 5 to each"
+    assert message in error
+    assert (folder / "answers.jsonl").read_text() == "mine"
 
 
-def test_a_conversation_that_does_not_fit_is_named_before_anything_is_generated(
-    place, refused, monkeypatch
+def test_a_conversation_that_does_not_fit_is_an_error_before_anything_is_generated(
+    folder, refused, monkeypatch
 ):
     monkeypatch.setattr(Conversation, "ask", lambda *_, **__: pytest.fail("a question was asked"))
     turns = [{"question": "w4 " * 11, "images": ["images/a.png"]}] * 4
-    (place / "p.yaml").write_text(yaml.safe_dump([PROMPTS[0], {"turns": turns}]))
-    said = refused(load=True, prompts="p.yaml")
+    (folder / "p.yaml").write_text(yaml.safe_dump([PROMPTS[0], {"turns": turns}]))
+    error = refused(load=True, prompts="p.yaml")
     # begin, four markers and 44 words; four answers of five tokens
-    assert "prompt 2: 49 tokens in 4 turns, and an answer of up to 5 to each are 69, and 61 fit" in said
+    assert "prompt 2: 49 tokens in 4 turns, and an answer of up to 5 to each are 69, and 61 fit" in error
 
 
-def test_stop_tokens_outside_the_vocabulary_are_named(refused):
-    said = refused(load=True, sampling={"stop_tokens": [40]})
-    assert "stop_tokens [40] must lie in [0, 37), what the head scores" in said
+def test_stop_tokens_outside_the_vocabulary_are_refused(refused):
+    error = refused(load=True, sampling={"stop_tokens": [40]})
+    assert "stop_tokens [40] must lie in [0, 37), what the head scores" in error
 
 
-def test_a_transform_of_another_model_is_named(refused):
+def test_a_transform_of_another_model_is_refused(refused):
     wrong = TRANSFORM | {"features_per_image": 10, "image_token": 35}
-    said = refused(load=True, run=None, model="llava", transform=wrong)
-    assert "image_token must" not in said
-    assert "in this model features replace (36,)" in said
-    assert "features_per_image is 10, but 'encoder' makes 9 of an image" in said
+    error = refused(load=True, run=None, model="llava", transform=wrong)
+    assert "image_token must" not in error
+    assert "in this model features replace (36,)" in error
+    assert "features_per_image is 10, but 'encoder' makes 9 of an image" in error
 
 
 def test_quantized(start):
-    said = start(quantization="int8_weight_only")
-    assert len(asked(said)) == 5
+    printed = start(quantization="int8_weight_only")
+    assert len(questions_and_answers(printed)) == 5
     (before, after, number) = re.search(
-        r"only: ([\d,]+) bytes are ([\d,]+) now; .*ed: (\d+),", said
+        r"only: ([\d,]+) bytes are ([\d,]+) now; .*ed: (\d+),", printed
     ).groups()
     assert int(number) == 3 * 7 + 1  # seven matrices a layer, and the head
     assert int(after.replace(",", "")) < 0.4 * int(before.replace(",", ""))
@@ -357,51 +359,53 @@ def test_quantized(start):
     assert int(re.search(r"weights quantized: (\d+),", both).group(1)) > 22
 
 
-def test_llava_answers_as_transformers_does(place, start):
+def test_llava_answers_equal_those_of_transformers(folder, start):
     transformers = pytest.importorskip("transformers")
     transform = TRANSFORM | {"image_token": 36, "layout": "placeholder"}
     options = {"run": None, "model": "llava", "transform": transform}
-    start(**options, prompts="rows.jsonl", output="said.jsonl", batch_size=3)
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained("llava").eval()
-    ours = [record["answer"] for record in records("said.jsonl")]
-    told = runs.read_model("llava", transform).transform
-    for question, said in zip(read_questions("rows.jsonl"), ours, strict=True):
-        sample = told(question, with_answer=False)
+    start(**options, prompts="rows.jsonl", output="answers.jsonl", batch_size=3)
+    reference = transformers.LlavaForConditionalGeneration.from_pretrained("llava").eval()
+    answers = [record["answer"] for record in records("answers.jsonl")]
+    question_transform = runs.read_model("llava", transform).transform
+    for question, answer in zip(read_questions("rows.jsonl"), answers, strict=True):
+        sample = question_transform(question, with_answer=False)
         tokens = torch.tensor([sample["tokens"]])
         pixels = {"pixel_values": sample["images"]} if len(sample["images"]) else {}
-        got = theirs.generate(
+        got = reference.generate(
             input_ids=tokens, **pixels, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0,
             suppress_tokens=[36],
         )  # fmt: skip
-        assert said == told.decode(got[0, tokens.shape[1] :].tolist())
+        assert answer == question_transform.decode(got[0, tokens.shape[1] :].tolist())
 
 
-def test_mllama_sees_each_image_as_one_tile(place, start, monkeypatch):
+def test_mllama_answers_equal_those_of_transformers_with_each_image_as_one_tile(
+    folder, start, monkeypatch
+):
     transformers = pytest.importorskip("transformers")
     transform = TRANSFORM | {"features_per_image": 10, "scope": "group"}
     rows = [{"question": "<image> w4 w5", "images": ["images/a.png"]}, {"question": "w6 w7"}]
-    (place / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    start(run=None, model="mllama", transform=transform, prompts="p.jsonl", output="said.jsonl")
-    theirs = transformers.MllamaForConditionalGeneration.from_pretrained("mllama").eval()
-    told = runs.read_model("mllama", transform).transform
-    ours = [record["answer"] for record in records("said.jsonl")]
-    for question, said in zip(read_questions("p.jsonl"), ours, strict=True):
-        sample = told(question, with_answer=False)
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start(run=None, model="mllama", transform=transform, prompts="p.jsonl", output="answers.jsonl")
+    reference = transformers.MllamaForConditionalGeneration.from_pretrained("mllama").eval()
+    question_transform = runs.read_model("mllama", transform).transform
+    answers = [record["answer"] for record in records("answers.jsonl")]
+    for question, answer in zip(read_questions("p.jsonl"), answers, strict=True):
+        sample = question_transform(question, with_answer=False)
         tokens, given = torch.tensor([sample["tokens"]]), {}
         if len(sample["images"]):
             tiles = torch.zeros(1, 1, 4, 3, 12, 12)
             tiles[0, 0, 0] = sample["images"][0]
-            seen = torch.zeros(*tokens.shape, 1, 4)
-            seen[:, 1:, :, 0] = 1  # from the image's marker on
+            mask = torch.zeros(*tokens.shape, 1, 4)
+            mask[:, 1:, :, 0] = 1  # from the image's marker on
             given = {
                 "pixel_values": tiles,
                 "aspect_ratio_ids": torch.tensor([[1]]),
                 "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
-                "cross_attention_mask": seen,
+                "cross_attention_mask": mask,
             }
-            hf.stop_the_leak(monkeypatch, seen[:, :, 0, 0])
-        got = theirs.generate(
+            hf.stop_the_leak(monkeypatch, mask[:, :, 0, 0])
+        got = reference.generate(
             input_ids=tokens, **given, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0
         )
-        assert said == told.decode(got[0, tokens.shape[1] :].tolist())
-    assert len(set(ours)) == 2
+        assert answer == question_transform.decode(got[0, tokens.shape[1] :].tolist())
+    assert len(set(answers)) == 2

@@ -152,7 +152,7 @@ def test_a_run_resumes_with_the_configuration_it_was_started_with_or_is_refused(
     train = {"max_steps": 1}
     whole = runs.run("whole", train=train, resume=True)  # no checkpoint: it starts at the first step
     before = load_file(whole / "fusion" / "fusion.safetensors")
-    for changes, complaints in (
+    for changes, messages in (
         ({}, ["step_1 is of an earlier run: resume it with resume=true"]),
         (
             {"resume": True, "seed": 8, "train": {"max_steps": 3, "batch_size": 8}},
@@ -167,7 +167,7 @@ def test_a_run_resumes_with_the_configuration_it_was_started_with_or_is_refused(
         with pytest.raises(SystemExit, match="1"):
             runs.run("whole", **({"train": train} | changes))
         printed = capsys.readouterr().err
-        for complaint in complaints:
-            assert complaint in printed
+        for message in messages:
+            assert message in printed
     after = load_file(whole / "fusion" / "fusion.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)

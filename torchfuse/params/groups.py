@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.params.freezing import FreezeSpec
 from torchfuse.params.parts import partition
 from torchfuse.params.schedule import FreezeSchedule
@@ -38,8 +38,9 @@ def param_groups(
         ``{"name", "params", "param_names", "lr", "weight_decay"}`` for each part that trains.
 
     Raises:
-        ModelError: if nothing trains, a part that trains has no learning rate, a mapping names a part
-            that does not train, or a stage does not fit the model.
+        ConfigError: if a part that trains has no learning rate, or a mapping names a part that does not
+            train.
+        ModelError: if nothing trains, or a stage does not fit the model.
 
     Examples:
         >>> from torchfuse import FusionEmbedding
@@ -61,7 +62,7 @@ def param_groups(
             unknown = sorted(set(values) - set(trainable))
             lacking = sorted(set(trainable) - set(values)) if what == "lr" else []
             if unknown or lacking:
-                raise ModelError(
+                raise ConfigError(
                     f"{what} must name the parts that train, {', '.join(trainable)}; "
                     f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(lacking) or 'none'}."
                 )

@@ -3,13 +3,9 @@
 from typing import TYPE_CHECKING
 
 from torchfuse._lazy import lazy_exports
-from torchfuse.checkpoint.artifact.fusion import (
-    fusion_state_dict,
-    load_fusion,
-    load_fusion_state_dict,
-    save_fusion,
-)
+from torchfuse.checkpoint.artifact.fusion import load_fusion, save_fusion
 from torchfuse.checkpoint.artifact.seeding import seed_adapters
+from torchfuse.checkpoint.artifact.state_dict import fusion_state_dict, load_fusion_state_dict
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
 from torchfuse.checkpoint.export import export, save_pretrained
 from torchfuse.checkpoint.load import from_pretrained, load_pretrained

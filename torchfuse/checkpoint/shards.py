@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchfuse.checkpoint.converting import Output
+from torchfuse.checkpoint.tensors import to_safetensors
 
 __all__ = ["write_shards"]
 
@@ -45,21 +46,10 @@ def write_shards(outputs: Sequence[Output], folder: Path, max_size: int | None) 
             for output in shard:
                 tensors[output.key] = output.make()
                 bar.update(output.nbytes)
-            save_file(_unshared(tensors), folder / name, {"format": "pt"})
+            save_file(to_safetensors(tensors), folder / name, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with an earlier one, which safetensors refuses."""
-    seen: set[int] = set()
-    unshared = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        unshared[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return unshared

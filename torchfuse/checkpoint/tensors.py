@@ -1,13 +1,15 @@
-"""Tensors of a module: listed, gathered from a sharded model, overwritten."""
+"""Tensors of a module: listed, gathered from a sharded model, prepared for a file, overwritten."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torchfuse.params import is_sharded
 
-__all__ = ["copy_into", "gather_full", "module_tensors"]
+__all__ = ["copy_into", "gather_full", "module_tensors", "to_safetensors"]
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -18,6 +20,18 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 def gather_full(tensor: Tensor) -> Tensor:
     """Return the full values of a tensor; every rank calls this if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def to_safetensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return full tensors as safetensors takes them: on the CPU, contiguous, without shared memory."""
+    seen: set[int] = set()
+    prepared = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        prepared[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    return prepared
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from torchfuse.checkpoint.artifact.description import describe_fusion
-from torchfuse.checkpoint.artifact.fusion import fusion_state_dict, load_fusion
+from torchfuse.checkpoint.artifact.fusion import load_fusion
+from torchfuse.checkpoint.artifact.state_dict import fusion_state_dict
 from torchfuse.checkpoint.artifact.trained import load_trained, trained_pretrained_names, write_trained
 from torchfuse.checkpoint.load import load_pretrained
 from torchfuse.errors import CheckpointError

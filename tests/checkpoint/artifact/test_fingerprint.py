@@ -12,9 +12,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchfuse import fuse, fusion_state_dict, get_fusion_params
 from torchfuse.checkpoint.artifact.fingerprint import (
     TensorFingerprint,
-    compare,
-    explain,
+    compare_fingerprints,
     fingerprint,
+    format_differences,
     pretrained_tensors,
     read_fingerprint,
 )
@@ -63,14 +63,18 @@ def test_the_same_values_in_other_dtypes():
     x = torch.randn(7, 13)
     whole = prints(x)
     assert whole["x"] == TensorFingerprint([7, 13], "float32", values(x))
-    assert compare(whole, prints(x.bfloat16())) == {}
-    assert compare(prints(x.bfloat16()), prints(x.bfloat16().float())) == {}
-    assert compare(whole, prints(x.bfloat16() + 1)) == {
+    assert compare_fingerprints(whole, prints(x.bfloat16())) == {}
+    assert compare_fingerprints(prints(x.bfloat16()), prints(x.bfloat16().float())) == {}
+    assert compare_fingerprints(whole, prints(x.bfloat16() + 1)) == {
         "x": "float32 [7, 13] in the saved base, bfloat16 [7, 13] with other values here"
     }
     # fp16 rounds elsewhere on the way to bf16: compared with itself, not with the others.
-    assert compare(prints(x.half()), prints(x)) == compare(prints(x.half() + 1), prints(x)) == {}
-    assert list(compare(prints(x.half()), prints(x.half() + 1))) == ["x"]
+    assert (
+        compare_fingerprints(prints(x.half()), prints(x))
+        == compare_fingerprints(prints(x.half() + 1), prints(x))
+        == {}
+    )
+    assert list(compare_fingerprints(prints(x.half()), prints(x.half() + 1))) == ["x"]
 
 
 def test_what_cannot_be_read_is_known_by_name_and_shape():
@@ -82,8 +86,8 @@ def test_what_cannot_be_read_is_known_by_name_and_shape():
     for unread in (linear.weight, torch.empty(13, 7, device="meta"), torch.ones(13, 7).int()):
         given = prints(unread)
         assert given["x"].values is None
-        assert compare(whole, given) == compare(given, whole) == {}
-        assert list(compare(given, prints(torch.ones(7, 13)))) == ["x"]
+        assert compare_fingerprints(whole, given) == compare_fingerprints(given, whole) == {}
+        assert list(compare_fingerprints(given, prints(torch.ones(7, 13)))) == ["x"]
 
 
 def test_differences_in_words_and_only_the_first_few_of_them():
@@ -91,17 +95,17 @@ def test_differences_in_words_and_only_the_first_few_of_them():
     theirs, ours = fingerprint(ones), fingerprint({n: x + 1 for n, x in ones.items()})
     del ours["x0"], theirs["x1"]
     ours["x2"] = prints(torch.ones(5, 3))["x"]
-    found = compare(theirs, ours)
+    found = compare_fingerprints(theirs, ours)
     assert len(found) == 13
     assert found["x0"] == "float32 [3, 5] in the saved base, missing here"
     assert found["x1"] == "not in the saved base, float32 [3, 5] here"
     assert found["x2"] == "float32 [3, 5] in the saved base, float32 [5, 3] here"
-    lines = explain(found)
-    assert lines[0] == "base: 13 pretrained tensors are not what this was trained over"
+    lines = format_differences(found)
+    assert lines[0] == "base: 13 pretrained tensors differ from those that this was trained over"
     assert len(lines) == 10
     assert lines[-1] == "base: and 5 more"
-    assert explain({"x": "odd"}) == [
-        "base: 1 pretrained tensor is not what this was trained over",
+    assert format_differences({"x": "odd"}) == [
+        "base: 1 pretrained tensor differs from those that this was trained over",
         "base: x is odd",
     ]
 
@@ -149,7 +153,9 @@ def _sharded(rank, file):
     assert fingerprint(pretrained_tensors(model)) == expected
     with torch.no_grad():
         model.decoder.norm.scale.mul_(3)
-    assert list(compare(expected, fingerprint(pretrained_tensors(model)))) == ["decoder.norm.scale"]
+    assert list(compare_fingerprints(expected, fingerprint(pretrained_tensors(model)))) == [
+        "decoder.norm.scale"
+    ]
     mesh = init_device_mesh("cpu", (2,))
     for shape in ((1,), (5, 7), (3, 101), ()):
         x = torch.linspace(-3, 3, torch.Size(shape).numel()).view(shape)

@@ -222,7 +222,7 @@ def refused(model, path, *complaints):
     before = state(model)
     with pytest.raises(ValueError) as info:
         load_fusion(model, path)
-    for complaint in ("nothing was loaded", "Fusion belongs to the base", *complaints):
+    for complaint in ("nothing was loaded", "Fusion parameters belong to the base", *complaints):
         assert complaint in str(info.value)
     assert same_state(before, model)
     return str(info.value)
@@ -266,7 +266,7 @@ def added(model):
         (
             changed,
             [
-                "base: 1 pretrained tensor is not what",
+                "base: 1 pretrained tensor differs from",
                 "decoder.layers.2.attn.q_proj.weight is float32 [18, 18] in the saved base, "
                 "float32 [18, 18] with other values here",
             ],
@@ -274,7 +274,7 @@ def added(model):
         (
             renamed,
             [
-                "base: 4 pretrained tensors are not what",
+                "base: 4 pretrained tensors differ from",
                 "encoder.layers.0.weight is float32 [11, 5] in the saved base, missing here",
                 "encoder.blocks.0.weight is not in the saved base, float32 [11, 5] here",
             ],
@@ -311,7 +311,7 @@ def test_all_problems_are_one_error_and_only_the_first_tensors_are_listed(tmp_pa
     model = fuse(tiny_decoder(seed=5), TinyEncoder(), every=3, fusion_vocab_size=2)
     message = refused(model, tmp_path, "missing: decoder.layers.2.fusion_layer", "and 15 more")
     assert message.count("with other values here") == 8
-    assert "base: 23 pretrained tensors are not" in message
+    assert "base: 23 pretrained tensors differ" in message
 
 
 def test_a_quantized_base_is_the_same_base(tmp_path):

@@ -185,7 +185,7 @@ def test_adapters_that_do_not_fit_are_all_named_and_nothing_changes(pretrained, 
     with pytest.raises(
         ValueError,
         match=r"(?s)adapters of .*linear do not fit this model; nothing was loaded.*missing in the "
-        r"artifact: adapter\.linear_1\.weight \[24, 20\].*missing here: adapter\.linear\.weight",
+        r"artifact: adapter\.linear_1\.weight \[24, 20\].*missing in the model: adapter\.linear\.weight",
     ):
         seed_adapters(model, tmp_path / "linear")
     with pytest.raises(ValueError, match="nothing was loaded"):

@@ -91,7 +91,7 @@ def test_what_was_trained_and_no_longer_trains_is_saved_when_named(tmp_path):
     assert described["trainable"]["encoder"] == ["encoder.layers.0.weight"]
     assert described["freeze"] == canonical_freeze_meta(stages)
     assert read_freeze_meta(described["freeze"]) == schedule.stages
-    with pytest.raises(ValueError, match="trained names what is no parameter of the model: nose"):
+    with pytest.raises(ValueError, match="trained has names that are no parameters of the model: nose"):
         save_trained(model, tmp_path, trained=["nose"])
 
 
@@ -146,14 +146,14 @@ def test_the_base_is_what_did_not_train(tmp_path):
     assert same_state(state(model), other)
     decoder = tiny_decoder()
     decoder.norm.scale.detach().mul_(3)
-    refused(tmp_path, r"base: 1 pretrained tensor is not.*\n.*decoder\.norm\.scale", decoder)
+    refused(tmp_path, r"base: 1 pretrained tensor differs.*\n.*decoder\.norm\.scale", decoder)
 
 
 def test_fusion_without_what_trained_with_it_is_refused(tmp_path):
     save_trained(move(make(encoder=True)), tmp_path)
     model = make()
     before = state(model)
-    with pytest.raises(ValueError, match=r"come with it by load_trained(.|\n)*encoder\.layers\.0\.bias"):
+    with pytest.raises(ValueError, match=r"are loaded by load_trained(.|\n)*encoder\.layers\.0\.bias"):
         load_fusion(model, tmp_path)
     assert same_state(before, model)
 

@@ -421,7 +421,7 @@ def test_defect_10_what_never_trains_is_in_no_checkpoint(tmp_path):
         tmp_path,
         other,
         None,
-        "pretrained tensors are not what this was trained over",
+        "pretrained tensors differ from those that this was trained over",
         "decoder.layers.0.attn.q_proj.weight is float32 [18, 18] in the saved base",
     )
     less = make(3, train=False)

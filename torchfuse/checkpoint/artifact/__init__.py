@@ -1,1 +1,1 @@
-"""Artifacts that hold what fusion learned, and nothing else."""
+"""Artifacts: the tensors that were trained, with a description of the model and its base."""

@@ -1,8 +1,7 @@
-"""What an artifact says of the model that it is for.
+"""Descriptions of how a model was fused, which are saved with its tensors and compared by a load.
 
-Shapes of tensors do not show how a model was fused: which architecture, with which options. So an
-artifact says it, a load compares it, and every difference is named. It also says which base fusion was
-trained over (see ``fingerprint``) and, for the record, what of the model trained, and in which stages.
+Shapes of tensors do not show architecture and options. A description also holds the base fingerprint
+and, for the record, which parameters were trained, and in which stages.
 """
 
 from __future__ import annotations
@@ -29,88 +28,87 @@ def describe_fusion(
     without: Collection[str] = (),
     stages: Iterable[FreezeSpec | FreezeStage] = (),
 ) -> dict[str, Any]:
-    """What an artifact says of the model that it is for.
+    """Describe a model for an artifact.
 
-    On a sharded model every rank calls this, and all get the same.
+    On a sharded model every rank calls this, and all get the same result.
 
     Args:
         model: a fused model.
-        without: pretrained parameters that are kept beside the artifact, and so are no part of its base.
+        without: pretrained parameters that are saved beside the artifact, and so are not in its base.
         stages: the freeze specs and stages by which the model was trained.
 
     Returns:
         ``format``, ``architecture``, ``options``, ``adapters`` and ``fusion_head``, which a load
-        compares with the model's; ``base``, by name the shape, dtype and hash of sampled values of each
-        pretrained tensor, which it compares too; and for the record ``trainable``, for each part
-        whether it trains or is kept beside the artifact, or the names of those of its parameters that
-        do, and ``freeze``, the stages in their order, for ``read_freeze_meta``.
+        compares with the model's, as it does ``base``, the shape, dtype and hash of sampled values of
+        each pretrained tensor by name. For the record: ``trainable``, for each part whether it trains
+        or is saved beside the artifact, or the names of those of its parameters that do; ``freeze``,
+        the stages in their order, for ``read_freeze_meta``.
     """
     base = fingerprint(pretrained_tensors(model, without))
     return {
-        **_kind(model),
+        **_fusion_options(model),
         "trainable": {part: _trainable(params, without) for part, params in partition(model).items()},
         "freeze": canonical_freeze_meta(stages),
         "base": {name: tensor._asdict() for name, tensor in base.items()},
     }
 
 
-def description_problems(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """How a model was fused otherwise than a description says, in words.
+def description_problems(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """List the differences between a description and how a model was fused.
 
-    The base is not compared here (see ``fingerprint``). An option that is None on either side is as
-    the pretrained layers say, and differs from nothing.
+    The base is not compared here (see ``fingerprint``). An option that is None on either side follows
+    from the pretrained layers, and is not compared.
 
     Args:
-        theirs: what ``describe_fusion`` returned for the model of an artifact, as a file holds it.
+        saved: what ``describe_fusion`` returned, after a round trip through JSON.
         model: a fused model.
     """
-    ours = _kind(model)
+    own = json.loads(json.dumps(_fusion_options(model)))
     problems = [
-        f"{name} {theirs.get(name)!r}, the model's is {ours[name]!r}"
+        f"{name} {saved.get(name)!r}, the model's is {own[name]!r}"
         for name in ("format", "architecture")
-        if theirs.get(name) != ours[name]
+        if saved.get(name) != own[name]
     ]
     if problems:
         return problems
-    options = theirs["options"] if isinstance(theirs.get("options"), dict) else {}
-    here = json.loads(json.dumps(ours["options"]))  # as a file holds them
     problems = [
-        f"{name} {options[name]!r}, the model's is {here[name]!r}"
-        for name in here
-        if name in options and options[name] != here[name] and None not in (options[name], here[name])
+        f"{name} {was!r}, the model's is {now!r}"
+        for name, was, now in _common(saved.get("options"), own["options"])
+        if was != now and None not in (was, now)
     ]
-    head = theirs.get("fusion_head", ours["fusion_head"])
-    if head != ours["fusion_head"]:
-        problems.append(f"fusion_head {head!r}, the model's is {ours['fusion_head']!r}")
-    return problems + adapter_problems(theirs, model)
+    head = saved.get("fusion_head", own["fusion_head"])
+    if head != own["fusion_head"]:
+        problems.append(f"fusion_head {head!r}, the model's is {own['fusion_head']!r}")
+    return problems + adapter_problems(saved, model)
 
 
-def adapter_problems(theirs: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """How a model's adapters are others than a description says, in words.
+def adapter_problems(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """List the differences between the adapters in a description and a model's.
 
-    Adapters that no registry knows have their shapes alone, which are not compared here.
+    Adapters that are not registered are not compared; their shapes are, by whatever loads them.
 
     Args:
-        theirs: as for ``description_problems``.
+        saved: as for ``description_problems``.
         model: a fused model.
     """
-    described = theirs.get("adapters")
-    there: dict[str, Any] = described if isinstance(described, dict) else {}
-    problems = []
-    for name, here in json.loads(json.dumps(_adapters(model))).items():
-        known = there.get(name) if here is not None else None
-        if known is None:
-            continue
-        problems += [
-            f"{key} {known[key]!r} of the adapter of {name!r}, the model's is {here.get(key)!r}"
-            for key in known
-            if known[key] != here.get(key) and None not in (known[key], here.get(key, ""))
-        ]
-    return problems
+    own = json.loads(json.dumps(_adapters(model)))
+    return [
+        f"{key} {value!r} of the adapter of {name!r}, the model's is {adapter.get(key)!r}"
+        for name, described, adapter in _common(saved.get("adapters"), own)
+        if isinstance(described, dict) and adapter is not None
+        for key, value in described.items()
+        if value != adapter.get(key) and None not in (value, adapter.get(key, ""))
+    ]
+
+
+def _common(saved: Any, own: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List the names in both sections, with their values."""
+    section = saved if isinstance(saved, dict) else {}
+    return [(name, section[name], value) for name, value in own.items() if name in section]
 
 
 def _adapters(model: nn.Module) -> dict[str, dict[str, Any] | None]:
-    """Name and options of each encoder's adapter; None where no registry knows it."""
+    """Return name and options of each encoder's adapter; None if it is not registered."""
     owner: Any = model_behind(model)
     found: dict[str, dict[str, Any] | None] = {}
     for name in getattr(owner, "encoder_names", ()):
@@ -122,13 +120,13 @@ def _adapters(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     return found
 
 
-def _kind(model: nn.Module) -> dict[str, Any]:
-    """How a model was fused, as far as the shapes of its tensors do not show it."""
+def _fusion_options(model: nn.Module) -> dict[str, Any]:
+    """Return how a model was fused, as far as the shapes of its tensors do not show it."""
     strategy = getattr(unwrap(model), "strategy", None)
     options = {} if strategy is None else strategy.options()
     encoders = getattr(unwrap(model), "encoder_names", ())
     if len(encoders) > 1 and strategy is not None and strategy.extra_tokens(1):
-        options["order"] = list(encoders)  # in front of the text, whoever stands behind sees more
+        options["order"] = list(encoders)  # the order of prefixes decides what attends to what
     head = getattr(unwrap(model), "output", None)
     return {
         "format": _FORMAT,

@@ -1,10 +1,9 @@
-"""What a base is known by, without keeping a copy of it.
+"""Base fingerprints: name, shape, dtype and a hash of sampled values of every pretrained tensor.
 
-Fusion is trained against the values of one base; over another one of the same shapes it loads, runs
-and is wrong. So an artifact says of every pretrained tensor its name, shape, dtype and a hash of a few
-values at fixed places. Values are rounded to bfloat16 first: a base is the same base in fp32 and in
-bf16, and so is one that differs by less than that. From a sharded tensor each rank takes what it holds,
-so nothing is gathered but the samples.
+Fusion parameters are trained over one base; over another one of the same shapes they load, run and give
+wrong results. So an artifact holds the fingerprint of its base. Values are rounded to bfloat16 before
+they are hashed: a base in fp32 and the same in bf16 have equal fingerprints. From a sharded tensor each
+rank samples its own shard, so that nothing is gathered but the samples.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from torchfuse.params import fusion_buffers, get_fusion_params, is_sharded
 
 __all__ = [
     "TensorFingerprint",
-    "compare",
-    "explain",
+    "compare_fingerprints",
     "fingerprint",
+    "format_differences",
     "pretrained_tensors",
     "read_fingerprint",
 ]
@@ -32,13 +31,13 @@ __all__ = [
 _SAMPLES: Final = 64
 _LISTED: Final = 8
 _FLOATING: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Rounded to bfloat16 these two agree; rounding another one of them on the way there can end elsewhere.
+# Rounded to bfloat16 these two agree; fp16 and fp64 may round differently on the way.
 _INTERCHANGEABLE: Final = {"float32", "bfloat16"}
 _NOT_HELD: Final = -1  # below every bit pattern
 
 
 class TensorFingerprint(NamedTuple):
-    """What a tensor is known by; ``values`` is None where they cannot be read."""
+    """Shape, dtype and hash of sampled values of a tensor; None where values cannot be read."""
 
     shape: list[int]
     dtype: str
@@ -49,21 +48,21 @@ class TensorFingerprint(NamedTuple):
 
 
 def pretrained_tensors(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
-    """The parameters and persistent buffers that fusion did not add, by canonical name.
+    """Return the parameters and persistent buffers that fusion did not add, by canonical name.
 
     Args:
         model: a fused model.
-        without: names of parameters to leave out, for example because they train; buffers beside them
-            in the same module, which training moves too, are left out with them.
+        without: names of parameters to leave out, for example because they train; buffers of the same
+            modules, which training changes too, are left out with them.
     """
     added = get_fusion_params(model).keys() | fusion_buffers(model).keys() | set(without)
-    moving = {name.rpartition(".")[0] for name in without}
+    training = {name.rpartition(".")[0] for name in without}
     tensors: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(model) if n not in added}
     for path, module in unwrap(model).named_modules():
         owner = canonical_name(path)
         for key, buffer in module.named_buffers(recurse=False):
             name = f"{owner}.{key}" if owner else key
-            kept = key not in module._non_persistent_buffers_set and owner not in moving
+            kept = key not in module._non_persistent_buffers_set and owner not in training
             if kept and name not in added:
                 tensors[name] = buffer
     return tensors
@@ -71,27 +70,28 @@ def pretrained_tensors(model: nn.Module, without: Collection[str] = ()) -> dict[
 
 @torch.no_grad()
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorFingerprint]:
-    """What each tensor is known by.
+    """Return the fingerprint of each tensor.
 
-    At most 64 values of each are read, evenly spread from the first to the last. Values of tensors on
-    the meta device, of quantized ones, and of what is not fp64, fp32, bf16 or fp16 are not read.
+    At most 64 values of each are read, evenly spaced from the first to the last. Values of tensors on
+    the meta device, of quantized tensors, and of dtypes other than fp64, fp32, bf16 and fp16 are not
+    read.
 
     Args:
         tensors: tensors by name, sharded or not. If any is sharded, every rank calls this with the same
             names, and all get the same result.
 
     Examples:
-        >>> whole = fingerprint({"x": torch.ones(3, 5)})["x"]
-        >>> print(whole)
+        >>> ones = fingerprint({"x": torch.ones(3, 5)})["x"]
+        >>> print(ones)
         float32 [3, 5]
-        >>> whole.values == fingerprint({"x": torch.ones(3, 5).bfloat16()})["x"].values
+        >>> ones.values == fingerprint({"x": torch.ones(3, 5).bfloat16()})["x"].values
         True
-        >>> whole.values == fingerprint({"x": torch.zeros(3, 5)})["x"].values
+        >>> ones.values == fingerprint({"x": torch.zeros(3, 5)})["x"].values
         False
     """
     samples = {name: _samples(tensor) for name, tensor in tensors.items() if _is_readable(tensor)}
     sharded = [sample for name, sample in samples.items() if is_sharded(tensors[name])]
-    values = dict(zip(samples, _on_every_rank(list(samples.values()), sharded), strict=True))
+    values = dict(zip(samples, _over_ranks(list(samples.values()), sharded), strict=True))
     return {
         name: TensorFingerprint(
             shape=list(tensor.shape),
@@ -103,7 +103,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, TensorFingerprint]:
 
 
 def read_fingerprint(described: Mapping[str, Any]) -> dict[str, TensorFingerprint]:
-    """A fingerprint from what JSON made of it.
+    """Read a fingerprint from JSON.
 
     Raises:
         TypeError: if it is none.
@@ -111,41 +111,45 @@ def read_fingerprint(described: Mapping[str, Any]) -> dict[str, TensorFingerprin
     return {str(name): TensorFingerprint(**fields) for name, fields in described.items()}
 
 
-def compare(
-    theirs: Mapping[str, TensorFingerprint], ours: Mapping[str, TensorFingerprint]
+def compare_fingerprints(
+    saved: Mapping[str, TensorFingerprint], own: Mapping[str, TensorFingerprint]
 ) -> dict[str, str]:
-    """How the base that an artifact was made over differs from a model's.
+    """Compare the base of an artifact with a model's.
 
     Values are compared where both could be read, and either both dtypes are the same or one is fp32 and
     the other bf16.
 
     Args:
-        theirs: the artifact's.
-        ours: the model's.
+        saved: the artifact's.
+        own: the model's.
 
     Returns:
-        By name of the tensor, in words. Empty if it is the same base.
+        Differences by name of the tensor. Empty if it is the same base.
     """
     found = {}
-    for name, there in theirs.items():
-        here = ours.get(name)
-        if here is None:
-            found[name] = f"{there} in the saved base, missing here"
-        elif here.shape != there.shape:
-            found[name] = f"{there} in the saved base, {here} here"
-        elif _are_comparable(there, here) and here.values != there.values:
-            found[name] = f"{there} in the saved base, {here} with other values here"
-    return found | {
-        name: f"not in the saved base, {here} here" for name, here in ours.items() if name not in theirs
+    for name, was in saved.items():
+        now = own.get(name)
+        if now is None:
+            found[name] = f"{was} in the saved base, missing here"
+        elif now.shape != was.shape:
+            found[name] = f"{was} in the saved base, {now} here"
+        elif _are_comparable(was, now) and now.values != was.values:
+            found[name] = f"{was} in the saved base, {now} with other values here"
+    added = {
+        name: f"not in the saved base, {now} here" for name, now in own.items() if name not in saved
     }
+    return found | added
 
 
-def explain(differences: Mapping[str, str]) -> list[str]:
-    """What ``compare`` found as lines of a message: how many tensors, and the first few by name."""
-    count = f"{len(differences)} pretrained tensor{'s are' if len(differences) > 1 else ' is'}"
-    lines = [f"base: {count} not what this was trained over"]
+def format_differences(differences: Mapping[str, str]) -> list[str]:
+    """Return differences as lines of a message: how many tensors, and the first few by name."""
+    if not differences:
+        return []
+    count = len(differences)
+    differ = "1 pretrained tensor differs" if count == 1 else f"{count} pretrained tensors differ"
+    lines = [f"base: {differ} from those that this was trained over"]
     lines += [f"base: {name} is {how}" for name, how in list(differences.items())[:_LISTED]]
-    more = len(differences) - _LISTED
+    more = count - _LISTED
     return [*lines, f"base: and {more} more"] if more > 0 else lines
 
 
@@ -159,7 +163,7 @@ def _is_readable(tensor: Tensor) -> bool:
         from torch.distributed.tensor import Replicate, Shard
 
         local = tensor.to_local()
-        # Other placements do not leave every rank a box of the tensor.
+        # With other placements a rank's shard is no box of the tensor.
         if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
             return False
     else:
@@ -169,8 +173,8 @@ def _is_readable(tensor: Tensor) -> bool:
 
 
 def _samples(tensor: Tensor) -> Tensor:
-    """Bit patterns of sampled values, ``[k]``; a value that another rank holds is ``_NOT_HELD``."""
-    local, offset = _box(tensor)
+    """Return bit patterns of sampled values, ``[k]``; ``_NOT_HELD`` for values of another rank."""
+    local, offset = _local_box(tensor)
     size, count = tensor.numel(), min(tensor.numel(), _SAMPLES)
     result = torch.full((count,), _NOT_HELD, dtype=torch.int32, device=local.device)
     if not count or local.numel() == 0:
@@ -182,15 +186,15 @@ def _samples(tensor: Tensor) -> Tensor:
     ):
         inside &= (at >= start) & (at < start + length)
         index.append(at - start)
-    held = inside.nonzero().flatten()
-    values = local[tuple(at[held].to(local.device) for at in index)]
+    own = inside.nonzero().flatten()
+    values = local[tuple(at[own].to(local.device) for at in index)]
     bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
-    result[held.to(local.device)] = bits
+    result[own.to(local.device)] = bits
     return result
 
 
-def _box(tensor: Tensor) -> tuple[Tensor, Iterable[int]]:
-    """What this rank holds of a tensor, and where in it that begins."""
+def _local_box(tensor: Tensor) -> tuple[Tensor, Iterable[int]]:
+    """Return this rank's shard of a tensor and its offset."""
     if not is_sharded(tensor):
         local = tensor if tensor.dim() else tensor[None]
         return local, [0] * local.dim()
@@ -205,10 +209,10 @@ def _box(tensor: Tensor) -> tuple[Tensor, Iterable[int]]:
     return local, offset
 
 
-def _on_every_rank(samples: list[Tensor], sharded: list[Tensor]) -> list[list[int]]:
+def _over_ranks(samples: list[Tensor], sharded: list[Tensor]) -> list[list[int]]:
     if not samples:
         return []
-    # One reduction and one copy to the host for all tensors together, where the ranks can talk.
+    # One reduction and one copy to the host for all tensors together.
     device = (sharded or samples)[0].device
     joined = torch.cat([sample.to(device) for sample in samples])
     if sharded:

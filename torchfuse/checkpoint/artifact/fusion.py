@@ -1,11 +1,9 @@
-"""What fusion learned, and nothing else, as an artifact.
+"""Fusion-only artifacts: directories with the tensors that fusion added, and nothing else.
 
-An artifact is a directory. ``fusion.safetensors`` holds the tensors and, in its header, what model
-they are for, so that one file, replaced as a whole, is the truth; ``fusion.json`` repeats the header
-for people and scripts.
-
-The header also says which base fusion was trained over (see ``fingerprint``), so that it is not loaded
-over another one of the same shapes, and what of the model trained, for the record (see ``description``).
+``fusion.safetensors`` holds the tensors and, in its header, the description of the model, so that one
+file, replaced in one step, is the whole artifact. ``fusion.json`` repeats the description in readable
+form. A load compares the description and the base fingerprint with the model (see ``description`` and
+``fingerprint``).
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,162 +20,55 @@ from torch import Tensor, nn
 from torchfuse.checkpoint.artifact.description import describe_fusion, description_problems
 from torchfuse.checkpoint.artifact.fingerprint import (
     TensorFingerprint,
-    compare,
-    explain,
+    compare_fingerprints,
     fingerprint,
     pretrained_tensors,
     read_fingerprint,
 )
-from torchfuse.checkpoint.tensors import copy_into
+from torchfuse.checkpoint.artifact.state_dict import (
+    FusionMismatch,
+    copy_fusion_tensors,
+    fusion_state_dict,
+)
+from torchfuse.checkpoint.tensors import gather_full, to_safetensors
 from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_file, write_text
 from torchfuse.io.ranks import is_rank_zero
-from torchfuse.params import FreezeSpec, FreezeStage, fusion_buffers, get_fusion_params, is_sharded
+from torchfuse.params import FreezeSpec, FreezeStage
 
 __all__ = [
-    "ARTIFACT_FILE",
-    "FusionMismatch",
-    "fusion_state_dict",
+    "Artifact",
+    "artifact_file",
     "load_artifact",
     "load_fusion",
-    "load_fusion_state_dict",
+    "read_artifact",
     "save_fusion",
-    "whole",
     "write_artifact",
 ]
 
-ARTIFACT_FILE: Final = "fusion.safetensors"
+_FILE: Final = "fusion.safetensors"
 _DESCRIPTION: Final = "fusion.json"
 _KEY: Final = "torchfuse"
-
-
-class FusionMismatch(NamedTuple):
-    """What a load with ``strict=False`` passed over, by name.
-
-    Attributes:
-        missing: tensors of the model that were not given.
-        unexpected: tensors given that the model has not.
-        mismatched: tensors of another shape.
-        base: pretrained tensors that differ from those that the artifact was made over, and how.
-        options: how the model was fused otherwise, in words.
-    """
-
-    missing: list[str]
-    unexpected: list[str]
-    mismatched: list[str]
-    base: dict[str, str]
-    options: list[str]
-
-
-def _fusion_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**get_fusion_params(model), **fusion_buffers(model)}
-
-
-def fusion_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that fusion added, by canonical name; persistent buffers of its modules included.
-
-    The tensors share memory with the model's, as those of ``state_dict()`` do.
-
-    Raises:
-        CheckpointError: if fusion added nothing to this model.
-    """
-    tensors = {name: tensor.detach() for name, tensor in _fusion_tensors(model).items()}
-    if not tensors:
-        raise CheckpointError(
-            "This model has no fusion parameters. What fusion added is found by fusion_params(); "
-            "mark modules of your own with register_fusion_module."
-        )
-    return tensors
-
-
-def load_fusion_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
-) -> FusionMismatch:
-    """Copy the tensors that fusion added into a model.
-
-    Args:
-        model: a fused model, sharded or not.
-        state_dict: what ``fusion_state_dict`` returned.
-        strict: whether every tensor must fit. If not, what fits is loaded.
-
-    Returns:
-        What was passed over: all empty if ``strict``.
-
-    Raises:
-        CheckpointError: with every tensor that is missing, unexpected or of another shape, if
-            ``strict``; if none fits at all or the model has no memory, in any case. The model is as it
-            was then.
-    """
-    return _load(model, state_dict, strict, {}, [])
-
-
-@torch.no_grad()
-def _load(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    strict: bool,
-    base: dict[str, str],
-    options: list[str],
-) -> FusionMismatch:
-    ours = _fusion_tensors(model)
-    if any(tensor.is_meta for tensor in ours.values()):
-        raise CheckpointError(
-            "The model's fusion tensors are on the meta device: give them memory first (model.to_empty)."
-        )
-    skipped = FusionMismatch(
-        missing=[name for name in ours if name not in state_dict],
-        unexpected=[name for name in state_dict if name not in ours],
-        mismatched=[n for n, t in ours.items() if n in state_dict and t.shape != state_dict[n].shape],
-        base=base,
-        options=options,
-    )
-    fitting = [n for n in ours if n in state_dict and n not in skipped.mismatched]
-    if (strict and any(skipped)) or not fitting:
-        raise CheckpointError(_explain(skipped, ours, state_dict))
-    for name in fitting:
-        copy_into(ours[name], state_dict[name])
-    return skipped
-
-
-def _explain(skipped: FusionMismatch, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
-    lines = [f"option: {problem}" for problem in skipped.options]
-    lines += [f"missing: {name}" for name in skipped.missing]
-    lines += [f"unexpected: {name}" for name in skipped.unexpected]
-    lines += [
-        f"shape: {name} is {list(theirs[name].shape)}, the model's is {list(ours[name].shape)}"
-        for name in skipped.mismatched
-    ]
-    advice = ""
-    if lines:
-        advice += " Was it fused in the same way (arch, every, adapter, fusion_vocab_size, fusion_head)?"
-    if skipped.base:
-        lines += explain(skipped.base)
-        advice += (
-            " Fusion belongs to the base that it was trained over: load that one's pretrained parts "
-            "first. Parts that trained with it come with it by load_trained."
-        )
-    listing = "\n  ".join(lines)
-    return f"The fusion tensors do not fit this model; nothing was loaded.{advice}\n  {listing}"
 
 
 def save_fusion(
     model: nn.Module, path: str | Path, *, stages: Iterable[FreezeSpec | FreezeStage] = ()
 ) -> None:
-    """Write what fusion learned as an artifact; an older one at this place is replaced whole.
+    """Write the tensors that fusion added as an artifact; an older one is replaced in one step.
 
-    It belongs to the pretrained parts as they are now; if one of them trains, use ``save_trained``.
-    On a sharded model every rank calls this and rank zero writes.
+    The artifact belongs to the present values of the pretrained parts; if one of them trains, use
+    ``save_trained``. On a sharded model every rank calls this and rank zero writes.
 
     Args:
         model: a fused model.
         path: directory of the artifact, made if need be.
         stages: the freeze specs and stages by which the model was trained, a ``FreezeSchedule`` for
-            example. They stand in the artifact in their order, for the record.
+            example; the artifact records them in their order.
 
     Raises:
         CheckpointError: if fusion added nothing to this model, or the path is no directory.
     """
-    tensors = {name: whole(tensor) for name, tensor in fusion_state_dict(model).items()}
+    tensors = {name: gather_full(tensor) for name, tensor in fusion_state_dict(model).items()}
     description = describe_fusion(model, stages=stages)
     if is_rank_zero():
         write_artifact(path, tensors, description)
@@ -201,10 +91,8 @@ def write_artifact(
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; an artifact is a directory.")
     text = json.dumps(description, indent=2, sort_keys=True)
-    # Tensors that share memory cannot stand in one file.
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
-    write_file(path / ARTIFACT_FILE, lambda file: save_file(plain, file, {_KEY: text}))
+    write_file(path / _FILE, lambda file: save_file(to_safetensors(tensors), file, {_KEY: text}))
     write_text(path / _DESCRIPTION, text + "\n")
 
 
@@ -220,11 +108,11 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
             reported, not refused.
 
     Returns:
-        What was passed over: all empty if ``strict``.
+        What was ignored: all empty if ``strict``.
 
     Raises:
         CheckpointError: if there is no such artifact, it is damaged, it is for another architecture or
-            another base, or its tensors do not fit. The model is as it was then.
+            another base, or its tensors do not fit. The model is unchanged then.
     """
     return load_artifact(model, path, strict=strict)
 
@@ -232,32 +120,45 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
 def load_artifact(
     model: nn.Module, path: str | Path, *, strict: bool, replaced: Collection[str] = ()
 ) -> FusionMismatch:
-    """As ``load_fusion``.
+    """Load an artifact beside which other tensors of the model are loaded.
 
     Args:
         model: as in ``load_fusion``.
         path: as in ``load_fusion``.
         strict: as in ``load_fusion``.
-        replaced: pretrained parameters whose values are about to be replaced, so that those which they
-            have now do not matter.
+        replaced: pretrained parameters that are overwritten next, so that their present values are not
+            compared.
     """
-    tensors, description, base = read_artifact(path)
-    # Artifacts of earlier versions do not say what base they are for.
-    other = {} if base is None else compare(base, fingerprint(pretrained_tensors(model, replaced)))
-    return _load(model, tensors, strict, other, description_problems(description, model))
+    artifact = read_artifact(path)
+    base: dict[str, str] = {}
+    if artifact.base is not None:
+        own = fingerprint(pretrained_tensors(model, replaced))
+        base = compare_fingerprints(artifact.base, own)
+    options = description_problems(artifact.description, model)
+    return copy_fusion_tensors(model, artifact.tensors, strict, base, options)
 
 
-def read_artifact(
-    path: str | Path,
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, TensorFingerprint] | None]:
-    """The tensors of an artifact, what it says of its model, and the base that it was made over.
+class Artifact(NamedTuple):
+    """The content of an artifact.
+
+    Attributes:
+        tensors: the tensors that fusion added, by name.
+        description: what ``describe_fusion`` returned.
+        base: the base fingerprint; None in artifacts of the first version, which have none.
+    """
+
+    tensors: dict[str, Tensor]
+    description: dict[str, Any]
+    base: dict[str, TensorFingerprint] | None
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """Read an artifact.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
     """
-    file = Path(path) / ARTIFACT_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
+    file = artifact_file(path)
     try:
         with safe_open(file, framework="pt") as reader:
             description = dict(json.loads((reader.metadata() or {})[_KEY]))
@@ -265,9 +166,16 @@ def read_artifact(
         base = read_fingerprint(description["base"]) if "base" in description else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is no artifact of save_fusion, or damaged: {error}.") from error
-    return tensors, description, base
+    return Artifact(tensors, description, base)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as every rank may have it: gathered if it is sharded."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def artifact_file(path: str | Path) -> Path:
+    """Return the file of an artifact that holds its tensors.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    file = Path(path) / _FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} is no artifact of save_fusion: it has no {_FILE}.")
+    return file

@@ -1,9 +1,8 @@
-"""All that a run learned: what fusion added, and whatever else of the model it trained.
+"""Everything that a run trained: what fusion added, and trained tensors of pretrained parts.
 
-Usually that is the fusion-only artifact and nothing else. Where a pretrained part trains too, its
-trained tensors, and the buffers that training moves with them, stand beside the artifact in
-``trained.safetensors``, which says by a digest which artifact it belongs to, so that files of two runs
-are never taken for one.
+Usually that is the fusion-only artifact alone. Where a pretrained part trains too, its trained tensors,
+and the buffers that change with them, are in ``trained.safetensors`` beside the artifact. That file
+holds a digest of the artifact, so that files of two runs are not loaded together.
 """
 
 from __future__ import annotations
@@ -20,14 +19,9 @@ from torch import Tensor, nn
 
 from torchfuse.checkpoint.artifact.description import describe_fusion
 from torchfuse.checkpoint.artifact.fingerprint import pretrained_tensors
-from torchfuse.checkpoint.artifact.fusion import (
-    ARTIFACT_FILE,
-    fusion_state_dict,
-    load_artifact,
-    whole,
-    write_artifact,
-)
-from torchfuse.checkpoint.tensors import copy_into
+from torchfuse.checkpoint.artifact.fusion import artifact_file, load_artifact, write_artifact
+from torchfuse.checkpoint.artifact.state_dict import fusion_state_dict
+from torchfuse.checkpoint.tensors import copy_into, gather_full, to_safetensors
 from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_file
 from torchfuse.io.ranks import is_rank_zero
@@ -41,7 +35,7 @@ _KEY: Final = "torchfuse.artifact"
 
 
 def trained_pretrained_names(model: nn.Module) -> list[str]:
-    """Names of pretrained parameters that train."""
+    """Return the names of pretrained parameters that train."""
     added = fusion_state_dict(model)
     return [n for n, p in named_parameters(model) if p.requires_grad and n not in added]
 
@@ -53,7 +47,7 @@ def save_trained(
     trained: Collection[str] | None = None,
     stages: Iterable[FreezeSpec | FreezeStage] = (),
 ) -> None:
-    """Write what fusion learned, and the pretrained parameters that were trained.
+    """Write the tensors that fusion added, and the pretrained parameters that were trained.
 
     On a sharded model every rank calls this and rank zero writes.
 
@@ -61,8 +55,8 @@ def save_trained(
         model: a fused model.
         path: directory of the artifact, made if need be.
         trained: names of the parameters that were trained at any time, as
-            ``FreezeSchedule.trained_ever`` returns them; those of what fusion added may be among them.
-            None: what trains now.
+            ``FreezeSchedule.trained_ever`` returns them; fusion parameters may be among them. None:
+            those that train now.
         stages: as for ``save_fusion``.
 
     Raises:
@@ -75,12 +69,12 @@ def save_trained(
     names = [name for name in trained if name not in added]
     if unknown := [name for name in names if name not in pretrained]:
         raise CheckpointError(
-            f"trained names what is no parameter of the model: {', '.join(unknown[:8])}."
+            f"trained has names that are no parameters of the model: {', '.join(unknown[:8])}."
         )
-    fusion = {name: whole(tensor) for name, tensor in added.items()}
-    # Running means and the like move with the parameters beside them.
-    moved = pretrained.keys() - pretrained_tensors(model, names).keys()
-    kept = {name: whole(tensor) for name, tensor in pretrained.items() if name in moved}
+    fusion = {name: gather_full(tensor) for name, tensor in added.items()}
+    # Buffers such as running means change with the parameters of their module.
+    changed = pretrained.keys() - pretrained_tensors(model, names).keys()
+    kept = {name: gather_full(tensor) for name, tensor in pretrained.items() if name in changed}
     description = describe_fusion(model, without=kept, stages=stages)
     if is_rank_zero():
         write_trained(path, fusion, kept, description)
@@ -103,8 +97,7 @@ def write_trained(
     path = Path(path)
     write_artifact(path, fusion, description)
     if trained:
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trained.items()}
-        header = {_KEY: _digest(path)}
+        tensors, header = to_safetensors(trained), {_KEY: _digest(path)}
         write_file(path / _FILE, lambda file: save_file(tensors, file, header))
     else:
         (path / _FILE).unlink(missing_ok=True)
@@ -120,16 +113,16 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         CheckpointError: if something does not fit, is damaged or belongs to another artifact. The
-            model is as it was then.
+            model is unchanged then.
     """
     path = Path(path)
     file = path / _FILE
     tensors = _read(file, _digest(path)) if file.is_file() else {}
-    ours = pretrained_tensors(model)
+    targets = pretrained_tensors(model)
     wrong = [
         f"{name} {list(tensor.shape)}"
         for name, tensor in tensors.items()
-        if name not in ours or ours[name].shape != tensor.shape or ours[name].is_meta
+        if name not in targets or targets[name].shape != tensor.shape or targets[name].is_meta
     ]
     if wrong:
         raise CheckpointError(
@@ -137,7 +130,7 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
         )
     load_artifact(model, path, strict=True, replaced=tensors)
     for name, tensor in tensors.items():
-        copy_into(ours[name], tensor)
+        copy_into(targets[name], tensor)
 
 
 def _read(file: Path, digest: str) -> dict[str, Tensor]:
@@ -149,15 +142,12 @@ def _read(file: Path, digest: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged: {error}.") from error
     if belongs_to != digest:
         raise CheckpointError(
-            f"{file} does not belong to the {ARTIFACT_FILE} beside it: a save was cut off between the "
-            "two, or one of them was replaced."
+            f"{file} does not belong to the {artifact_file(file.parent).name} beside it: a save was "
+            "interrupted between the two, or one of them was replaced."
         )
     return tensors
 
 
 def _digest(path: Path) -> str:
-    file = path / ARTIFACT_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{path} is no artifact of save_fusion: it has no {ARTIFACT_FILE}.")
-    with file.open("rb") as stream:
+    with artifact_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

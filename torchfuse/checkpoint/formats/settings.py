@@ -33,7 +33,7 @@ class Settings:
         >>> settings.allow_only("attention_bias", False)
         >>> settings.raise_problems()
         Traceback (most recent call last):
-        torchfuse.errors.CheckpointError: llama: config.json: attention_bias=True is not supported ...
+        torchfuse.errors.CheckpointError: llama: config.json: attention_bias=True is not supported, ...
     """
 
     def __init__(self, values: Mapping[str, Any], what: str, file: str = "config.json") -> None:

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from torchfuse.checkpoint.artifact.fingerprint import (
     TensorFingerprint,
-    compare,
-    explain,
+    compare_fingerprints,
     fingerprint,
+    format_differences,
     pretrained_tensors,
     read_fingerprint,
 )
@@ -202,8 +202,8 @@ def model_problems(
     bare = {name: name.removeprefix(_MODEL) for name in [*tensors, *saved]}
     left_out = description.base
     problems = [f"missing: {bare[n]}" for n in tensors if n not in saved and bare[n] not in left_out]
-    differ = compare(left_out, {name: base[name] for name in left_out if name in base})
-    problems += explain(differ) if differ else []
+    differ = compare_fingerprints(left_out, {name: base[name] for name in left_out if name in base})
+    problems += format_differences(differ)
     problems += [f"unexpected: {bare[n]}" for n in saved if n.startswith(_MODEL) and n not in tensors]
     for name, tensor in tensors.items():
         if name not in saved or not isinstance(tensor, Tensor):

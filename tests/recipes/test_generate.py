@@ -273,7 +273,7 @@ def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
         ({"template": {"question": "USER:"}}, "template.question must hold {text} once and no <image>"),
         ({"quantization": "int3"}, "quantization must be null or one of int8_weight_only, int8_dynamic"),
         ({"quantization_parts": ["adapter"]}, "quantization_parts must be decoder, encoder or"),
-        ({"device": "toaster"}, "device 'toaster' is none"),
+        ({"device": "toaster"}, "device 'toaster' is not a device"),
         ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
         ({"output": "none/answers.jsonl"}, "output=none/answers.jsonl is no file in a directory"),
         ({"output": "images"}, "output=images is no file in a directory"),

@@ -35,7 +35,7 @@ def test_defaults_and_values():
 
 
 @pytest.mark.parametrize(
-    ("values", "complaint"),
+    ("values", "message"),
     [
         ({"name": "x", "nme": 1}, r"key 'nme': unknown; there are name, inner, number\."),
         ({"name": "x", "inner": {"rte": 1}}, r"key 'inner\.rte': unknown; there are rate, steps\."),
@@ -53,14 +53,14 @@ def test_defaults_and_values():
     ],
     ids=str,
 )
-def test_what_is_wrong_is_named(values, complaint):
-    with pytest.raises(ValueError, match=f"^Configuration {complaint}") as info:
+def test_keys_and_values_that_do_not_fit(values, message):
+    with pytest.raises(ValueError, match=f"^Configuration {message}") as info:
         typed(OmegaConf.create(values), Schema)
     assert "\n" not in str(info.value)
     assert str(info.value).count("Configuration key") == 1
 
 
-def test_everything_that_is_wrong_is_named():
+def test_all_problems_are_one_error():
     with pytest.raises(
         ValueError,
         match=r"^Configuration key 'inner\.rte': .* Configuration key 'inner\.steps': .* "
@@ -69,12 +69,12 @@ def test_everything_that_is_wrong_is_named():
         read(inner={"rte": 1, "steps": "x"}, number="many")
 
 
-def test_interpolations_are_followed():
+def test_interpolations_are_resolved():
     assert read(name="a", number="${inner.steps}", inner={"steps": 5}).number == 5
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("a: [1", r"is no YAML: .*line 1"),
         ("a: 1\nb: 2\na: 3", r"is no YAML: .*duplicate key a .*line 3"),
@@ -88,11 +88,11 @@ def test_interpolations_are_followed():
     ],
     ids=str,
 )
-def test_files_that_are_no_configuration(tmp_path, text, complaint):
+def test_files_that_are_no_configuration(tmp_path, text, message):
     file = tmp_path / "some.yaml"
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=rf"some\.yaml:? {complaint}") as info:
+    with pytest.raises(ValueError, match=rf"some\.yaml:? {message}") as info:
         read_config(file, "it is mine")
     assert "\n" not in str(info.value)
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\): it is mine"):
@@ -107,7 +107,7 @@ def test_build():
         match=r"section \(training\.test_config\.Inner\): unknown option 'rte'; it takes rate, steps",
     ):
         build({"_component_": "training.test_config.Inner", "rte": 3.0}, what="section")
-    with pytest.raises(ValueError, match="there is no component 'test_config.Nothing'"):
+    with pytest.raises(ValueError, match="there is no component 'training.test_config.Nothing'"):
         build({"_component_": "training.test_config.Nothing"}, what="section")
     with pytest.raises(ValueError, match="there is no component 'no_such_package.x'"):
         build({"_component_": "no_such_package.x"}, what="section")
@@ -138,14 +138,14 @@ def run(main, tmp_path, monkeypatch, *overrides):
     recipe(Schema)(main)()
 
 
-def test_a_recipe_gets_what_file_and_command_line_say(tmp_path, monkeypatch):
+def test_a_recipe_takes_its_file_and_command_line(tmp_path, monkeypatch):
     got = []
     run(got.append, tmp_path, monkeypatch, "number=5", "inner.steps=7", "~inner.rate")
     assert got == [Schema("x", Inner(0.5, 7), 5)]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "complaint"),
+    ("overrides", "message"),
     [
         (["number=many"], "Configuration key 'number': "),
         (["number={a"], "Override number={a: while parsing a flow mapping"),
@@ -158,15 +158,13 @@ def test_a_recipe_gets_what_file_and_command_line_say(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_a_mistake_on_the_command_line_ends_a_recipe(
-    tmp_path, monkeypatch, capsys, overrides, complaint
-):
+def test_a_mistake_on_the_command_line_ends_a_recipe(tmp_path, monkeypatch, capsys, overrides, message):
     with pytest.raises(SystemExit, match="^1$"):
         run(pytest.fail, tmp_path, monkeypatch, *overrides)
-    said = capsys.readouterr()
-    assert not said.out
-    assert len(said.err.splitlines()) == 1
-    assert re.match(f"error: {complaint}", said.err)
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert len(printed.err.splitlines()) == 1
+    assert re.match(f"error: {message}", printed.err)
 
 
 @pytest.mark.parametrize(

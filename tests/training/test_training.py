@@ -8,33 +8,31 @@ from torchfuse import fuse
 from torchfuse.training.loss import next_token_loss
 
 
-def test_scores_the_next_token_and_shifts_once():
+def test_labels_are_shifted_once():
     logits, labels = torch.randn(2, 7, 11), torch.randint(0, 11, (2, 7))
     labels[0, :3] = -100
     total, count = next_token_loss(logits, labels)
-    by_hand = [
+    expected = [
         -logits[b, t].log_softmax(-1)[labels[b, t + 1]]
         for b in range(2)
         for t in range(6)
         if labels[b, t + 1] != -100
     ]
-    torch.testing.assert_close(total, torch.stack(by_hand).sum())
-    assert int(count) == len(by_hand) == 10
+    torch.testing.assert_close(total, torch.stack(expected).sum())
+    assert int(count) == len(expected) == 10
 
 
-def test_defect_1_a_token_is_not_in_the_logits_that_score_it():
-    """Copying cannot help: changing id t leaves the logits that score it unchanged."""
+def test_logits_that_predict_a_token_do_not_depend_on_it():
     model, tokens = tiny_decoder(), text()
     changed = tokens.clone()
     changed[:, 6] = (changed[:, 6] + 1) % VOCAB
     with torch.no_grad():
-        one, other = model(tokens), model(changed)
-    scores_6 = 5
-    assert torch.equal(one[:, : scores_6 + 1], other[:, : scores_6 + 1])
-    assert not torch.allclose(one[:, 6], other[:, 6])
+        logits, changed_logits = model(tokens), model(changed)
+    assert torch.equal(logits[:, :6], changed_logits[:, :6])
+    assert not torch.allclose(logits[:, 6], changed_logits[:, 6])
 
 
-def test_defect_1_random_tokens_cannot_be_learned_below_chance():
+def test_the_loss_of_random_tokens_stays_at_chance():
     decoder = tiny_decoder()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(5)
@@ -49,7 +47,7 @@ def test_defect_1_random_tokens_cannot_be_learned_below_chance():
     assert sum(losses[-20:]) / 20 > math.log(VOCAB) - 0.02
 
 
-def test_defect_5_micro_batches_weigh_by_token():
+def test_micro_batches_are_weighted_by_their_tokens():
     """Two micro-batches with different numbers of labels give the gradient of one batch."""
 
     def gradient(parts):
@@ -67,7 +65,7 @@ def test_defect_5_micro_batches_weigh_by_token():
     assert whole.any()
 
 
-def test_defect_4_nothing_to_learn_is_no_error_and_no_gradient():
+def test_a_batch_without_labels_has_zero_loss_and_gradient():
     model = fuse(tiny_decoder(), TinyEncoder(), every=1, decoder_trainable=True)
     total, count = next_token_loss(model(text()), torch.full((2, 13), -100))
     total.backward()
@@ -75,7 +73,7 @@ def test_defect_4_nothing_to_learn_is_no_error_and_no_gradient():
     assert not model.output.weight.grad.any()
 
 
-def test_low_precision_logits_are_scored_in_fp32():
+def test_the_loss_of_low_precision_logits_is_computed_in_fp32():
     logits, labels = torch.randn(1, 5, 11).bfloat16(), torch.randint(0, 11, (1, 5))
     total, _ = next_token_loss(logits, labels)
     assert total.dtype == torch.float32

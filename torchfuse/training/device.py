@@ -1,4 +1,4 @@
-"""Where a recipe runs and in which precision, checked before anything is built."""
+"""The device and dtype that a recipe runs with, checked before a model is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype that a configuration names.
+    """Return the device and the dtype that a configuration names.
 
     Args:
         device: such as ``"cpu"``, ``"cuda"`` (each rank's own, under a launcher) or ``"cuda:1"``.
@@ -34,9 +34,9 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is none: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"device {device!r} is not a device: {str(error).splitlines()[0]}.") from error
     if kind != "cpu":
         backend = getattr(torch, kind, None)
         if backend is None or not backend.is_available():
-            raise ConfigError(f"device {device!r} is not to be had on this machine.")
+            raise ConfigError(f"device {device!r} is not available on this machine.")
     return get_device(device), _DTYPES[dtype]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
 from torchfuse.modules.fusion_linear import FusionLinear
-from torchfuse.naming import canonical_name, unwrap
+from torchfuse.naming import canonical_name, unwrap, unwrap_model
 from torchfuse.params import is_sharded, partition, parts_of, quantized_dtype, storage_nbytes
 
 __all__ = ["Quantization", "quantize"]
@@ -102,6 +102,7 @@ def quantize(
         >>> list(layer.state_dict())
         ['weight', 'bias']
     """
+    model = unwrap_model(model)
     groups = partition(model)
     wanted = _wanted_parts(scheme, (parts,) if isinstance(parts, str) else tuple(parts), fusion, groups)
     plan = _plan(model, scheme, {part: groups[part] for part in wanted})
@@ -191,7 +192,7 @@ def _plan(model: nn.Module, scheme: str, groups: Mapping[str, Mapping[str, nn.Pa
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that hold each parameter themselves, by its ``id``."""
     owners: dict[int, list[nn.Module]] = {}
-    for module in unwrap(model).modules():
+    for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(module)
@@ -201,7 +202,7 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 def _adapter_parameters(model: nn.Module) -> set[int]:
     """What LoRA and its like added, by torchtune's protocol."""
     found = set()
-    for module in unwrap(model).modules():
+    for module in model.modules():
         names = getattr(module, "adapter_params", None)
         own = {canonical_name(name): p for name, p in module.named_parameters()} if names else {}
         found |= {id(own[name]) for name in (names() if callable(names) else ()) if name in own}
@@ -246,7 +247,7 @@ def _misfit(weight: Tensor, scheme: str) -> str | None:
 
 def _refuse_device(scheme: Scheme, model: nn.Module, weights: Iterable[Tensor]) -> None:
     problems = []
-    trains = [name for name, p in unwrap(model).named_parameters() if p.requires_grad]
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
     for device, dtype in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
         outcome = _try(scheme, device, dtype)
         where = f"on {device} in {str(dtype).removeprefix('torch.')}"

@@ -14,7 +14,7 @@ from torchfuse.checkpoint.formats.registry import spec_to_export
 from torchfuse.checkpoint.shards import write_shards
 from torchfuse.io.atomic import contains_only_checkpoint_files, write_directory
 from torchfuse.io.ranks import is_rank_zero
-from torchfuse.naming import model_behind
+from torchfuse.naming import unwrap_model
 
 __all__ = ["export", "save_pretrained"]
 
@@ -62,7 +62,7 @@ def export(
         CheckpointError: for an unknown format, or a model that it cannot hold: which part, and which
             formats can; for a file that is missing. Nothing is written then.
     """
-    model = model_behind(model)
+    model = unwrap_model(model)
     path, copies = Path(path), [Path(file) for file in files]
     spec = spec_to_export(format, model)
     outputs, problems = plan_outputs(model, spec)

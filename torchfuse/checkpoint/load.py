@@ -21,7 +21,7 @@ from torchfuse.io.directory import CheckpointDirectory
 from torchfuse.io.torch_file import open_checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.models.types import OnMissing
-from torchfuse.naming import unwrap
+from torchfuse.naming import unwrap_model
 from torchfuse.params import get_fusion_params, parts_of, set_trainable
 
 __all__ = ["from_pretrained", "load_pretrained"]
@@ -162,12 +162,13 @@ def load_pretrained(
         CheckpointError: with everything that does not fit: names missing or unexpected, shapes,
             settings. The model is unchanged then.
     """
+    model = unwrap_model(model)
     if path is not None:
         _refuse({"decoder": decoder, "encoder": encoder}, "path is the checkpoint of a whole model")
         with open_checkpoint(path) as checkpoint:
             with located(checkpoint):
                 spec = read_model_spec(checkpoint, model)
-            fill(match_model(model, checkpoint, spec), [unwrap(model)], torch.device(device))
+            fill(match_model(model, checkpoint, spec), [model], torch.device(device))
         return
     parts = parts_of(model)
     paths = {"decoder": decoder} if decoder is not None else {}

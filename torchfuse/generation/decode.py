@@ -15,7 +15,7 @@ from torchfuse.generation.checks import Scores, answer_problems, input_id_proble
 from torchfuse.generation.sampling import Generators, Sampling
 from torchfuse.generation.session import Session
 from torchfuse.generation.steps import bucket
-from torchfuse.naming import unwrap
+from torchfuse.naming import find_model, unwrap
 
 __all__ = ["evaluation_mode", "generate"]
 
@@ -73,6 +73,7 @@ def generate(
         ModelError: if arguments or ids are out of range, before any module runs; if the sequence does
             not fit the model, before the decoder runs.
     """
+    model = find_model(model)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     problems = answer_problems(model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores)
     problems += input_id_problems(model, {"pad_id": [pad_id]})

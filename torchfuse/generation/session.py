@@ -30,7 +30,7 @@ from torchfuse.generation.checks import (
 )
 from torchfuse.generation.sampling import Generators, Sampling, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, run_prompt
-from torchfuse.naming import unwrap
+from torchfuse.naming import find_model, unwrap
 
 __all__ = ["Session"]
 
@@ -79,15 +79,15 @@ class Session:
         pad_id: int = 0,
         compile: bool = False,
     ) -> None:
-        if problems := input_id_problems(model, {"pad_id": [pad_id]}):
+        fused: Any = find_model(model)
+        if problems := input_id_problems(fused, {"pad_id": [pad_id]}):
             raise ModelError(f"Session: {'; '.join(problems)}.")
-        fused: Any = model
         self.model = fused
         self.pad_id, self.compile, self.max_tokens = pad_id, compile, max_tokens
         self._caches = Caches(
-            model, batch_size=batch_size, max_tokens=max_tokens, max_features=max_features
+            fused, batch_size=batch_size, max_tokens=max_tokens, max_features=max_features
         )
-        strategy = getattr(unwrap(model), "strategy", None)
+        strategy = getattr(unwrap(fused), "strategy", None)
         # Features in place of tokens need no room of their own.
         self.max_features = max_features
         self._keeps_features = strategy is not None and (

@@ -19,13 +19,13 @@ from torchfuse.models.minimal_decoder import accept_embeddings, is_minimal
 from torchfuse.models.strategy import ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
 from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
-from torchfuse.naming import model_behind
+from torchfuse.naming import ModelWithParts, unwrap_model
 from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
 
 __all__ = ["FusedModel", "refuse_fused"]
 
 
-class FusedModel(DecoderSurface, EncoderOwner):
+class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
     """A pretrained decoder, pretrained encoders and what connects them.
 
     Keys of the state dict: ``decoder.<its own>``, ``encoder.<its own>`` and ``adapter.<its own>``, or
@@ -226,7 +226,7 @@ ModalityStrategy.model_class = FusedModel
 
 def refuse_fused(decoder: nn.Module) -> None:
     """Raise a ``ModelError`` if the decoder is a fused model, whose encoders would get lost."""
-    model = model_behind(decoder)
+    model = unwrap_model(decoder)
     if isinstance(model, FusedModel):
         raise ModelError(
             f"The decoder is a {type(model).__name__}, fused already. Fuse the plain decoder with all "

@@ -18,7 +18,7 @@ from typing import Final, cast
 from torch import nn
 
 from torchfuse.errors import ConfigError
-from torchfuse.naming import canonical_name, unwrap
+from torchfuse.naming import canonical_name, unwrap, unwrap_model
 from torchfuse.params.parts import parts_of
 from torchfuse.params.storage import quantized_dtype
 from torchfuse.params.tagging import fusion_ids
@@ -161,7 +161,7 @@ class _Names:
     """All names of all parameters: canonical ones, and those that begin with a part."""
 
     def __init__(self, model: nn.Module) -> None:
-        inner = unwrap(model)
+        inner = unwrap_model(model)
         self.parameters: dict[str, nn.Parameter] = {}
         by_id: dict[int, str] = {}
         for name, parameter in inner.named_parameters():

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from torch import nn
 
-from torchfuse.naming import named_parameters, unwrap
+from torchfuse.naming import ModelWithParts, named_parameters, unwrap_model
 from torchfuse.params.tagging import fusion_ids
 
 __all__ = ["partition", "parts_of"]
 
 
 def parts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The pretrained parts of a model by name; a model that does not name any is all decoder."""
-    inner = unwrap(model)
-    parts = getattr(inner, "parts", None)
-    return parts() if callable(parts) else {"decoder": inner}
+    """Return the pretrained parts of a model by name.
+
+    Args:
+        model: a fused model, or a module that contains one. Any other module is a ``"decoder"``.
+
+    Raises:
+        ModelError: if the module contains several fused models, or parameters beside its fused model.
+    """
+    inner = unwrap_model(model)
+    return inner.parts() if isinstance(inner, ModelWithParts) else {"decoder": inner}
 
 
 def partition(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Every parameter of a model in exactly one part.
+    """Return every parameter of a model in exactly one part.
+
+    Args:
+        model: as for ``parts_of``.
 
     Returns:
         ``"decoder"``, ``"encoder"`` (or ``"encoder.<name>"`` for each named encoder) and
-        ``"fusion"``, each with its parameters by canonical name. What fusion added is ``"fusion"``
-        wherever it stands.
+        ``"fusion"``, each with its parameters by canonical name. What fusion added is in ``"fusion"``,
+        inside of pretrained parts too.
+
+    Raises:
+        ModelError: as ``parts_of``.
     """
     fusion = fusion_ids(model)
     parts = parts_of(model)

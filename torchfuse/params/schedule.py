@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from torchfuse.errors import ConfigError
-from torchfuse.naming import named_parameters, unwrap
+from torchfuse.naming import named_parameters, unwrap_model
 from torchfuse.params.freezing import FreezeSpec, freeze_mask
 from torchfuse.params.stages import FreezeStage, effective_freeze, in_order
 from torchfuse.params.trainable import set_requires_grad
@@ -89,7 +89,7 @@ class FreezeSchedule:
             ConfigError: if any stage, later ones too, does not fit the model; nothing has changed then.
         """
         specs = effective_freeze(self.stages, step)
-        inner = unwrap(model)
+        inner = unwrap_model(model)
         last, mask = self._last.get(inner, (None, {}))
         now = {name: p.requires_grad for name, p in named_parameters(model)} if specs else {}
         if specs == last and all(now.get(name) == trains for name, trains in mask.items()):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from torchfuse.errors import ModelError
-from torchfuse.naming import canonical_name, named_parameters, unwrap
+from torchfuse.naming import canonical_name, named_parameters, unwrap, unwrap_model
 
 __all__ = ["fusion_buffers", "fusion_ids", "get_fusion_params", "register_fusion_module"]
 
@@ -64,10 +64,10 @@ def fusion_ids(model: nn.Module) -> set[int]:
         ModelError: as ``get_fusion_params``.
     """
     found: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in unwrap_model(model).named_modules():
         if not _owns_fusion_params(module):
             continue
-        own = dict(named_parameters(module))
+        own = {canonical_name(n): p for n, p in unwrap(module).named_parameters()}
         named = [canonical_name(n) for n in module.fusion_params()]
         unknown = [n for n in named if n not in own]
         if unknown:
@@ -88,6 +88,7 @@ def _owns_fusion_params(module: nn.Module) -> bool:
 def fusion_buffers(model: nn.Module) -> dict[str, Any]:
     """Persistent buffers of modules whose parameters were all added by fusion, by canonical name."""
     fusion = fusion_ids(model)
+    model = unwrap_model(model)
     inside: set[int] = set()
     for module in model.modules():
         own = list(module.parameters())
@@ -95,7 +96,7 @@ def fusion_buffers(model: nn.Module) -> dict[str, Any]:
             inside.update(id(m) for m in module.modules())
     return {
         canonical_name(f"{name}.{key}" if name else key): buffer
-        for name, module in unwrap(model).named_modules()
+        for name, module in model.named_modules()
         if id(module) in inside
         for key, buffer in module.named_buffers(recurse=False)
         if key not in module._non_persistent_buffers_set

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from torch import distributed, nn
 
 from torchfuse.errors import ModelError
-from torchfuse.naming import named_parameters, unwrap
+from torchfuse.naming import ModelWithParts, named_parameters, unwrap_model
 from torchfuse.params.parts import partition
 from torchfuse.params.storage import quantized_dtype
 
@@ -86,8 +86,8 @@ def set_requires_grad(model: nn.Module, trains: Mapping[str, bool]) -> None:
         parameter.requires_grad_(trains[name])
         if not trains[name]:
             parameter.grad = None
-    inner = unwrap(model)
-    if hasattr(inner, "parts"):
+    inner = unwrap_model(model)
+    if isinstance(inner, ModelWithParts):
         inner.train(inner.training)  # a fused model keeps what is frozen in evaluation mode
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 
 from torchfuse.errors import ModelError
-from torchfuse.naming import unwrap
+from torchfuse.naming import find_model, unwrap
 from torchfuse.params import fusion_buffers, get_fusion_params, parts_of
 
 __all__ = ["shard"]
@@ -33,6 +33,7 @@ def shard(model: nn.Module, **options: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes over a second
 
+    model = find_model(model)
     layers = [layer for part in parts_of(model).values() for layer in _layers(part)]
     if not layers:
         raise ModelError("There is no layer to shard: no part of the model has an nn.ModuleList.")

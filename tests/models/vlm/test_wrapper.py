@@ -32,7 +32,7 @@ from torchfuse.encoders.stub import RandomEncoder
 from torchfuse.models import VLMWrapper, build_modality_strategy, inner_transformer
 from torchfuse.models.builders import llama_clip
 from torchfuse.modules.adapters.builtin import build_adapter
-from torchfuse.naming import model_behind, unwrap
+from torchfuse.naming import unwrap, unwrap_model
 from torchfuse.params import FreezeSpec, apply_freeze_specs
 from torchfuse.training.loss import next_token_loss
 from torchfuse.training.sharding import shard
@@ -348,7 +348,7 @@ def test_what_is_saved_is_the_fused_models(face, tmp_path):
         return face(VLMWrapper.around(inner)), inner, known_parts(seed, every=2, **trainable)
 
     model, inner, plain = both(0)
-    assert model_behind(model) is inner
+    assert unwrap_model(model) is inner
     assert str(describe(model)) == str(describe(plain))
     for save in (save_fusion, save_trained):
         save(model, tmp_path / "wrapper" / save.__name__)

@@ -15,7 +15,7 @@ from torch import nn
 from torchfuse.checkpoint.artifact.fingerprint import fingerprint, pretrained_tensors
 from torchfuse.modules.adapters.base import Adapter
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
-from torchfuse.naming import model_behind, unwrap
+from torchfuse.naming import unwrap, unwrap_model
 from torchfuse.params import FreezeSpec, FreezeStage, canonical_freeze_meta, partition
 
 __all__ = ["adapter_problems", "describe_fusion", "description_problems"]
@@ -109,7 +109,7 @@ def _common(saved: Any, own: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
 def _adapters(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     """Return name and options of each encoder's adapter; None if it is not registered."""
-    owner: Any = model_behind(model)
+    owner: Any = unwrap_model(model)
     found: dict[str, dict[str, Any] | None] = {}
     for name in getattr(owner, "encoder_names", ()):
         adapter = owner.get_adapter(name)
@@ -122,12 +122,13 @@ def _adapters(model: nn.Module) -> dict[str, dict[str, Any] | None]:
 
 def _fusion_options(model: nn.Module) -> dict[str, Any]:
     """Return how a model was fused, as far as the shapes of its tensors do not show it."""
-    strategy = getattr(unwrap(model), "strategy", None)
+    owner: Any = unwrap_model(model)
+    strategy = getattr(owner, "strategy", None)
     options = {} if strategy is None else strategy.options()
-    encoders = getattr(unwrap(model), "encoder_names", ())
+    encoders = getattr(owner, "encoder_names", ())
     if len(encoders) > 1 and strategy is not None and strategy.extra_tokens(1):
         options["order"] = list(encoders)  # the order of prefixes decides what attends to what
-    head = getattr(unwrap(model), "output", None)
+    head = getattr(owner, "output", None)
     return {
         "format": _FORMAT,
         "architecture": None if strategy is None else strategy.arch,

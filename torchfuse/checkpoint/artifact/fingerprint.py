@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from torchfuse.naming import canonical_name, named_parameters, unwrap
+from torchfuse.naming import canonical_name, named_parameters, unwrap_model
 from torchfuse.params import fusion_buffers, get_fusion_params, is_sharded
 
 __all__ = [
@@ -58,7 +58,7 @@ def pretrained_tensors(model: nn.Module, without: Collection[str] = ()) -> dict[
     added = get_fusion_params(model).keys() | fusion_buffers(model).keys() | set(without)
     training = {name.rpartition(".")[0] for name in without}
     tensors: dict[str, Tensor] = {n: p.detach() for n, p in named_parameters(model) if n not in added}
-    for path, module in unwrap(model).named_modules():
+    for path, module in unwrap_model(model).named_modules():
         owner = canonical_name(path)
         for key, buffer in module.named_buffers(recurse=False):
             name = f"{owner}.{key}" if owner else key

@@ -18,7 +18,7 @@ from torchfuse.checkpoint.formats.key_table import KeyTable
 from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
-from torchfuse.naming import model_behind
+from torchfuse.naming import unwrap_model
 
 __all__ = ["UNNAMED", "ModelSpec", "Spec", "setting", "shown_by_shapes"]
 
@@ -179,7 +179,7 @@ class ModelSpec(Spec):
         Raises:
             CheckpointError: if there is none.
         """
-        model = model_behind(module)
+        model = unwrap_model(module)
         if not isinstance(model, FusedModel):
             raise cls.cannot_hold([f"a {type(model).__name__} is no fused model"])
         return model

@@ -37,7 +37,13 @@ from torchfuse.checkpoint.run.optimizer_state import (
     optimizer_contents,
 )
 from torchfuse.errors import CheckpointError
-from torchfuse.naming import canonical_name, named_parameters, unwrap
+from torchfuse.naming import (
+    ModelWithParts,
+    canonical_name,
+    find_model,
+    named_parameters,
+    unwrap_model,
+)
 
 __all__ = [
     "Description",
@@ -101,7 +107,7 @@ def run_contents(
         problems += _trained_problems(model, trained, optimizer_values)
     for index, group in enumerate(optimizer_values["groups"] if optimizer_values else []):
         problems += _json_problems(group["options"], f"optimizer group {index}")
-    problems += _tensor_problems(tensors)
+    problems += _tensor_problems(tensors) + _buffers_outside(model)
     if type(step) is not int or step < 0:
         problems.append(f"step must be a whole number from 0 on, not {step!r}")
     extra = dict(extra) if isinstance(extra, Mapping) else {} if extra is None else extra
@@ -122,7 +128,7 @@ def run_contents(
 
 def model_tensors(model: nn.Module) -> dict[str, Any]:
     """Parameters and persistent buffers by the names that they are stored under."""
-    return {_MODEL + canonical_name(n): t for n, t in get_model_state_dict(model).items()}
+    return {_MODEL + canonical_name(n): t for n, t in get_model_state_dict(find_model(model)).items()}
 
 
 def base_of(model: nn.Module, trained: Collection[str] = ()) -> dict[str, TensorFingerprint]:
@@ -136,11 +142,23 @@ def base_of(model: nn.Module, trained: Collection[str] = ()) -> dict[str, Tensor
     """
     base = fingerprint(pretrained_tensors(model, trained))
     first: dict[int, str] = {}  # a parameter that stands in several places has a name for each
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+    for name, parameter in unwrap_model(model).named_parameters(remove_duplicate=False):
         known = base.get(first.setdefault(id(parameter), canonical_name(name)))
         if known is not None:
             base[canonical_name(name)] = known
     return base
+
+
+def _buffers_outside(model: nn.Module) -> list[str]:
+    """Persistent buffers of a module that contains the fused model, which would not be saved."""
+    inside = {id(buffer) for buffer in unwrap_model(model).buffers()}
+    return [
+        f"{canonical_name(f'{path}.{key}' if path else key)} is a buffer outside of the fused model, "
+        "which is what is saved: pass the fused model, and keep the buffer in extra"
+        for path, module in model.named_modules()
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set and id(buffer) not in inside
+    ]
 
 
 def _trained_problems(
@@ -233,11 +251,12 @@ def set_model(model: nn.Module, description: Description, tensors: Mapping[str, 
     """
     names = [name for name in tensors if name.startswith(_MODEL)]
     values: dict[str, Any] = {name.removeprefix(_MODEL): tensors[name] for name in names}
-    set_model_state_dict(model, values, options=StateDictOptions(strict=not description.base))
+    options = StateDictOptions(strict=not description.base)
+    set_model_state_dict(find_model(model), values, options=options)
     for name, parameter in named_parameters(model):
         parameter.requires_grad_(name in description.trainable)
-    inner = unwrap(model)
-    if hasattr(inner, "parts"):
+    inner = unwrap_model(model)
+    if isinstance(inner, ModelWithParts):
         inner.train(inner.training)  # a fused model keeps what is frozen in evaluation mode
 
 

@@ -8,7 +8,7 @@ other, and functions that take a fused model take its wrapper.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
 from torchfuse.models.strategy import ModalityStrategy
-from torchfuse.naming import TransparentWrapper, model_behind, unwrap
+from torchfuse.naming import TransparentWrapper, unwrap, unwrap_model
 
 __all__ = ["VLMWrapper", "inner_transformer"]
 
@@ -59,8 +59,6 @@ class VLMWrapper(TransparentWrapper):
         >>> logits.shape, labels is ids, model.num_image_tokens
         (torch.Size([1, 3, 11]), True, 5)
     """
-
-    is_face: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -208,5 +206,5 @@ def inner_transformer(model: nn.Module) -> nn.Module:
         model: compiled, activation-checkpointed, sharded, or plain. A model that is neither of the two
             is returned without its wrappers.
     """
-    inner = model_behind(model)
+    inner = unwrap_model(model)
     return unwrap(inner.decoder) if isinstance(inner, FusedModel) else inner

@@ -27,7 +27,7 @@ from torchfuse.modules.experts.options import ExpertOptions
 from torchfuse.modules.experts.routing import Routing
 from torchfuse.modules.experts.transformer_expert import are_equal, first_values
 from torchfuse.modules.fusion_wrapper import FusionWrapper
-from torchfuse.naming import canonical_name, unwrap
+from torchfuse.naming import canonical_name, unwrap, unwrap_model
 
 __all__ = ["ExpertOptions", "MoMaLayer", "expert_load", "scale_auxiliary_losses"]
 
@@ -212,17 +212,18 @@ def expert_load(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     Raises:
         ModelError: if the model has no such layer.
     """
+    model = unwrap_model(model)
     load = {
         canonical_name(name): {
             modality: router.taken / router.num_tokens.clamp(min=1)
             for modality in module.fusion_layer.routers
             for router in [module.fusion_layer.router(modality)]
         }
-        for name, module in unwrap(model).named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, MoMaLayer)
     }
     if not load:
-        raise ModelError(f"{type(unwrap(model)).__name__} has no layer with experts of modalities.")
+        raise ModelError(f"{type(model).__name__} has no layer with experts of modalities.")
     return load
 
 

@@ -94,7 +94,7 @@ class Session:
             strategy.caches_features or strategy.extra_tokens(1) > 0
         )
         with next(fused.tok_embeddings.parameters()).device:
-            self._special = torch.tensor(special_tokens(model), dtype=torch.long)
+            self._special = torch.tensor(special_tokens(fused), dtype=torch.long)
             self._valid = torch.zeros(batch_size, self._caches.slots, dtype=torch.bool)
             self._count = torch.zeros(batch_size, dtype=torch.long)
             self._column = torch.zeros(1, dtype=torch.long)

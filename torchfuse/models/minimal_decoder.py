@@ -6,7 +6,7 @@ own. Any other decoder is called as a whole, and must take embeddings where it t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,8 +17,6 @@ __all__ = ["accept_embeddings", "is_minimal"]
 
 class _IdsOrEmbeddings(TransparentWrapper):
     """An embedding that returns embeddings as they are; names are the embedding's."""
-
-    is_face: ClassVar[bool] = True
 
     embedding: nn.Module
 

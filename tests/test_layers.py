@@ -27,6 +27,8 @@ LAYERS = [
     "generation",
     "training",
     "tasks",
+    "cli",
+    "__main__",
     "recipes",
 ]
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")

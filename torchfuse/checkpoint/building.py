@@ -22,11 +22,12 @@ from torchfuse.checkpoint.matching import match_model, match_parts
 from torchfuse.checkpoint.streaming import fill
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.io.directory import Checkpoint, CheckpointDirectory
+from torchfuse.io.torch_file import open_checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
 from torchfuse.options import call_with_options
 
-__all__ = ["build_fused_parts", "build_model", "located"]
+__all__ = ["build_fused_parts", "build_model", "build_on_meta", "located"]
 
 
 @contextmanager
@@ -62,6 +63,32 @@ def build_model(
     prepare(model)
     fill(match_model(model, checkpoint, chosen), [model], device)
     return model.to(device)
+
+
+def build_on_meta(path: str | Path) -> tuple[nn.Module, str]:
+    """Build the module that a checkpoint's configuration describes, without memory.
+
+    Args:
+        path: a checkpoint of a whole model, a decoder or a tower.
+
+    Returns:
+        The module on the meta device, and the name of the checkpoint's format.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is in no format that is known.
+    """
+    with open_checkpoint(path) as checkpoint:
+        parts = (*formats_of("decoder"), *formats_of("encoder"))
+        models = [
+            format_ for format_ in formats_of("model") if format_.matches_config(checkpoint.config)
+        ]
+        is_part = any(format_.matches_config(checkpoint.config) for format_ in parts)
+        with located(checkpoint):
+            if is_part and not models:
+                spec = read_spec(checkpoint.config, parts)
+            else:
+                spec = read_model_spec(checkpoint)
+        return _build_on_meta(spec, checkpoint, _dtype_of(checkpoint)), spec.name
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""``torchfuse describe``: the parts of a model, without reading a weight."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from torchfuse.checkpoint.artifact.fusion import ARTIFACT_FILE, read_artifact
+from torchfuse.checkpoint.building import build_on_meta
+from torchfuse.errors import CheckpointError, ConfigError
+from torchfuse.params import FreezeSchedule, read_freeze_meta
+from torchfuse.params import describe as describe_model
+from torchfuse.training.config import build, read_config
+
+__all__ = ["describe"]
+
+_RUN = "config.yaml"  # what a finetuning run writes into its output directory
+
+
+def describe(path: str | Path) -> str:
+    """Describe the model of a configuration, a finetuning run, an artifact or a checkpoint.
+
+    Args:
+        path: a YAML of a recipe with a ``model`` section, the ``output_dir`` of a finetuning run, a
+            directory that ``save_fusion`` wrote, or a directory (or file) that ``from_pretrained`` or
+            ``load_pretrained`` reads.
+
+    Returns:
+        A line that names what was found, and a table of its parts.
+
+    Raises:
+        ConfigError: for a configuration without a model, or whose model cannot be built.
+        CheckpointError: if the path holds none of these.
+    """
+    path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        return _table(path, "configuration", _from_config(path))
+    if (path / _RUN).is_file():
+        return _table(path, "finetuning run", _from_config(path / _RUN))
+    if (path / ARTIFACT_FILE).is_file() and not (path / "config.json").is_file():
+        return _artifact(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist.")
+    model, format_name = build_on_meta(path)
+    return _table(path, f"checkpoint in the format {format_name}", model)
+
+
+def _table(path: Path, kind: str, model: nn.Module) -> str:
+    return f"{path}: {kind}, {type(model).__name__}\n\n{describe_model(model)}"
+
+
+def _from_config(file: Path) -> nn.Module:
+    """Build the model of a configuration on the meta device, with what trains in the first step."""
+    config: Any = OmegaConf.to_container(read_config(file, "a configuration has a model section"))
+    if not isinstance(config.get("model"), Mapping):
+        raise ConfigError(f"{file} has no section model, so there is nothing to describe.")
+    sys.path.append(os.getcwd())  # components of the user's own, as in recipes
+    with torch.device("meta"):
+        model: nn.Module = build(config["model"], what=f"{file}, model", kind=nn.Module)
+    FreezeSchedule(read_freeze_meta(config.get("freeze") or [])).apply(model, 0)
+    return model
+
+
+def _artifact(path: Path) -> str:
+    tensors, description, base = read_artifact(path)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    lines = {
+        "architecture": description.get("architecture"),
+        "options": description.get("options"),
+        "adapters": description.get("adapters"),
+        "tensors": f"{len(tensors):,}, {parameters:,} parameters, {size:,} bytes",
+        "base": "not recorded" if base is None else f"{len(base):,} pretrained tensors",
+    }
+    width = max(map(len, lines))
+    rows = [f"{name:<{width}}  {value}" for name, value in lines.items() if value]
+    return "\n".join([f"{path}: artifact of what fusion added", "", *rows])

@@ -1,0 +1,49 @@
+"""The command ``torchfuse`` and its subcommands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+import torchfuse
+from torchfuse.errors import CheckpointError, ConfigError, DataError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command ``torchfuse``.
+
+    Args:
+        arguments: the arguments of the command line. None: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error of configuration, data or checkpoint, which is printed as
+        one sentence; with ``TORCHFUSE_TRACEBACK`` set in the environment it is raised.
+    """
+    parser = ArgumentParser(prog="torchfuse", description=torchfuse.__doc__)
+    parser.add_argument("--version", action="version", version=f"torchfuse {torchfuse.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    describe = commands.add_parser(
+        "describe",
+        help="print the parts of a model: tensors, parameters, what trains, dtype",
+        description="Print the parts of a model: tensors, parameters, what trains. No weight is read.",
+    )
+    describe.add_argument(
+        "path",
+        help="a recipe's configuration (.yaml), the output directory of a finetuning run, an artifact "
+        "of save_fusion, or the directory of a checkpoint",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        from torchfuse.cli.describe import describe as run  # takes a second to import
+
+        print(run(given.path))
+    except (ConfigError, DataError, CheckpointError) as error:
+        if os.environ.get("TORCHFUSE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

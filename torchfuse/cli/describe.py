@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from torchfuse.checkpoint.artifact.fusion import ARTIFACT_FILE, read_artifact
+from torchfuse.checkpoint.artifact.fusion import read_artifact
 from torchfuse.checkpoint.building import build_on_meta
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.params import FreezeSchedule, read_freeze_meta
@@ -44,10 +44,10 @@ def describe(path: str | Path) -> str:
         return _table(path, "configuration", _from_config(path))
     if (path / _RUN).is_file():
         return _table(path, "finetuning run", _from_config(path / _RUN))
-    if (path / ARTIFACT_FILE).is_file() and not (path / "config.json").is_file():
-        return _artifact(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
+    if (path / "fusion.safetensors").is_file():
+        return _artifact(path)
     model, format_name = build_on_meta(path)
     return _table(path, f"checkpoint in the format {format_name}", model)
 
@@ -69,14 +69,15 @@ def _from_config(file: Path) -> nn.Module:
 
 
 def _artifact(path: Path) -> str:
-    tensors, description, base = read_artifact(path)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    artifact = read_artifact(path)
+    parameters = sum(tensor.numel() for tensor in artifact.tensors.values())
+    size = sum(tensor.nbytes for tensor in artifact.tensors.values())
+    base = artifact.base
     lines = {
-        "architecture": description.get("architecture"),
-        "options": description.get("options"),
-        "adapters": description.get("adapters"),
-        "tensors": f"{len(tensors):,}, {parameters:,} parameters, {size:,} bytes",
+        "architecture": artifact.description.get("architecture"),
+        "options": artifact.description.get("options"),
+        "adapters": artifact.description.get("adapters"),
+        "tensors": f"{len(artifact.tensors):,}, {parameters:,} parameters, {size:,} bytes",
         "base": "not recorded" if base is None else f"{len(base):,} pretrained tensors",
     }
     width = max(map(len, lines))

@@ -104,11 +104,15 @@ def test_each_part_computes_in_its_own_dtype(encoder, dtypes, adapter_dtype, pix
     assert torch.equal(embeds, by_hand.to(decoder_dtype))
 
 
+# Every architecture, encoder and adapter, but not every combination.
+CASES = {(arch, "clip", "avgpool") for arch in ARCHS}
+CASES |= {("prefix", encoder, "avgpool") for encoder in ENCODERS}
+CASES |= {("prefix", "clip", adapter) for adapter in ADAPTERS}
+
+
 @pytest.mark.parametrize("dtypes", [(HALF, FULL), (FULL, HALF)], ids=["bf16_decoder", "fp32_decoder"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("arch", "encoder", "adapter"), sorted(CASES))
 def test_mixed_parts_train_and_agree_with_full_precision(arch, encoder, adapter, autocast, dtypes):
     decoder_dtype, encoder_dtype = dtypes
     num = make(arch, encoder, FULL, FULL, adapter).adapter.output_num_tokens(N)

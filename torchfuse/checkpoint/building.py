@@ -7,7 +7,7 @@ more than the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ from torchfuse.io.directory import Checkpoint, CheckpointDirectory
 from torchfuse.io.torch_file import open_checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
+from torchfuse.models.types import OnMissing
 from torchfuse.options import call_with_options
+from torchfuse.params import get_fusion_params, set_trainable
 
 __all__ = ["build_fused_parts", "build_model", "build_on_meta", "located"]
 
@@ -44,7 +46,9 @@ def build_model(
     settings: Mapping[str, Any],
     dtype: torch.dtype | None,
     device: torch.device,
-    prepare: Callable[[FusedModel], None],
+    trainable: Mapping[str, Any],
+    on_missing: OnMissing | None,
+    prepare: Callable[[FusedModel], Any] | None,
 ) -> FusedModel:
     """Build a whole model and load it.
 
@@ -53,6 +57,8 @@ def build_model(
         settings: values that replace those in the checkpoint, by name; None: as in the checkpoint.
         dtype: of all parameters; None: as in the checkpoint.
         device: where the model is put.
+        trainable: the arguments of ``set_trainable``.
+        on_missing: see ``FusedModel``; None: as in the checkpoint.
         prepare: called with the model before it has memory.
     """
     with located(checkpoint):
@@ -60,7 +66,13 @@ def build_model(
     chosen = _with_settings(spec, settings)
     model = _build_on_meta(chosen, checkpoint, dtype or _dtype_of(checkpoint))
     assert isinstance(model, FusedModel)
-    prepare(model)
+    # A model without any fusion parameter is allowed; the default must not refuse it.
+    fusion = trainable["fusion"] and bool(get_fusion_params(model))
+    set_trainable(model, **{**trainable, "fusion": fusion})
+    if on_missing is not None:
+        model.set_on_missing(on_missing)
+    if prepare is not None:
+        prepare(model)
     fill(match_model(model, checkpoint, chosen), [model], device)
     return model.to(device)
 
@@ -112,7 +124,8 @@ class _Part:
 def build_fused_parts(
     decoder: str | Path,
     encoders: Mapping[str, str | Path],
-    settings: Mapping[str, Mapping[str, Any]],
+    decoder_settings: Mapping[str, Any],
+    encoder_settings: Mapping[str, Any],
     dtype: torch.dtype | None,
     device: torch.device,
     options: Mapping[str, Any],
@@ -122,11 +135,17 @@ def build_fused_parts(
     Args:
         decoder: the decoder's directory.
         encoders: the encoders' directories by name; ``UNNAMED`` for one without a name.
-        settings: values that replace those in a checkpoint, for ``"decoder"`` and ``"encoder.<name>"``.
+        decoder_settings: values that replace those in the checkpoint; None: as in the checkpoint.
+        encoder_settings: the same, for every encoder or by name of the encoder.
         dtype: of all parameters; None: as in the decoder's checkpoint.
         device: where the model is put.
         options: of ``fuse``.
+
+    Raises:
+        ConfigError: for settings or options that do not fit.
+        CheckpointError: for checkpoints that cannot be built or do not fit their configuration.
     """
+    by_encoder = {name: _settings_of(name, encoders, encoder_settings) for name in encoders}
 
     def fused(modules: list[nn.Module]) -> FusedModel:
         base, *towers = modules
@@ -135,9 +154,9 @@ def build_fused_parts(
         return call_with_options(fuse, base, given, what="fuse", options=options)
 
     with ExitStack() as stack:
-        parts = {"decoder": _Part.open(stack, decoder, "decoder", settings["decoder"])}
+        parts = {"decoder": _Part.open(stack, decoder, "decoder", decoder_settings)}
         for name, path in encoders.items():
-            part = _Part.open(stack, path, "encoder", settings[f"encoder.{name}"])
+            part = _Part.open(stack, path, "encoder", by_encoder[name])
             parts["encoder" if name == UNNAMED else f"encoder.{name}"] = part
         dtype = dtype or _dtype_of(parts["decoder"].checkpoint)
         # Options that do not fit are reported before any tensor is read.
@@ -146,6 +165,16 @@ def build_fused_parts(
         sources = match_parts({n: (module, parts[n].checkpoint) for n, module in modules.items()})
         fill(sources, modules.values(), device)
     return fused([module.to(device) for module in modules.values()])
+
+
+def _settings_of(name: str, encoders: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one encoder, some of which may be given by name of the encoder."""
+    for key, value in settings.items():
+        unknown = value.keys() - set(encoders) if isinstance(value, Mapping) else ()
+        if unknown:
+            known = ", ".join(filter(None, encoders)) or "one without a name"
+            raise ConfigError(f"{key} names {', '.join(sorted(unknown))}; the encoders are: {known}.")
+    return {k: v.get(name) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 
 def _with_settings(spec: Spec, chosen: Mapping[str, Any]) -> Spec:

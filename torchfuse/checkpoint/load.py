@@ -22,7 +22,7 @@ from torchfuse.io.torch_file import open_checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.models.types import OnMissing
 from torchfuse.naming import unwrap_model
-from torchfuse.params import get_fusion_params, parts_of, set_trainable
+from torchfuse.params import get_fusion_params, parts_of
 
 __all__ = ["from_pretrained", "load_pretrained"]
 
@@ -77,52 +77,31 @@ def from_pretrained(
         CheckpointError: for a directory that is no checkpoint, a setting that is not supported, or
             tensors that do not fit the configuration, all by name.
     """
-    if (path is None, decoder is None, encoder is None) not in (
-        (False, True, True),
-        (True, False, False),
-    ):
+    parts = (decoder is not None, encoder is not None)
+    if parts != ((True, True) if path is None else (False, False)):
         raise ConfigError(
             "from_pretrained needs the directory of a whole model, or decoder= and encoder=; got "
             f"path={path}, decoder={decoder}, encoder={encoder}."
         )
     place = torch.device(device)
-    flags: dict[str, Any] = {"decoder": decoder_trainable, "encoder": encoder_trainable}
+    trainable = {"decoder": decoder_trainable, "encoder": encoder_trainable, "fusion": fusion_trainable}
+    features = {"feature_layer": feature_layer, "keep_cls": keep_cls}
     if path is not None:
-        _refuse(
-            {"feature_layer": feature_layer, "keep_cls": keep_cls, **fuse_options},
-            "the directory of a whole model describes how it is fused",
-        )
+        why = "the directory of a whole model describes how it is fused"
+        _refuse({**features, **fuse_options}, why)
         layers = None if intermediate_layers is None else tuple(intermediate_layers)
         settings = {"max_seq_len": max_seq_len, "intermediate_layers": layers}
-
-        def prepared(model: FusedModel) -> None:
-            # A model without any fusion parameter is allowed; the default must not refuse it.
-            fusion = fusion_trainable and bool(get_fusion_params(model))
-            set_trainable(model, **flags, fusion=fusion)
-            if on_missing is not None:
-                model.set_on_missing(on_missing)
-            if prepare is not None:
-                prepare(model)
-
         with open_checkpoint(path) as checkpoint:
-            return build_model(checkpoint, settings, dtype, place, prepared)
-    _refuse(
-        {"intermediate_layers": intermediate_layers, "prepare": prepare},
-        "only for the directory of a whole model",
-    )
+            return build_model(checkpoint, settings, dtype, place, trainable, on_missing, prepare)
+    why = "it is for the directory of a whole model"
+    _refuse({"intermediate_layers": intermediate_layers, "prepare": prepare}, why)
     assert decoder is not None
     assert encoder is not None
-    folders = dict(encoder) if isinstance(encoder, Mapping) else {UNNAMED: encoder}
-    chosen = {"feature_layer": feature_layer, "keep_cls": keep_cls}
-    by_part: dict[str, dict[str, Any]] = {"decoder": {"max_seq_len": max_seq_len}}
-    for name in folders:
-        by_part[f"encoder.{name}"] = {
-            key: value.get(name) if isinstance(value, Mapping) else value
-            for key, value in chosen.items()
-        }
-    options = {f"{part}_trainable": value for part, value in flags.items()}
-    options |= {"fusion_trainable": fusion_trainable, "on_missing": on_missing or "skip"}
-    return build_fused_parts(decoder, folders, by_part, dtype, place, {**fuse_options, **options})
+    folders = encoder if isinstance(encoder, Mapping) else {UNNAMED: encoder}
+    options = {**fuse_options, **{f"{part}_trainable": value for part, value in trainable.items()}}
+    options["on_missing"] = on_missing or "skip"
+    settings = {"max_seq_len": max_seq_len}
+    return build_fused_parts(decoder, folders, settings, features, dtype, place, options)
 
 
 def _refuse(arguments: Mapping[str, Any], why: str) -> None:

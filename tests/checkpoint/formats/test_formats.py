@@ -296,7 +296,6 @@ def test_llava_says_the_same(tmp_path):
         encoder_input={"images": images[3:]},
         max_new_tokens=32,
         temperature=0,
-        pad_id=-1,
     )
     assert torch.equal(said, expected)
 
@@ -428,7 +427,7 @@ def test_mllama_says_the_same(tmp_path):
         pad_token_id=0,
         eos_token_id=None,
     )
-    said = generate(model, text, **ours(inputs), max_new_tokens=32, temperature=0, pad_id=-1)
+    said = generate(model, text, **ours(inputs), max_new_tokens=32, temperature=0)
     assert torch.equal(said, expected)
 
 

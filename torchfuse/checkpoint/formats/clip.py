@@ -6,19 +6,22 @@ tower, and ``embeddings...`` in towers that newer versions save.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
 from torchfuse.checkpoint.formats.registry import register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
+from torchfuse.checkpoint.formats.spec import Spec, setting
 from torchfuse.errors import CheckpointError
 
 __all__ = ["ClipVision"]
+
+_MAX_LAYERS: Final = 2**20
 
 
 @register_format("encoder")
@@ -29,17 +32,17 @@ class ClipVision(Spec):
     name = "clip"
     model_types = frozenset({"clip", "clip_vision_model"})
 
-    image_size: int = shown_by_shapes()
-    patch_size: int = shown_by_shapes()
-    embed_dim: int = shown_by_shapes()
-    num_layers: int = shown_by_shapes()
-    hidden_dim: int = shown_by_shapes()
-    num_heads: int = setting("num_attention_heads")
-    activation: str = setting("hidden_act")
-    norm_eps: float = setting("layer_norm_eps")
+    image_size: int = setting("image_size", 224, shown_by_shapes=True)
+    patch_size: int = setting("patch_size", 32, shown_by_shapes=True)
+    embed_dim: int = setting("hidden_size", 768, shown_by_shapes=True)
+    num_layers: int = setting("num_hidden_layers", 12, shown_by_shapes=True)
+    hidden_dim: int = setting("intermediate_size", 3072, shown_by_shapes=True)
+    num_heads: int = setting("num_attention_heads", 12)
+    activation: str = setting("hidden_act", "quick_gelu", choices=("quick_gelu", "gelu"))
+    norm_eps: float = setting("layer_norm_eps", 1e-5)
     # The fused model chooses which hidden state the features are.
-    feature_layer: int = shown_by_shapes(default=-2)
-    keep_cls: bool = shown_by_shapes(default=False)
+    feature_layer: int = setting("feature_layer", -2, least=-_MAX_LAYERS, shown_by_shapes=True)
+    keep_cls: bool = setting("keep_cls", False, shown_by_shapes=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ClipVision:
@@ -47,19 +50,7 @@ class ClipVision(Spec):
         if config.get("model_type") == "clip":
             given = given.section("vision_config")
         given.allow_only("num_channels", 3)
-        num_layers = given.count("num_hidden_layers", 12)
-        spec = cls(
-            image_size=given.count("image_size", 224),
-            patch_size=given.count("patch_size", 32),
-            embed_dim=given.count("hidden_size", 768),
-            num_layers=num_layers,
-            hidden_dim=given.count("intermediate_size", 3072),
-            num_heads=given.count("num_attention_heads", 12),
-            activation=given.choice("hidden_act", {n: n for n in ("quick_gelu", "gelu")}, "quick_gelu"),
-            norm_eps=given.number("layer_norm_eps", 1e-5),
-            feature_layer=given.count("feature_layer", -2, least=-num_layers - 1),
-            keep_cls=given.flag("keep_cls", False),
-        )
+        spec = cls(**cls.read_settings(given))
         given.raise_problems()
         return spec
 
@@ -98,34 +89,14 @@ class ClipVision(Spec):
         return {
             "architectures": ["CLIPVisionModel"],
             "model_type": "clip_vision_model",
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "hidden_size": self.embed_dim,
-            "num_hidden_layers": self.num_layers,
-            "intermediate_size": self.hidden_dim,
-            "num_attention_heads": self.num_heads,
             "num_channels": 3,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.norm_eps,
-            "feature_layer": self.feature_layer,
-            "keep_cls": self.keep_cls,
+            **self.written_settings(),
         }
 
     def build(self) -> nn.Module:
         from torchfuse.encoders.clip import ClipVisionEncoder  # imports torchtune
 
-        return ClipVisionEncoder(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            hidden_dim=self.hidden_dim,
-            activation=self.activation,
-            norm_eps=self.norm_eps,
-            feature_layer=self.feature_layer,
-            keep_cls=self.keep_cls,
-        )
+        return ClipVisionEncoder(**dataclasses.asdict(self))
 
     def num_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2 + int(self.keep_cls)

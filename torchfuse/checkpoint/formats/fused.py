@@ -15,7 +15,7 @@ from torch import nn
 from torchfuse.checkpoint.formats.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import UNNAMED, ModelSpec, Spec, setting, shown_by_shapes
+from torchfuse.checkpoint.formats.spec import UNNAMED, ModelSpec, Spec
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
 from torchfuse.modules.adapters.builtin import Adapter, build_adapter
@@ -38,11 +38,11 @@ class Fused(ModelSpec):
 
     decoder: Spec
     encoders: Mapping[str, Spec] = field(compare=False)
-    arch: str = setting("arch")
-    options: Mapping[str, Any] = shown_by_shapes()  # or compared by _option_differences
-    adapters: Mapping[str, Mapping[str, Any]] = setting("adapters")
-    fusion_vocab_size: int = setting("fusion_vocab_size")
-    fusion_head: bool = setting("fusion_head")
+    arch: str
+    options: Mapping[str, Any] = field(compare=False)  # or compared by _option_differences
+    adapters: Mapping[str, Mapping[str, Any]]
+    fusion_vocab_size: int
+    fusion_head: bool
     on_missing: str = field(default="skip", compare=False)
 
     @classmethod

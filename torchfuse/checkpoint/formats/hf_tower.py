@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import nn
@@ -16,34 +16,16 @@ from torch import nn
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
 from torchfuse.checkpoint.formats.registry import register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import Spec, shown_by_shapes
+from torchfuse.checkpoint.formats.spec import Spec
 from torchfuse.errors import CheckpointError
 
 __all__ = ["HfTower"]
 
-# Settings that do not change the tower's features: initialisation, training, labels.
-_WITHOUT_EFFECT: Final = (
-    "initializer",
-    "dropout",
-    "layerdrop",
-    "drop_path",
-    "mask_",
-    "output_",
-    "return_dict",
-    "id2label",
-    "label2id",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_",
-    "projection_dim",
-    "problem_type",
-    "use_cache",
-    "tie_",
-    "is_",
-    "chunk_size",
-    "num_labels",
+# Prefixes of settings that do not change the tower's features: initialisation, training, labels.
+_WITHOUT_EFFECT: Final = tuple(
+    "initializer dropout layerdrop drop_path mask_ output_ return_dict id2label label2id architectures "
+    "dtype torch_dtype transformers_version _ projection_dim problem_type use_cache tie_ is_ chunk_size "
+    "num_labels".split()
 )
 
 
@@ -60,10 +42,10 @@ class HfTower(Spec):
     name = "hf"
     model_types = frozenset()
 
-    config: Mapping[str, Any] = shown_by_shapes()
-    feature_layer: int | None = shown_by_shapes(default=None)
-    keep_cls: bool | None = shown_by_shapes(default=None)
-    names: Mapping[str, str] = shown_by_shapes(default_factory=dict)
+    config: Mapping[str, Any] = field(compare=False)
+    feature_layer: int | None = field(compare=False)
+    keep_cls: bool | None = field(compare=False)
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def matches_config(cls, config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from torchfuse.checkpoint.formats.rope import (
     rotary_layout,
 )
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
+from torchfuse.checkpoint.formats.spec import Spec, parsed, setting
 from torchfuse.errors import CheckpointError
 
 __all__ = ["Llama", "feed_forward_entries"]
@@ -41,52 +41,37 @@ class Llama(Spec):
     name = "llama"
     model_types = frozenset({"llama"})
 
-    vocab_size: int = shown_by_shapes()
-    num_layers: int = shown_by_shapes()
-    embed_dim: int = shown_by_shapes()
-    intermediate_dim: int = shown_by_shapes()
-    max_seq_len: int = shown_by_shapes()
-    tied: bool = shown_by_shapes()
-    num_heads: int = setting("num_attention_heads")
-    num_kv_heads: int = setting("num_key_value_heads")
-    head_dim: int = setting("head_dim")
-    norm_eps: float = setting("rms_norm_eps")
-    rope_base: float = setting("rope base")
-    scale_factor: float = setting("rope scale_factor")
-    low_freq_factor: float = setting("rope low_freq_factor")
-    high_freq_factor: float = setting("rope high_freq_factor")
-    old_context_len: float = setting("rope old_context_len")
+    vocab_size: int = setting("vocab_size", 32_000, shown_by_shapes=True)
+    num_layers: int = setting("num_hidden_layers", 32, shown_by_shapes=True)
+    embed_dim: int = setting("hidden_size", 4096, shown_by_shapes=True)
+    intermediate_dim: int = setting("intermediate_size", 11_008, shown_by_shapes=True)
+    max_seq_len: int = setting("max_position_embeddings", 2048, shown_by_shapes=True)
+    tie_word_embeddings: bool = setting("tie_word_embeddings", False, shown_by_shapes=True)
+    num_heads: int = setting("num_attention_heads", 32)
+    num_kv_heads: int = setting("num_key_value_heads", lambda values: values["num_heads"])
+    head_dim: int = setting("head_dim", lambda values: values["embed_dim"] // values["num_heads"] or 1)
+    norm_eps: float = setting("rms_norm_eps", 1e-6)
+    rope_base: float = parsed("rope base")
+    rope_scale_factor: float = parsed("rope scale_factor")
+    rope_low_freq_factor: float = parsed("rope low_freq_factor")
+    rope_high_freq_factor: float = parsed("rope high_freq_factor")
+    rope_old_context_len: float = parsed("rope old_context_len")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Llama:
         given = Settings(config, cls.name)
-        embed_dim = given.count("hidden_size", 4096)
-        num_heads = given.count("num_attention_heads", 32)
+        for key, only in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+            given.allow_only(key, only)
+        spec = cls(**cls.read_settings(given), **rope_from_config(given))
+        embed_dim, num_heads, num_kv_heads = spec.embed_dim, spec.num_heads, spec.num_kv_heads
         if embed_dim % num_heads:
             given.problems.append(f"num_attention_heads={num_heads} must divide hidden_size={embed_dim}")
-        num_kv_heads = given.count("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             given.problems.append(
                 f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}"
             )
-        head_dim = given.count("head_dim", max(1, embed_dim // num_heads))
-        if head_dim % 2:
-            given.problems.append(f"head_dim={head_dim} must be even to be rotated")
-        for key, only in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
-            given.allow_only(key, only)
-        spec = cls(
-            vocab_size=given.count("vocab_size", 32_000),
-            num_layers=given.count("num_hidden_layers", 32),
-            embed_dim=embed_dim,
-            intermediate_dim=given.count("intermediate_size", 11_008),
-            max_seq_len=given.count("max_position_embeddings", 2048),
-            tied=given.flag("tie_word_embeddings", False),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            norm_eps=given.number("rms_norm_eps", 1e-6),
-            **rope_from_config(given),
-        )
+        if spec.head_dim % 2:
+            given.problems.append(f"head_dim={spec.head_dim} must be even to be rotated")
         given.raise_problems()
         return spec
 
@@ -121,7 +106,7 @@ class Llama(Spec):
                 embed_dim=decoder.tok_embeddings.weight.shape[1],
                 intermediate_dim=mlp.w1.weight.shape[0],
                 max_seq_len=decoder.max_seq_len,
-                tied=not isinstance(decoder.output, nn.Module),
+                tie_word_embeddings=not isinstance(decoder.output, nn.Module),
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
@@ -137,42 +122,17 @@ class Llama(Spec):
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.embed_dim,
-            "intermediate_size": self.intermediate_dim,
-            "max_position_embeddings": self.max_seq_len,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "rope_parameters": rope_to_config(self),
-            "tie_word_embeddings": self.tied,
             "attention_bias": False,
             "mlp_bias": False,
+            "rope_parameters": rope_to_config(dataclasses.asdict(self)),
+            **self.written_settings(),
         }
 
     def build(self) -> nn.Module:
         from torchfuse.models.decoders.llama import llama_decoder  # imports torchtune
 
-        return llama_decoder(
-            vocab_size=self.vocab_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            embed_dim=self.embed_dim,
-            max_seq_len=self.max_seq_len,
-            intermediate_dim=self.intermediate_dim,
-            norm_eps=self.norm_eps,
-            tie_word_embeddings=self.tied,
-            rope_base=self.rope_base,
-            rope_scale_factor=self.scale_factor,
-            rope_low_freq_factor=self.low_freq_factor,
-            rope_high_freq_factor=self.high_freq_factor,
-            rope_old_context_len=self.old_context_len,
-        )
+        return llama_decoder(**dataclasses.asdict(self))
 
     def for_export(self, module: nn.Module) -> Llama:
         embedding: Any = module.tok_embeddings

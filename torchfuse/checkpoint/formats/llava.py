@@ -16,7 +16,7 @@ from torchfuse.checkpoint.formats.key_table import Entry, KeyTable
 from torchfuse.checkpoint.formats.llama import Llama
 from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, setting
+from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, parsed
 from torchfuse.models.base import FusedModel
 from torchfuse.modules.adapters.builtin import MLP2LayerAdapter
 from torchfuse.naming import unwrap
@@ -38,9 +38,9 @@ class Llava(ModelSpec):
 
     text: Llama
     vision: Spec
-    image_token: int = setting("image_token_index")
-    activation: str = setting("projector_hidden_act")
-    bias: bool = setting("multimodal_projector_bias")
+    image_token: int = parsed("image_token_index")
+    activation: str = parsed("projector_hidden_act")
+    bias: bool = parsed("multimodal_projector_bias")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Llava:
@@ -99,7 +99,7 @@ class Llava(ModelSpec):
             "vision_feature_layer": vision.pop("feature_layer"),
             "vision_feature_select_strategy": "default" if keep_cls is False else "full",
             "image_seq_length": self.vision.num_tokens(),
-            "tie_word_embeddings": self.text.tied,
+            "tie_word_embeddings": self.text.tie_word_embeddings,
             "text_config": self.text.to_config(),
             "vision_config": vision,
         }

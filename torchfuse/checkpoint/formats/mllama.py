@@ -19,7 +19,7 @@ from torchfuse.checkpoint.formats.llama import Llama, feed_forward_entries
 from torchfuse.checkpoint.formats.mllama_vision import MllamaVision
 from torchfuse.checkpoint.formats.registry import read_part, register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import ModelSpec, setting
+from torchfuse.checkpoint.formats.spec import ModelSpec, parsed
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap
 
@@ -54,7 +54,7 @@ class Mllama(ModelSpec):
 
     text: Llama
     vision: MllamaVision
-    fused: tuple[int, ...] = setting("cross_attention_layers")
+    fused: tuple[int, ...] = parsed("cross_attention_layers")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Mllama:
@@ -104,7 +104,7 @@ class Mllama(ModelSpec):
                 for name, value in wanted.items()
                 if options[name] != value
             ]
-            if text.tied:
+            if text.tie_word_embeddings:
                 problems.append("the tied head: this format's head has fewer rows than its embedding")
         if isinstance(vision, MllamaVision) and vision.pad_tokens_to != 8:
             problems.append(f"pad_tokens_to={vision.pad_tokens_to} of the tower: it must be 8")

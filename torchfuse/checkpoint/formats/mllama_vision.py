@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,12 +12,11 @@ from torch import nn
 from torchfuse.checkpoint.formats.key_table import Entry, KeyTable, Layout
 from torchfuse.checkpoint.formats.registry import register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import Spec, setting, shown_by_shapes
+from torchfuse.checkpoint.formats.spec import Spec, parsed, setting
 
 __all__ = ["TILE_EMBEDDINGS", "MllamaVision", "layer_entries"]
 
 _RATIOS: Final = ([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1])
-_ACTIVATIONS: Final = {name: name for name in ("gelu", "quick_gelu")}
 
 # Embeddings of tiles: target keys and source keys.
 TILE_EMBEDDINGS: Final = {
@@ -61,53 +61,42 @@ class MllamaVision(Spec):
     model_types = frozenset({"mllama_vision_model"})
     can_export = False  # transformers has no class for tower and projection without the decoder
 
-    image_size: int = shown_by_shapes()
-    patch_size: int = shown_by_shapes()
-    embed_dim: int = shown_by_shapes()
-    num_layers: int = shown_by_shapes()
-    num_global_layers: int = shown_by_shapes()
-    hidden_dim: int = shown_by_shapes()
-    decoder_dim: int = shown_by_shapes()
-    max_num_tiles: int = shown_by_shapes()
-    num_heads: int = setting("attention_heads")
-    intermediate_layers: tuple[int, ...] = setting("intermediate_layers_indices")
-    aspect_ratios: tuple[tuple[int, int], ...] = setting("supported_aspect_ratios")
-    norm_eps: float = setting("norm_eps")
-    activation: str = setting("hidden_act")
-    pad_tokens_to: int = setting("pad_tokens_to")
+    image_size: int = setting("image_size", 448, shown_by_shapes=True)
+    patch_size: int = setting("patch_size", 14, shown_by_shapes=True)
+    embed_dim: int = setting("hidden_size", 1280, shown_by_shapes=True)
+    num_layers: int = setting("num_hidden_layers", 32, shown_by_shapes=True)
+    num_global_layers: int = setting("num_global_layers", 8, least=0, shown_by_shapes=True)
+    hidden_dim: int = setting("intermediate_size", 5120, shown_by_shapes=True)
+    decoder_dim: int = setting("decoder_dim", shown_by_shapes=True)
+    max_num_tiles: int = setting("max_num_tiles", 4, shown_by_shapes=True)
+    num_heads: int = setting("attention_heads", 16)
+    intermediate_layers: tuple[int, ...] = parsed("intermediate_layers_indices")
+    supported_aspect_ratios: tuple[tuple[int, int], ...] = parsed("supported_aspect_ratios")
+    norm_eps: float = setting("norm_eps", 1e-5)
+    activation: str = setting("hidden_act", "gelu", choices=("gelu", "quick_gelu"))
+    pad_tokens_to: int = setting("pad_tokens_to", 8)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MllamaVision:
         given = Settings(config, cls.name)
         given.allow_only("num_channels", 3)
-        num_layers = given.count("num_hidden_layers", 32)
+        values = cls.read_settings(given)
         ratios = config.get("supported_aspect_ratios") or list(_RATIOS)
         if not isinstance(ratios, list) or not all(_is_ratio(ratio) for ratio in ratios):
             given.problems.append(
                 f"supported_aspect_ratios must be pairs of counts above 0, got {ratios!r:.80}"
             )
-            ratios = list(_RATIOS)
+            ratios = []
+        num_layers = values["num_layers"]
         layers = given.counts("intermediate_layers_indices", [3, 7, 15, 23, 30], least=-num_layers)
         if layers and max(layers) >= num_layers:
             given.problems.append(f"intermediate_layers_indices {layers} must lie below {num_layers}")
-        spec = cls(
-            image_size=given.count("image_size", 448),
-            patch_size=given.count("patch_size", 14),
-            embed_dim=given.count("hidden_size", 1280),
-            num_layers=num_layers,
-            num_global_layers=given.count("num_global_layers", 8, least=0),
-            hidden_dim=given.count("intermediate_size", 5120),
-            decoder_dim=given.count("decoder_dim"),
-            max_num_tiles=given.count("max_num_tiles", 4),
-            num_heads=given.count("attention_heads", 16),
-            intermediate_layers=tuple(layer % num_layers for layer in layers),
-            aspect_ratios=tuple((high, wide) for high, wide in ratios),
-            norm_eps=given.number("norm_eps", 1e-5),
-            activation=given.choice("hidden_act", _ACTIVATIONS, "gelu"),
-            pad_tokens_to=given.count("pad_tokens_to", 8),
-        )
         given.raise_problems()
-        return spec
+        return cls(
+            **values,
+            intermediate_layers=tuple(layer % num_layers for layer in layers),
+            supported_aspect_ratios=tuple((high, wide) for high, wide in ratios),
+        )
 
     @classmethod
     def matches_module(cls, module: nn.Module) -> bool:
@@ -130,7 +119,7 @@ class MllamaVision(Spec):
             max_num_tiles=tower.max_num_tiles,
             num_heads=first.attn.num_heads,
             intermediate_layers=tuple(tower.clip.hidden_layers),
-            aspect_ratios=tuple(tower.aspect_ratios),
+            supported_aspect_ratios=tuple(tower.aspect_ratios),
             norm_eps=first.sa_norm.eps,
             activation={"QuickGELU": "quick_gelu", "GELU": "gelu"}[type(first.mlp.activation).__name__],
             pad_tokens_to=tower.pad_tokens_to,
@@ -140,43 +129,17 @@ class MllamaVision(Spec):
         return {
             "architectures": ["MllamaVisionModel"],
             "model_type": "mllama_vision_model",
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "hidden_size": self.embed_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_global_layers": self.num_global_layers,
-            "intermediate_size": self.hidden_dim,
-            "decoder_dim": self.decoder_dim,
-            "max_num_tiles": self.max_num_tiles,
-            "attention_heads": self.num_heads,
-            "intermediate_layers_indices": list(self.intermediate_layers),
-            "supported_aspect_ratios": [list(ratio) for ratio in self.aspect_ratios],
-            "vision_output_dim": self.embed_dim * (1 + len(self.intermediate_layers)),
-            "norm_eps": self.norm_eps,
-            "hidden_act": self.activation,
             "num_channels": 3,
-            "pad_tokens_to": self.pad_tokens_to,
+            "intermediate_layers_indices": list(self.intermediate_layers),
+            "supported_aspect_ratios": [list(ratio) for ratio in self.supported_aspect_ratios],
+            "vision_output_dim": self.embed_dim * (1 + len(self.intermediate_layers)),
+            **self.written_settings(),
         }
 
     def build(self) -> nn.Module:
         from torchfuse.encoders.mllama import MllamaVisionEncoder  # imports torchtune
 
-        return MllamaVisionEncoder(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            num_layers=self.num_layers,
-            num_global_layers=self.num_global_layers,
-            num_heads=self.num_heads,
-            hidden_dim=self.hidden_dim,
-            decoder_dim=self.decoder_dim,
-            intermediate_layers=self.intermediate_layers,
-            max_num_tiles=self.max_num_tiles,
-            supported_aspect_ratios=self.aspect_ratios,
-            norm_eps=self.norm_eps,
-            activation=self.activation,
-            pad_tokens_to=self.pad_tokens_to,
-        )
+        return MllamaVisionEncoder(**dataclasses.asdict(self))
 
     def total_layers(self) -> int:
         return super().total_layers() + self.num_global_layers

@@ -13,7 +13,7 @@ from torchfuse.errors import CheckpointError
 
 __all__ = ["rope_from_config", "rope_from_module", "rope_to_config", "rotary_layout"]
 
-# Llama 3.1's scaling: the configuration's key, the field, and its value without scaling.
+# Llama 3.1's scaling: the configuration's key, torchtune's name, and the value without scaling.
 _SCALING: Final = {
     "factor": ("scale_factor", 1.0),
     "low_freq_factor": ("low_freq_factor", 1.0),
@@ -38,14 +38,14 @@ def rotary_layout(head_dim: int) -> Layout:
     )
 
 
-def rope_from_config(given: Settings) -> dict[str, float]:
+def rope_from_config(given: Settings) -> dict[str, Any]:
     """Read the rotary embedding from ``rope_parameters``, or from ``rope_theta`` and ``rope_scaling``.
 
     Args:
         given: the configuration; problems are added to it.
 
     Returns:
-        Values by name of ``Llama``'s fields.
+        Values by name of the arguments of ``llama_decoder``.
     """
     new, old = (given.values.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     if not isinstance(new, Mapping) or not isinstance(old, Mapping):
@@ -61,27 +61,27 @@ def rope_from_config(given: Settings) -> dict[str, float]:
     scaled = kind == "llama3"
     if not scaled and kind != "default":
         given.problems.append(f"rope type {kind!r} is not supported, only 'default' and 'llama3'")
-    for key, (field, unscaled) in _SCALING.items():
-        values[field] = float(rope.number(key)) if scaled else unscaled
+    for key, (name, unscaled) in _SCALING.items():
+        values[f"rope_{name}"] = float(rope.number(key)) if scaled else unscaled
     given.problems += [f"rope: {problem}" for problem in rope.problems]
     return values
 
 
 def rope_from_module(rope: Any) -> dict[str, float]:
-    """Read the rotary embedding of an attention module; values by name of ``Llama``'s fields."""
+    """Read the rotary embedding of an attention module, as ``rope_from_config`` does."""
     if rope is None or type(rope).__name__ not in ("RotaryPositionalEmbeddings", "Llama3ScaledRoPE"):
         raise CheckpointError(f"Rotary embeddings of type {type(rope).__name__} are not Llama's.")
     values = {"rope_base": float(rope.base)}
     scaled = float(getattr(rope, "scale_factor", 1)) != 1
-    for field, unscaled in _SCALING.values():
-        values[field] = float(getattr(rope, field)) if scaled else unscaled
+    for name, unscaled in _SCALING.values():
+        values[f"rope_{name}"] = float(getattr(rope, name)) if scaled else unscaled
     return values
 
 
-def rope_to_config(spec: Any) -> dict[str, Any]:
-    """Return ``rope_parameters`` for the settings of a Llama."""
-    if spec.scale_factor == 1:
-        return {"rope_theta": spec.rope_base, "rope_type": "default"}
-    scaling = {key: getattr(spec, field) for key, (field, _) in _SCALING.items()}
-    scaling["original_max_position_embeddings"] = int(spec.old_context_len)
-    return {"rope_theta": spec.rope_base, "rope_type": "llama3", **scaling}
+def rope_to_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``rope_parameters`` for values as ``rope_from_config`` returns them."""
+    if values["rope_scale_factor"] == 1:
+        return {"rope_theta": values["rope_base"], "rope_type": "default"}
+    scaling = {key: values[f"rope_{name}"] for key, (name, _) in _SCALING.items()}
+    scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
+    return {"rope_theta": values["rope_base"], "rope_type": "llama3", **scaling}

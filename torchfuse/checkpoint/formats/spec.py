@@ -9,35 +9,53 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Final, get_type_hints
 
 from torch import nn
 
 from torchfuse.checkpoint.formats.key_table import KeyTable
+from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap_model
 
-__all__ = ["UNNAMED", "ModelSpec", "Spec", "setting", "shown_by_shapes"]
+__all__ = ["UNNAMED", "ModelSpec", "Spec", "parsed", "setting"]
 
 UNNAMED: Final = ""
 """The key of a model's only encoder, if it was given without a name, among its encoders."""
 
 
-def setting(config_key: str) -> Any:
-    """Declare a field that no tensor shape shows, so that checkpoint and module must agree in it.
+def setting(
+    config_key: str,
+    default: Any = None,
+    *,
+    shown_by_shapes: bool = False,
+    least: int = 1,
+    choices: Sequence[str] = (),
+) -> Any:
+    """Declare a field that is one value of the configuration: int, float, bool, or str.
 
     Args:
-        config_key: its name in the configuration, for messages.
+        config_key: its key in the configuration.
+        default: its value where the key is missing, or a function that computes it from the values of
+            the fields before it. None: the key must be there.
+        shown_by_shapes: whether it need not be compared, because shapes of tensors show it.
+        least: the smallest value of an int.
+        choices: the values of a str.
     """
-    return dataclasses.field(metadata={"config_key": config_key})
+    metadata = {"config_key": config_key, "default": default, "least": least, "choices": choices}
+    return dataclasses.field(compare=not shown_by_shapes, metadata={**metadata, "scalar": True})
 
 
-def shown_by_shapes(**options: Any) -> Any:
-    """Declare a field that is not compared: shapes show it, or it is the model's own choice."""
-    return dataclasses.field(compare=False, **options)
+def parsed(config_key: str) -> Any:
+    """Declare a field that the format reads and writes itself.
+
+    Args:
+        config_key: its key in the configuration, for messages.
+    """
+    return dataclasses.field(metadata={"config_key": config_key, "scalar": False})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +91,28 @@ class Spec(ABC):
         Raises:
             CheckpointError: naming what in it the format cannot hold.
         """
+
+    @classmethod
+    def read_settings(cls, given: Settings) -> dict[str, Any]:
+        """Read the values of all fields that ``setting`` declares; problems are added to ``given``."""
+        kinds, values = get_type_hints(cls), dict[str, Any]()
+        for field in _scalars(cls):
+            key, default = field.metadata["config_key"], field.metadata["default"]
+            default = default(values) if callable(default) else default
+            if kinds[field.name] is int:
+                value: Any = given.count(key, default, least=field.metadata["least"])
+            elif kinds[field.name] is float:
+                value = given.number(key, default)
+            elif kinds[field.name] is bool:
+                value = given.flag(key, default)
+            else:
+                value = given.choice(key, {name: name for name in field.metadata["choices"]}, default)
+            values[field.name] = value
+        return values
+
+    def written_settings(self) -> dict[str, Any]:
+        """Return the values of all fields that ``setting`` declares, by key in the configuration."""
+        return {f.metadata["config_key"]: getattr(self, f.name) for f in _scalars(type(self))}
 
     @classmethod
     def matches_config(cls, config: Mapping[str, Any]) -> bool:
@@ -201,6 +241,10 @@ class ModelSpec(Spec):
         if problems:
             raise cls.cannot_hold(problems)
         return model
+
+
+def _scalars(spec: type[Spec]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(spec) if field.metadata.get("scalar")]
 
 
 def _show(value: Any) -> str:

@@ -133,14 +133,14 @@ def grid_layout(spec: MllamaVision) -> Layout:
 
     def to_source(table: Tensor) -> Tensor:
         try:
-            return table_to_grid(table, spec.aspect_ratios)
+            return table_to_grid(table, spec.supported_aspect_ratios)
         except ValueError as error:
             raise CheckpointError(
                 f"{error} The format torchfuse can hold it, and mllama where it can hold the rest."
             ) from error
 
     return Layout(
-        lambda grid: grid_to_table(grid, spec.aspect_ratios, spec.max_num_tiles),
+        lambda grid: grid_to_table(grid, spec.supported_aspect_ratios, spec.max_num_tiles),
         to_source,
         always_representable=False,
     )

@@ -4,13 +4,15 @@ import warnings
 import pytest
 import torch
 
+import torchfuse  # before torchtune, which cannot be imported otherwise where the tree is not installed
+
 with warnings.catch_warnings():
     # Kept libraries warn while they are imported; in tests, our own warnings are errors.
     warnings.simplefilter("ignore")
     import torchtune
     import transformers
 
-assert torchtune
+assert torchfuse and torchtune
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

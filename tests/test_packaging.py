@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ["torchfuse", "torchfuse_torchao.py", "recipes", "pyproject.toml", "README.md", "LICENSE"]
 
 
 @pytest.mark.long
 def test_wheel(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in tracked.stdout.split():
-        if name.split("/")[0] in ("torchfuse", "recipes", "pyproject.toml", "README.md", "LICENSE"):
+        if name.split("/")[0] in SOURCES:
             (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / "src" / name)
     command = [
@@ -35,6 +36,7 @@ def test_wheel(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {
         "torchfuse",
+        "torchfuse_torchao.py",
         f"{wheel.name.split('-py3')[0]}.dist-info",
     }
     expected = {

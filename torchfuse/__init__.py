@@ -1,5 +1,6 @@
 """Fuse a pretrained encoder into a pretrained decoder without renaming one pretrained weight."""
 
+import torchfuse_torchao
 from torchfuse.checkpoint import (
     from_pretrained,
     fusion_state_dict,
@@ -63,3 +64,5 @@ __all__ = [
     "CheckpointError",
     "ModelError",
 ]
+
+torchfuse_torchao.install()  # torchtune is imported later, by what needs it

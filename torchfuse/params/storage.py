@@ -37,7 +37,7 @@ def quantized_dtype(tensor: Any) -> str | None:
         if type(inner).__name__ == "NF4Tensor":
             return "nf4"  # two to a byte; what holds them says less
         held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
-        inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.nbytes)
+        inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.numel())
     return None if inner.dtype == tensor.dtype else dtype_name(inner)
 
 

@@ -86,7 +86,7 @@ def make_plan(model: nn.Module, scheme: str, groups: Mapping[str, Mapping[str, n
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that own each parameter directly, by its ``id``."""
     owners: dict[int, list[nn.Module]] = {}
-    for module in unwrap(model).modules():
+    for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(module)
@@ -96,7 +96,7 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 def _adapter_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters of LoRA and other adapters (torchtune's ``adapter_params``)."""
     found = set()
-    for module in unwrap(model).modules():
+    for module in model.modules():
         names = getattr(module, "adapter_params", None)
         own = {canonical_name(name): p for name, p in module.named_parameters()} if names else {}
         found |= {id(own[name]) for name in (names() if callable(names) else ()) if name in own}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
-from torchfuse.naming import unwrap
+from torchfuse.naming import unwrap_model
 from torchfuse.params import partition, storage_nbytes
 from torchfuse.quantization.plan import first_names, make_plan
 from torchfuse.quantization.schemes import Scheme, convert, try_scheme
@@ -96,6 +96,7 @@ def quantize(
         >>> list(layer.state_dict())
         ['weight', 'bias']
     """
+    model = unwrap_model(model)
     groups = partition(model)
     names = _selected_parts(scheme, (parts,) if isinstance(parts, str) else tuple(parts), fusion, groups)
     plan = make_plan(model, scheme, {name: groups[name] for name in names})
@@ -138,7 +139,7 @@ def _selected_parts(
 
 def _check_device(scheme: Scheme, model: nn.Module, weights: Iterable[Tensor]) -> None:
     problems = []
-    trainable = [name for name, p in unwrap(model).named_parameters() if p.requires_grad]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     for device, dtype in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
         outcome = try_scheme(scheme, device, dtype)
         where = f"on {device} in {str(dtype).removeprefix('torch.')}"

@@ -1,4 +1,4 @@
-"""Small checkpoints, as transformers saves them."""
+"""Small checkpoints, as transformers saves them, and torchfuse models of the same sizes."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ VISION = {
     "patch_size": 4,
     "initializer_range": 0.3,
 }
-# The same numbers as torchfuse's builder has them.
-OURS = {
+# The same sizes under the names of torchfuse's builder.
+FUSED = {
     "vocab_size": 37,
     "num_layers": 3,
     "num_heads": 6,
@@ -66,8 +66,9 @@ OURS = {
 }
 
 
-def ours(**changes: Any) -> Any:
-    return llama_clip(**OURS | changes)
+def fused_model(**changes: Any) -> Any:
+    """A fused model of these sizes, with fresh weights."""
+    return llama_clip(**FUSED | changes)
 
 
 def llama(folder: Path, *, shard: str = "5GB", **changes: Any) -> LlamaForCausalLM:
@@ -83,7 +84,7 @@ def clip_tower(folder: Path, *, old: bool = False, **changes: Any) -> CLIPVision
     model = CLIPVisionModel(CLIPVisionConfig(**VISION | changes)).eval()
     _shake_norms(model)
     model.save_pretrained(folder)
-    if old:  # the spelling of older files, which also held a buffer
+    if old:  # the keys of older files, which also have a buffer
         rename(folder, lambda key: f"vision_model.{key}", extra="vision_model.embeddings.position_ids")
     return model
 
@@ -152,28 +153,28 @@ def mllama(folder: Path, *, text: Any = (), vision: Any = (), shard: str = "5GB"
     return model
 
 
-def stop_the_leak(monkeypatch: Any, sees: torch.Tensor) -> None:
-    """Mllama as Meta's code has it: text that sees no image gets nothing from cross-attention.
+def drop_attention_without_images(monkeypatch: Any, attends: torch.Tensor) -> None:
+    """Change transformers' Mllama to Meta's code: text without images gets nothing from cross-attention.
 
     transformers drops the feed-forward of such text, but adds its attention, which then is over all
     images (its issue 39379). Here the attention is dropped too, which is the only change.
 
     Args:
         monkeypatch: pytest's.
-        sees: which prompt tokens see any image, ``[b, s]``; new tokens see what the last one does.
+        attends: which prompt tokens attend to any image, ``[b, s]``; new tokens do as the last one.
     """
     forward = MllamaTextCrossAttention.forward
 
     def masked(self, *args, **kwargs):
         attended, weights = forward(self, *args, **kwargs)
-        return attended * sees[:, -attended.shape[1] :, None].to(attended.dtype), weights
+        return attended * attends[:, -attended.shape[1] :, None].to(attended.dtype), weights
 
     monkeypatch.setattr(MllamaTextCrossAttention, "forward", masked)
 
 
 @torch.no_grad()
 def shake(model: Any) -> None:
-    """Norms, gates, biases and embeddings that start alike hide what is swapped or left out."""
+    """Randomize norms, gates, biases and embeddings, whose equal initial values hide swapped tensors."""
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("norm", "gate", "bias", "embedding")):
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -181,7 +182,7 @@ def shake(model: Any) -> None:
 
 @torch.no_grad()
 def _shake_norms(model: Any) -> None:
-    """Norms start at one and zero, which hides a swapped pair."""
+    """Randomize norms, whose initial ones and zeros hide a swapped pair."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -201,8 +202,8 @@ def edit(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(config | changes))
 
 
-def random_llama_numbers(seed: int) -> dict[str, Any]:
-    """A Llama of any make: grouped queries, wide heads, tied heads, either kind of rotary embedding."""
+def random_llama_config(seed: int) -> dict[str, Any]:
+    """Draw a Llama: grouped queries, wide heads, tied heads, either kind of rotary embedding."""
     draw = random.Random(seed)
     kv_heads = draw.choice([1, 2, 3])
     heads = kv_heads * draw.choice([1, 2, 3])
@@ -231,8 +232,8 @@ def random_llama_numbers(seed: int) -> dict[str, Any]:
     }
 
 
-def random_tower_numbers(seed: int) -> dict[str, Any]:
-    """A vision transformer of any size."""
+def random_tower_config(seed: int) -> dict[str, Any]:
+    """Draw the sizes of a vision transformer."""
     draw = random.Random(1000 + seed)
     heads = draw.choice([2, 3, 5])
     patch = draw.choice([3, 4])

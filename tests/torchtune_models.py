@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision at a tiny size, as torchtune builds it, and the same out of torchfuse's parts."""
+"""Llama 3.2 Vision at a tiny size, built by torchtune and by torchfuse."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DECODER = {
 }
 
 
-def their_encoder() -> nn.Module:
+def torchtune_encoder() -> nn.Module:
     return shake(
         llama3_2_vision_encoder(
             patch_size=4,
@@ -47,7 +47,7 @@ def their_encoder() -> nn.Module:
     )
 
 
-def their_decoder(**changes: Any) -> nn.Module:
+def torchtune_decoder(**changes: Any) -> nn.Module:
     return shake(
         llama3_2_vision_decoder(
             fusion_interval=2,
@@ -59,17 +59,17 @@ def their_decoder(**changes: Any) -> nn.Module:
     )
 
 
-def their_model(**changes: Any) -> nn.Module:
-    """torchtune's, with random parameters and open gates."""
-    return model_fusion.DeepFusionModel(their_decoder(**changes), their_encoder()).eval()
+def torchtune_model(**changes: Any) -> nn.Module:
+    """torchtune's model, with random parameters and open gates."""
+    return model_fusion.DeepFusionModel(torchtune_decoder(**changes), torchtune_encoder()).eval()
 
 
-def our_decoder(**changes: Any) -> nn.Module:
+def torchfuse_decoder(**changes: Any) -> nn.Module:
     return llama_decoder(rope_base=500_000.0, rope_scale_factor=8, **DECODER | changes)
 
 
-def our_encoder(**changes: Any) -> MllamaVisionEncoder:
-    """The same tower; torchtune's has no padding tokens, and counts layers from before them."""
+def torchfuse_encoder(**changes: Any) -> MllamaVisionEncoder:
+    """The same tower; torchtune's has no padding tokens, and counts states before layers."""
     numbers: dict[str, Any] = {
         "image_size": 12,
         "patch_size": 4,
@@ -87,19 +87,19 @@ def our_encoder(**changes: Any) -> MllamaVisionEncoder:
     return MllamaVisionEncoder(**numbers | changes)
 
 
-def our_model(encoder: nn.Module | None = None, **changes: Any) -> nn.Module:
-    """The same around a plain decoder; its tower is ours unless torchtune's is given."""
+def torchfuse_model(encoder: nn.Module | None = None, **changes: Any) -> nn.Module:
+    """The same model around a plain decoder; its tower is torchfuse's unless another is given."""
     return fuse(
-        our_decoder(**changes),
-        our_encoder() if encoder is None else encoder,
+        torchfuse_decoder(**changes),
+        torchfuse_encoder() if encoder is None else encoder,
         adapter=None,
         layers=FUSED,
         fusion_vocab_size=NEW,
     ).eval()
 
 
-def with_their_epsilons(model: Any) -> Any:
-    """torchtune's builder leaves the two norms of a fused layer at 1e-6; all others have 1e-5."""
+def with_torchtune_epsilons(model: Any) -> Any:
+    """Set the two norms of a fused layer to 1e-6, as torchtune's builder does; all others have 1e-5."""
     for index in FUSED:
         layer = model.decoder.layers[index].fusion_layer
         assert layer.attn.q_norm.eps == layer.attn.k_norm.eps == 1e-5
@@ -109,16 +109,16 @@ def with_their_epsilons(model: Any) -> Any:
 
 @torch.no_grad()
 def shake(module: nn.Module) -> nn.Module:
-    """Random parameters, none of which starts like another, and open gates."""
+    """Set random parameters, gates included."""
     for parameter in module.parameters():
         parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.8))
     return module
 
 
 def example(rows: list[list[tuple[int, int]]]) -> tuple[Tensor, dict[str, Any]]:
-    """Text with new tokens, and what stands beside it: images of four tiles and their mask.
+    """Text with new tokens, images of four tiles, and their mask.
 
-    The first token of every row may attend to nothing, the last row to nothing at all.
+    The first token of every row attends to nothing, and no token of the last row does.
     """
     b, s, m = len(rows), 13, len(rows[0])
     tokens = torch.randint(0, VOCAB + NEW, (b, s))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from benchmarks import fusion_embedding, load, quantized_answers
-from hf import LLAMA, OURS, clip_tower, llama, ours
+from hf import FUSED, LLAMA, clip_tower, fused_model, llama
 from omegaconf import OmegaConf
 from PIL import Image
 from support import open_gates
@@ -59,7 +59,7 @@ def run(tmp_path):
         {"question": "is it even or odd ?", "answer": "three four", "kind": "text"},
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    sizes = OURS | {"arch": "cross_attention", "embed_dim": 48, "fusion_vocab_size": 1}
+    sizes = FUSED | {"arch": "cross_attention", "embed_dim": 48, "fusion_vocab_size": 1}
     pretrained = {"decoder": str(tmp_path / "llama"), "encoder": str(tmp_path / "clip")}
     transform = {
         "_component_": "torchfuse.data.questions.QuestionTransform",
@@ -77,7 +77,7 @@ def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     OmegaConf.save(config, folder / "config.yaml")
-    model = open_gates(ours(**sizes))
+    model = open_gates(fused_model(**sizes))
     load_pretrained(model, **pretrained)
     save_trained(model, folder / "fusion")
     return folder

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hf import clip_tower, edit, llama, ours, rename
+from hf import clip_tower, edit, fused_model, llama, rename
 from safetensors.torch import load_file, save_file
 from support import TinyEncoder, same_state, state, text, tiny_decoder
 
@@ -26,7 +26,7 @@ def refused(model, *complaints, **folders):
 
 
 def test_only_what_was_asked_for_changes(folders):
-    model = ours(fusion_vocab_size=2, fusion_init=torch.randn(2, 24))
+    model = fused_model(fusion_vocab_size=2, fusion_init=torch.randn(2, 24))
     before = state(model)
     load_pretrained(model, decoder=folders["decoder"])
     changed = {
@@ -42,7 +42,7 @@ def test_only_what_was_asked_for_changes(folders):
 
 
 def test_parameters_stay_themselves_and_keep_their_dtype(folders):
-    model = ours().bfloat16()
+    model = fused_model().bfloat16()
     parameters = dict(model.named_parameters())
     load_pretrained(model, **folders)
     assert all(p is parameters[name] for name, p in model.named_parameters())
@@ -58,7 +58,7 @@ def test_all_that_does_not_fit_is_one_error(folders):
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(24)
     save_file(tensors, file)
     message = refused(
-        ours(),
+        fused_model(),
         f"decoder from {folders['decoder']}",
         "missing: norm.scale",
         "missing: layers.1.mlp.w3.weight",
@@ -74,7 +74,7 @@ def test_problems_of_both_parts_come_together(folders):
     rename(folders["encoder"], lambda key: key.replace("pre_layrnorm", "pre_layernorm"))
     rename(folders["decoder"], lambda key: key.replace("model.norm", "model.last_norm"))
     refused(
-        ours(),
+        fused_model(),
         "unexpected: pre_layernorm.weight",
         "missing: ln_pre.weight",
         "unexpected: model.last_norm.weight",
@@ -116,7 +116,7 @@ def test_problems_of_both_parts_come_together(folders):
 )
 def test_settings_that_no_shape_shows_are_compared(folders, changes, complaint):
     edit(folders["decoder"], **changes)
-    refused(ours(), complaint, **folders)
+    refused(fused_model(), complaint, **folders)
 
 
 def test_scaled_rope_is_compared_number_by_number(folders):
@@ -126,16 +126,16 @@ def test_scaled_rope_is_compared_number_by_number(folders):
         rope_scaling=scaling | {"original_max_position_embeddings": 8192},
         rope_parameters=None,
     )
-    refused(ours(rope_scale_factor=32), "rope scale_factor 8, the model has 32", **folders)
+    refused(fused_model(rope_scale_factor=32), "rope scale_factor 8, the model has 32", **folders)
     edit(folders["decoder"], rope_scaling=None)
-    refused(ours(rope_scale_factor=32), "rope scale_factor 1, the model has 32", **folders)
+    refused(fused_model(rope_scale_factor=32), "rope scale_factor 1, the model has 32", **folders)
 
 
 def test_settings_of_the_tower_are_compared(folders):
-    refused(ours(vision_num_heads=4), "num_attention_heads 5, the model has 4", **folders)
+    refused(fused_model(vision_num_heads=4), "num_attention_heads 5, the model has 4", **folders)
     edit(folders["encoder"], hidden_act="gelu", layer_norm_eps=1e-6)
     refused(
-        ours(),
+        fused_model(),
         "hidden_act gelu, the model has quick_gelu",
         "layer_norm_eps 1e-06, the model has 1e-05",
         **folders,
@@ -144,23 +144,23 @@ def test_settings_of_the_tower_are_compared(folders):
 
 def test_a_tied_head_in_either_place(tmp_path):
     theirs = llama(tmp_path, tie_word_embeddings=True)
-    untied = ours(tie_word_embeddings=False)
+    untied = fused_model(tie_word_embeddings=False)
     load_pretrained(untied, decoder=tmp_path)  # one tensor there, two here
     assert torch.equal(untied.output.weight, theirs.lm_head.weight)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    tied = ours(tie_word_embeddings=True)
+    tied = fused_model(tie_word_embeddings=True)
     load_pretrained(tied, decoder=tmp_path)  # two tensors there, one here
     with torch.no_grad():
         torch.testing.assert_close(tied.eval()(text()), theirs(text()).logits, rtol=0, atol=1e-4)
     tensors["lm_head.weight"] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    refused(ours(tie_word_embeddings=True), "unexpected: lm_head.weight", decoder=tmp_path)
+    refused(fused_model(tie_word_embeddings=True), "unexpected: lm_head.weight", decoder=tmp_path)
     edit(tmp_path, tie_word_embeddings=False)
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    refused(ours(tie_word_embeddings=False), "missing: output.weight", decoder=tmp_path)
+    refused(fused_model(tie_word_embeddings=False), "missing: output.weight", decoder=tmp_path)
 
 
 def test_buffers_of_early_files_are_passed_over(folders):
@@ -168,17 +168,17 @@ def test_buffers_of_early_files_are_passed_over(folders):
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
     save_file(tensors, file)
-    load_pretrained(ours(), **folders)
+    load_pretrained(fused_model(), **folders)
 
 
 def test_a_llama_without_its_head_prefix(folders):
     rename(folders["decoder"], lambda key: key.removeprefix("model."))
-    load_pretrained(ours(), **folders)
+    load_pretrained(fused_model(), **folders)
 
 
 def test_named_encoders(tmp_path, folders):
     clip_tower(tmp_path / "other")
-    model = fuse(tiny_decoder(), {"a": ours().encoder, "b": ours().encoder}, every=3)
+    model = fuse(tiny_decoder(), {"a": fused_model().encoder, "b": fused_model().encoder}, every=3)
     before = state(model)
     load_pretrained(model, encoder={"a": folders["encoder"]})
     assert not torch.equal(model.encoders["a"].conv.weight, before["encoders.a.conv.weight"])
@@ -191,7 +191,7 @@ def test_named_encoders(tmp_path, folders):
 
 def test_nothing_to_load():
     with pytest.raises(ValueError, match="nothing to load from: the model's parts are decoder, encoder"):
-        load_pretrained(ours())
+        load_pretrained(fused_model())
 
 
 def test_a_model_of_another_make_is_named(folders):
@@ -203,9 +203,9 @@ def test_a_model_of_another_make_is_named(folders):
 
 def test_a_model_without_memory_gets_it_tensor_by_tensor(folders):
     with torch.device("meta"):
-        model = ours()
+        model = fused_model()
     load_pretrained(model, **folders)
-    expected = ours()
+    expected = fused_model()
     load_pretrained(expected, **folders)
     added = set(get_fusion_params(model))
     here, there = model.state_dict(), expected.state_dict()
@@ -220,7 +220,9 @@ def test_integers_are_no_weights(folders):
     tensors = load_file(file)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
     save_file(tensors, file)
-    refused(ours(), "dtype: model.norm.weight is torch.int32, norm.scale is torch.float32", **folders)
+    refused(
+        fused_model(), "dtype: model.norm.weight is torch.int32, norm.scale is torch.float32", **folders
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8_weight_only", "nf4"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf import clip_tower, llama, ours
+from hf import clip_tower, fused_model, llama
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +31,7 @@ def folders(tmp_path):
 
 def make(name, **options):
     new = {"every": 1, "fusion_vocab_size": 2, "fusion_head": True}
-    return ours(**{**new, **ARCHS[name], **options})
+    return fused_model(**{**new, **ARCHS[name], **options})
 
 
 def fused(model):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf import clip_tower, llama, ours, whole_clip
+from hf import clip_tower, fused_model, llama, whole_clip
 from support import text
 
 from torchfuse import load_pretrained
@@ -19,7 +19,7 @@ def close(got, expected):
 def test_llama(tmp_path, tied, kv_heads, shard):
     theirs = llama(tmp_path, shard=shard, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "9KB")
-    model = ours(tie_word_embeddings=tied, num_kv_heads=kv_heads).eval()
+    model = fused_model(tie_word_embeddings=tied, num_kv_heads=kv_heads).eval()
     load_pretrained(model, decoder=tmp_path)
     tokens = text(3, 47)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_llama_with_scaled_rope(tmp_path):
         "original_max_position_embeddings": 8192,
     }
     theirs = llama(tmp_path, rope_parameters=rope, max_position_embeddings=131_072)
-    model = ours(rope_base=500_000, rope_scale_factor=32).eval()
+    model = fused_model(rope_base=500_000, rope_scale_factor=32).eval()
     load_pretrained(model, decoder=tmp_path)
     tokens = text(2, 47)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_llama_with_scaled_rope(tmp_path):
 @pytest.mark.parametrize("keep_cls", [False, True])
 def test_clip_tower(tmp_path, activation, layer, keep_cls):
     theirs = clip_tower(tmp_path, hidden_act=activation)
-    model = ours(vision_activation=activation, feature_layer=layer, keep_cls=keep_cls).eval()
+    model = fused_model(vision_activation=activation, feature_layer=layer, keep_cls=keep_cls).eval()
     load_pretrained(model, encoder=tmp_path)
     images = torch.randn(4, 3, 12, 12)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_clip_tower(tmp_path, activation, layer, keep_cls):
 def test_clip_in_its_other_spellings(tmp_path, spelling):
     old = spelling == "old"
     vision = clip_tower(tmp_path, old=True) if old else whole_clip(tmp_path).vision_model
-    model = ours().eval()
+    model = fused_model().eval()
     load_pretrained(model, encoder=tmp_path)
     images = torch.randn(4, 3, 12, 12)
     with torch.no_grad():
@@ -79,9 +79,9 @@ def test_both_at_once_and_text_to_the_bit(tmp_path):
         {"every": 1, "fusion_vocab_size": 2},
         {"arch": "joint_decoder", "encoder_token": 40, "every": None},
     ):
-        model = ours(**options).eval()
+        model = fused_model(**options).eval()
         load_pretrained(model, decoder=tmp_path / "llama", encoder=tmp_path / "clip")
-        alone = ours().eval()
+        alone = fused_model().eval()
         load_pretrained(alone, decoder=tmp_path / "llama")
         with torch.no_grad():
             assert torch.equal(model(text()), alone.decoder(text()))

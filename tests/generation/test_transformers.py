@@ -7,7 +7,7 @@ are random and large, so that answers vary: a model that repeats one token prove
 import pytest
 import torch
 import torch.nn.functional as F
-from hf import LLAMA, MLLAMA_TEXT, llava, mllama, stop_the_leak
+from hf import LLAMA, MLLAMA_TEXT, drop_attention_without_images, llava, mllama
 
 from torchfuse import from_pretrained, generate
 from torchfuse.encoders.mllama_tiles import encoder_mask_of_tiles
@@ -150,7 +150,7 @@ def test_mllama(tmp_path, monkeypatch):
     leaking = hf_answer(hf_model, rows.tokens, **rows.hf_inputs())
     assert not torch.equal(leaking[0][0, LAST], alone[0][0, LAST])
     assert torch.equal(got[0][0, LAST], alone[0][0, LAST])
-    stop_the_leak(monkeypatch, rows.shown.flatten(2).any(dim=-1))
+    drop_attention_without_images(monkeypatch, rows.shown.flatten(2).any(dim=-1))
     expected = hf_answer(hf_model, rows.tokens, **rows.hf_inputs())
     assert torch.equal(expected[0][0, LAST], alone[0][0, LAST])
     same_answers(got, expected)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf import llama, ours
+from hf import fused_model, llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import same_state, state
@@ -31,7 +31,7 @@ THEIRS = {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
 }
-OURS = {
+SIZES = {
     "vocab_size": 11,
     "embed_dim": 12,
     "intermediate_dim": 7,
@@ -639,7 +639,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(**OURS)
+    return fused_model(**SIZES)
 
 
 def check(model, before, files, folder, words):

@@ -69,7 +69,7 @@ def checkpoints(tmp_path_factory):
     settings |= {"image_mean": image_transform.mean, "image_std": image_transform.std}
     (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(settings))
     torch.manual_seed(3)
-    model = open_gates(hf.ours(fusion_vocab_size=1))
+    model = open_gates(hf.fused_model(fusion_vocab_size=1))
     load_pretrained(model, decoder=folder / "llama", encoder=folder / "clip")
     with torch.no_grad():
         for parameter in model.adapter.parameters():
@@ -78,7 +78,7 @@ def checkpoints(tmp_path_factory):
     config = {
         "model": {
             "_component_": "torchfuse.models.builders.llama_clip",
-            **hf.OURS,
+            **hf.FUSED,
             "fusion_vocab_size": 1,
         },
         "pretrained": {"decoder": "llama", "encoder": "clip"},
@@ -403,7 +403,7 @@ def test_mllama_answers_equal_those_of_transformers_with_each_image_as_one_tile(
                 "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
                 "cross_attention_mask": mask,
             }
-            hf.stop_the_leak(monkeypatch, mask[:, :, 0, 0])
+            hf.drop_attention_without_images(monkeypatch, mask[:, :, 0, 0])
         got = reference.generate(
             input_ids=tokens, **given, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0
         )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf import LLAMA, VISION, clip_tower, llama, ours
+from hf import LLAMA, VISION, clip_tower, fused_model, llama
 from models.architectures import move, two_encoders
 from ranks import run_on_ranks
 from support import inputs, same_state, state, tiny_decoder
@@ -43,7 +43,7 @@ def pretrained(tmp_path_factory):
 
 def make(arch, **options):
     """With other weights at each call: none of them are those that are loaded."""
-    return ours(arch=arch, **{"every": None, **ARCHS[arch], **options}).eval()
+    return fused_model(arch=arch, **{"every": None, **ARCHS[arch], **options}).eval()
 
 
 def loaded(arch, pretrained, **options):

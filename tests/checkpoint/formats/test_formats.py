@@ -15,8 +15,8 @@ from hf import (
     llama,
     llava,
     mllama,
-    random_llama_numbers,
-    random_tower_numbers,
+    random_llama_config,
+    random_tower_config,
     shake,
 )
 from torch import Tensor
@@ -70,7 +70,7 @@ def tokens(vocab: int, rows: int = 2, length: int = 23, seed: int = 5) -> Tensor
 @no_grad
 @pytest.mark.parametrize("seed", SEEDS)
 def test_llama(tmp_path, seed):
-    numbers = random_llama_numbers(seed)
+    numbers = random_llama_config(seed)
     theirs = llama(tmp_path / "llama", **numbers)
     tower(tmp_path / "clip", CLIPVisionModel, CLIPVisionConfig(**VISION))
     model = from_pretrained(decoder=tmp_path / "llama", encoder=tmp_path / "clip", every=2).eval()
@@ -99,7 +99,7 @@ def tower(folder, kind, config):
 @no_grad
 @pytest.mark.parametrize("seed", SEEDS)
 def test_clip(tmp_path, seed):
-    config = CLIPVisionConfig(**random_tower_numbers(seed), hidden_act=("quick_gelu", "gelu")[seed % 2])
+    config = CLIPVisionConfig(**random_tower_config(seed), hidden_act=("quick_gelu", "gelu")[seed % 2])
     theirs = tower(tmp_path / "clip", CLIPVisionModel, config)
     llama(tmp_path / "llama")
     layer = seed % (config.num_hidden_layers + 1)
@@ -126,7 +126,7 @@ def test_clip(tmp_path, seed):
 @no_grad
 @pytest.mark.parametrize("seed", SEEDS)
 def test_siglip(tmp_path, seed):
-    config = SiglipVisionConfig(**random_tower_numbers(seed))
+    config = SiglipVisionConfig(**random_tower_config(seed))
     theirs = tower(tmp_path / "siglip", SiglipVisionModel, config)
     llama(tmp_path / "llama")
     model = from_pretrained(

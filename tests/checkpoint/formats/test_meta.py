@@ -16,10 +16,10 @@ from torchtune_models import (
     RATIOS,
     VOCAB,
     example,
-    our_encoder,
-    our_model,
-    their_model,
-    with_their_epsilons,
+    torchfuse_encoder,
+    torchfuse_model,
+    torchtune_model,
+    with_torchtune_epsilons,
 )
 
 from torchfuse import load_pretrained
@@ -80,7 +80,7 @@ LARGE = PUBLISHED | {
 
 def meta_model():
     """torchtune's model of these sizes."""
-    return their_model(intermediate_dim=HIDDEN)
+    return torchtune_model(intermediate_dim=HIDDEN)
 
 
 def meta_folder(folder, theirs, params=PARAMS, **more):
@@ -107,7 +107,7 @@ def same(got, expected):
 
 def our_sizes(**encoder):
     """What Meta's file fits: the weights were trained with tokens padded to eights."""
-    return our_model(our_encoder(**{"pad_tokens_to": 8} | encoder), intermediate_dim=HIDDEN)
+    return torchfuse_model(torchfuse_encoder(**{"pad_tokens_to": 8} | encoder), intermediate_dim=HIDDEN)
 
 
 @pytest.fixture
@@ -133,11 +133,13 @@ def test_a_directory_becomes_a_model(tmp_path, tiny_vision):
     same(model.state_dict(), expected_of(theirs))
     assert model.encoder.pad_tokens_to == 8
     # torchtune's tower has no padding tokens; with as few here, the numbers are its own.
-    plain = our_model(intermediate_dim=HIDDEN)
+    plain = torchfuse_model(intermediate_dim=HIDDEN)
     plain.load_state_dict(model.state_dict())
     tokens, beside = example([[(2, 2)], [(1, 4)], [(4, 1)]])
     expected = theirs(tokens, **beside)
-    torch.testing.assert_close(with_their_epsilons(plain)(tokens, **beside), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        with_torchtune_epsilons(plain)(tokens, **beside), expected, rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
     assert (model(tokens, **beside) - expected).abs().max() > 1e-3  # the padding tokens count
 

@@ -19,14 +19,14 @@ from torchtune_models import (
     VOCAB,
     WIDTH,
     example,
-    our_decoder,
-    our_encoder,
-    our_model,
     shake,
-    their_decoder,
-    their_encoder,
-    their_model,
-    with_their_epsilons,
+    torchfuse_decoder,
+    torchfuse_encoder,
+    torchfuse_model,
+    torchtune_decoder,
+    torchtune_encoder,
+    torchtune_model,
+    with_torchtune_epsilons,
 )
 
 from torchfuse import DeepFusionModel, EarlyFusionModel, export, fuse, load_pretrained
@@ -76,8 +76,8 @@ def their_reader(folder, file, out):
 def ours_around(parts):
     """Our model with torchtune's tower: around a plain decoder, or around their fused one."""
     if parts == "plain":
-        return with_their_epsilons(our_model(their_encoder()))
-    return DeepFusionModel(their_decoder(), their_encoder()).eval()
+        return with_torchtune_epsilons(torchfuse_model(torchtune_encoder()))
+    return DeepFusionModel(torchtune_decoder(), torchtune_encoder()).eval()
 
 
 @pytest.mark.format(
@@ -88,7 +88,7 @@ def ours_around(parts):
 @pytest.mark.parametrize("parts", ["plain", "theirs"])
 @torch.no_grad()
 def test_state_dicts_go_both_ways(parts):
-    theirs, ours = their_model(), ours_around(parts)
+    theirs, ours = torchtune_model(), ours_around(parts)
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     ours.load_state_dict(theirs.state_dict(), strict=True)
     tokens, beside = example(ANY_TILES)
@@ -100,7 +100,7 @@ def test_state_dicts_go_both_ways(parts):
     )
     close(ours(tokens), theirs(tokens))
     assert (theirs(tokens) - expected).abs().max() > 0.5  # the images matter
-    other = model_fusion.DeepFusionModel(their_decoder(), their_encoder()).eval()
+    other = model_fusion.DeepFusionModel(torchtune_decoder(), torchtune_encoder()).eval()
     other.load_state_dict(before, strict=True)
     ours.load_state_dict(before, strict=True)
     got = other(tokens, **beside)
@@ -133,7 +133,7 @@ def decoded_with_caches(model, tokens, beside, num_features):
 
 @pytest.mark.parametrize("parts", ["plain", "theirs"])
 def test_cached_decoding_is_theirs(parts):
-    theirs, ours = their_model(), ours_around(parts)
+    theirs, ours = torchtune_model(), ours_around(parts)
     ours.load_state_dict(theirs.state_dict())
     tokens, beside = example(ANY_TILES)
     num_features = beside["encoder_mask"].shape[-1]
@@ -146,7 +146,7 @@ def test_cached_decoding_is_theirs(parts):
 @torch.no_grad()
 def test_their_epsilons_show_where_states_are_small():
     """Why the two norms of a fused layer are set by hand here."""
-    theirs, ours = their_model(), our_model(their_encoder())
+    theirs, ours = torchtune_model(), torchfuse_model(torchtune_encoder())
     state = theirs.state_dict()
     for name in (
         "tok_embeddings",
@@ -160,7 +160,7 @@ def test_their_epsilons_show_where_states_are_small():
     tokens, beside = example(ANY_TILES)
     expected = theirs(tokens, **beside)
     assert (ours(tokens, **beside) - expected).abs().max() > 1e-4
-    close(with_their_epsilons(ours)(tokens, **beside), expected)
+    close(with_torchtune_epsilons(ours)(tokens, **beside), expected)
 
 
 @pytest.mark.format(
@@ -170,21 +170,21 @@ def test_their_epsilons_show_where_states_are_small():
 @pytest.mark.parametrize("tower", ["theirs", "ours"])
 @torch.no_grad()
 def test_their_files_load(tmp_path, tower, suffix):
-    theirs = their_model()
+    theirs = torchtune_model()
     file = their_file(tmp_path, theirs, suffix)
-    ours = our_model(their_encoder() if tower == "theirs" else None)
+    ours = torchfuse_model(torchtune_encoder() if tower == "theirs" else None)
     load_pretrained(ours, file)
     expected = dict(theirs.state_dict())
     if tower == "ours":
         expected |= {name: grid_to_table(expected[name], RATIOS, 4) for name in TABLES}
     same(ours.state_dict(), expected)
     tokens, beside = example(NO_PADDING)
-    close(with_their_epsilons(ours)(tokens, **beside), theirs(tokens, **beside))
+    close(with_torchtune_epsilons(ours)(tokens, **beside), theirs(tokens, **beside))
 
 
 def test_a_file_that_does_not_fit_is_refused_whole(tmp_path):
-    file = their_file(tmp_path, their_model(embed_dim=WIDTH, intermediate_dim=43), ".pt")
-    ours = our_model()
+    file = their_file(tmp_path, torchtune_model(embed_dim=WIDTH, intermediate_dim=43), ".pt")
+    ours = torchfuse_model()
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.w1\.weight is \[43, 24\].* is \[41, 24\]"):
         load_pretrained(ours, file)
@@ -195,9 +195,9 @@ def test_a_file_that_does_not_fit_is_refused_whole(tmp_path):
 
 def a_model_that_a_grid_can_hold(folder):
     """All random, and with the embeddings of tiles of a grid."""
-    model = our_model()
+    model = torchfuse_model()
     folder.mkdir()
-    load_pretrained(model, their_file(folder, their_model(), ".pt"))
+    load_pretrained(model, their_file(folder, torchtune_model(), ".pt"))
     return model
 
 
@@ -214,14 +214,14 @@ def test_an_export_is_read_there_and_here(tmp_path, dtype):
     reader = their_reader(tmp_path / "export", "model.safetensors", tmp_path / "out")
     state = reader.load_checkpoint()["model"]
     assert {tensor.dtype for tensor in state.values()} == {dtype}
-    theirs = their_model()
+    theirs = torchtune_model()
     theirs.load_state_dict(state, strict=True)
     again = from_pretrained(tmp_path / "export").eval()
     same(again.state_dict(), ours.state_dict())
     tokens, beside = example(NO_PADDING)
     if dtype == torch.float32:
-        close(theirs(tokens, **beside), with_their_epsilons(ours)(tokens, **beside))
-        assert torch.equal(with_their_epsilons(again)(tokens, **beside), ours(tokens, **beside))
+        close(theirs(tokens, **beside), with_torchtune_epsilons(ours)(tokens, **beside))
+        assert torch.equal(with_torchtune_epsilons(again)(tokens, **beside), ours(tokens, **beside))
     # torchtune trains, saves, and copies what stood beside.
     reader.save_checkpoint({"model": shake(theirs).state_dict()}, epoch=5)
     (file,) = (tmp_path / "out" / "epoch_5").glob("*.bin")
@@ -238,7 +238,7 @@ def test_parts_that_no_config_describes_go_out_and_in(tmp_path):
     shake(ours)
     export(ours, tmp_path / "export", format="torchtune")
     same(load_file(tmp_path / "export" / "model.safetensors"), ours.state_dict())
-    theirs = their_model()
+    theirs = torchtune_model()
     theirs.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"), strict=True)
     tokens, beside = example(ANY_TILES)
     close(theirs(tokens, **beside), ours(tokens, **beside))
@@ -252,7 +252,7 @@ def test_parts_that_no_config_describes_go_out_and_in(tmp_path):
 def test_a_described_export_loads_into_parts_that_are_not(tmp_path):
     ours = a_model_that_a_grid_can_hold(tmp_path / "from")
     export(ours, tmp_path / "export", format="torchtune")
-    other = our_model(their_encoder())
+    other = torchfuse_model(torchtune_encoder())
     load_pretrained(other, tmp_path / "export")
     same(other.state_dict(), load_file(tmp_path / "export" / "model.safetensors"))
 
@@ -261,8 +261,8 @@ def test_settings_that_differ_from_the_export_are_named(tmp_path):
     ours = a_model_that_a_grid_can_hold(tmp_path / "from")
     export(ours, tmp_path / "export", format="torchtune")
     other = fuse(
-        our_decoder(num_heads=3, num_kv_heads=1),
-        our_encoder(intermediate_layers=[1, 2]),
+        torchfuse_decoder(num_heads=3, num_kv_heads=1),
+        torchfuse_encoder(intermediate_layers=[1, 2]),
         adapter=None,
         layers=FUSED,
         fusion_vocab_size=NEW,
@@ -346,9 +346,9 @@ def test_early_fusion_files_go_both_ways(tmp_path):
 def test_early_fusion_with_a_tower_of_tiles(tmp_path):
     """The tower of Llama 3.2 Vision keeps its grid under the name of its encoder."""
     theirs = model_fusion.EarlyFusionModel(
-        shake(our_decoder()), {"a": their_encoder()}, {"a": IMAGE}
+        shake(torchfuse_decoder()), {"a": torchtune_encoder()}, {"a": IMAGE}
     ).eval()
-    ours = EarlyFusionModel(our_decoder(), {"a": our_encoder()}, {"a": IMAGE}).eval()
+    ours = EarlyFusionModel(torchfuse_decoder(), {"a": torchfuse_encoder()}, {"a": IMAGE}).eval()
     load_pretrained(ours, their_file(tmp_path, theirs))
     tokens = torch.randint(0, VOCAB, (2, 47))
     tokens[:, 2:42] = IMAGE

@@ -1,4 +1,4 @@
-"""Benchmarks run, at a size that says nothing about speed."""
+"""Benchmarks run, at sizes whose speed means nothing."""
 
 import json
 import sys
@@ -21,10 +21,10 @@ def test_fusion_embedding(capsys):
     sizes = ["--vocab", "97", "--width", "5", "--batch", "2", "--length", "11", "--rounds", "3"]
     ratios = fusion_embedding.main(sizes)
     assert len(ratios) == 4
-    said = capsys.readouterr().out
-    assert "tables 97 + 8 x 5, fp32" in said
-    assert said.count("times as fast") == 4
-    assert said.count("torchtune  ") == 4
+    printed = capsys.readouterr().out
+    assert "tables 97 + 8 x 5, fp32" in printed
+    assert printed.count("times as fast") == 4
+    assert printed.count("torchtune  ") == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
@@ -32,18 +32,18 @@ def test_load(capsys, tmp_path):
     sizes = ["--width", "64", "--layers", "6", "--vocab", "101", "--shard", "100KB", "--rounds", "1"]
     ratios = load.main([*sizes, "--layouts", "shards", "--folder", str(tmp_path)])
     assert len(ratios) == 2
-    said = capsys.readouterr().out
-    assert "6 layers, width 64, vocabulary 101: fp32 in the files, loaded as bf16" in said
-    assert f"shards: {len(list((tmp_path / 'shards').glob('*.safetensors')))} of together" in said
-    assert said.count("\ntransformers  ") == 1
-    assert said.count(", peak ") == 2
+    printed = capsys.readouterr().out
+    assert "6 layers, width 64, vocabulary 101: fp32 in the files, loaded as bf16" in printed
+    assert f"shards: {len(list((tmp_path / 'shards').glob('*.safetensors')))} of together" in printed
+    assert printed.count("\ntransformers  ") == 1
+    assert printed.count(", peak ") == 2
 
 
 @pytest.fixture
 def run(tmp_path):
-    """What a finetuning run leaves, of a model that never learned anything."""
+    """The folder of a finetuning run, of a model that was not trained."""
     numbers = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 48}
-    # Random weights as large as those of other tests let any rounding grow from layer to layer.
+    # With weights as large as in other tests any rounding error grows from layer to layer.
     llama(tmp_path / "llama", **numbers, initializer_range=0.05)
     clip_tower(tmp_path / "clip")
     sees = {"size": 12, "crop_size": 12, "image_mean": [0.3, 0.4, 0.5], "image_std": [0.2, 0.3, 0.4]}
@@ -90,10 +90,10 @@ def test_quantized_answers(capsys, run):
         assert 0 < compared.moved < 0.02
         assert 0 < compared.moved_answers < 0.02
         assert compared.same in (0, 1 / 3, 2 / 3, 1)
-    said = capsys.readouterr().out
-    assert "int8_weight_only of decoder\n3 questions of " in said
-    assert "weights quantized: 22, " in said
-    assert said.count("within 2%") == 2
+    printed = capsys.readouterr().out
+    assert "int8_weight_only of decoder\n3 questions of " in printed
+    assert "weights quantized: 22, " in printed
+    assert printed.count("within 2%") == 2
 
 
 def test_quantized_answers_of_some_questions_and_another_scheme(capsys, run):
@@ -101,5 +101,5 @@ def test_quantized_answers_of_some_questions_and_another_scheme(capsys, run):
     found = quantized_answers.main(["--run", str(run), *options, "--parts", "decoder", "encoder"])
     assert list(found) == ["fp32"]
     assert found["fp32"].moved > 0.003  # three bits of mantissa
-    said = capsys.readouterr().out
-    assert "float8_weight_only of decoder, encoder\n1 questions of " in said
+    printed = capsys.readouterr().out
+    assert "float8_weight_only of decoder, encoder\n1 questions of " in printed

@@ -1,21 +1,15 @@
-"""The benchmark of decoding runs, at a size that says nothing about speed."""
-
-import functools
+"""The decoding benchmark runs, at a size whose speed means nothing."""
 
 import pytest
 import torch
 from benchmarks import decode
-
-from torchfuse.generation import session
+from generation.models import trace_only
 
 
 @pytest.fixture
 def traced(monkeypatch):
-    @functools.cache
-    def compiled(function, device):
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-
-    monkeypatch.setattr(session, "compiled", compiled)
+    trace_only(monkeypatch)
+    yield
     torch._dynamo.reset()
 
 
@@ -23,11 +17,11 @@ def test_decode(capsys, traced):
     sizes = ["--size", "tiny", "--dtype", "fp32", "--rows", "1", "3", "--rounds", "1"]
     ratios = decode.main([*sizes, "--prompt", "7", "--new", "5", "--quantized", "int8_weight_only"])
     assert set(ratios) == {("tiny", "fp32", what) for what in ("compiled", "quantized", "batch")}
-    said = capsys.readouterr().out
-    assert "figures of a GPU are not measured" in said
+    printed = capsys.readouterr().out
+    assert "figures of a GPU are not measured" in printed
     names = ("transformers ", "torchtune ", "torchfuse ")
-    rows = [line for line in said.splitlines() if line.startswith(names) and line.endswith("%")]
+    rows = [line for line in printed.splitlines() if line.startswith(names) and line.endswith("%")]
     assert len(rows) == 2 * 6
     exact = [line for line in rows if "int8" not in line]
-    assert all(line.endswith(" 100%") for line in exact), said
-    assert "torchfuse compiled, 3 rows / 1: " in said
+    assert all(line.endswith(" 100%") for line in exact), printed
+    assert "torchfuse compiled, 3 rows / 1: " in printed

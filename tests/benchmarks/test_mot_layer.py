@@ -8,6 +8,6 @@ def test_mot_layer(capsys):
     ratios = mot_layer.main(sizes.split())
     assert list(ratios) == ["forward", "forward + backward"]
     assert all(ratio > 0 for ratio in ratios.values())
-    said = capsys.readouterr().out
-    assert "5 image and 3 text tokens, 2 rows, width 12" in said
-    assert said.count("mot / dense") == 2
+    printed = capsys.readouterr().out
+    assert "5 image and 3 text tokens, 2 rows, width 12" in printed
+    assert printed.count("mot / dense") == 2

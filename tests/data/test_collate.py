@@ -18,7 +18,7 @@ def sample(length, images, *, labels=True):
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_each_row_keeps_what_it_had(left):
+def test_rows_keep_their_tokens_images_and_masks(left):
     samples = [sample(4, 2), sample(7, 0), sample(5, 1)]
     batch = padded_collate_images(samples, padding_idx=7, ignore_idx=-1, pad_left=left)
     assert batch["tokens"].shape == batch["labels"].shape == (3, 7)
@@ -44,7 +44,7 @@ def test_text_alone_has_no_encoder_input_and_prompts_no_labels():
     assert list(batch) == ["tokens"]
 
 
-def test_what_does_not_agree_is_named():
+def test_masks_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="the batch is empty"):
         padded_collate_images([])
     wrong = sample(4, 2) | {"encoder_mask": torch.ones(4, 5, dtype=torch.bool)}

@@ -58,7 +58,7 @@ def test_equals_transformers_processor(tmp_path, size, options):
 
 
 @pytest.mark.parametrize("options", ASKED[:2], ids=str)
-def test_is_near_to_transformers_other_backend(tmp_path, options):
+def test_is_near_transformers_torchvision_backend(tmp_path, options):
     processor = CLIPImageProcessor(image_mean=MEAN, image_std=STD, **options)
     processor.save_pretrained(tmp_path)
     # Resizing rounds to whole levels of 255, and two of them may differ by two.
@@ -68,10 +68,10 @@ def test_is_near_to_transformers_other_backend(tmp_path, options):
 
 @pytest.mark.parametrize("kind", ["CLIP", "Bit", "Siglip", "Blip", "DeiT", "ViT"])
 @pytest.mark.parametrize(
-    "asked", [{}, {"do_center_crop": True}, {"resample": 0}, {"size": {"height": 7, "width": 7}}]
+    "options", [{}, {"do_center_crop": True}, {"resample": 0}, {"size": {"height": 7, "width": 7}}]
 )
-def test_what_a_file_does_not_mention_is_as_in_the_processor_it_names(tmp_path, kind, asked):
-    config = {"size": 13, "crop_size": 11, "image_mean": MEAN, "image_std": STD, **asked}
+def test_keys_that_a_file_lacks_are_those_of_its_processor(tmp_path, kind, options):
+    config = {"size": 13, "crop_size": 11, "image_mean": MEAN, "image_std": STD, **options}
     expected = pixels(getattr(transformers, f"{kind}ImageProcessorPil")(**config), picture())
     write(tmp_path, image_processor_type=f"{kind}ImageProcessorFast", **config)
     if expected.shape[1] != expected.shape[2]:
@@ -81,7 +81,7 @@ def test_what_a_file_does_not_mention_is_as_in_the_processor_it_names(tmp_path, 
         torch.testing.assert_close(ImageTransform.from_directory(tmp_path)(picture()), expected)
 
 
-def test_files_of_old_and_files_that_name_no_processor_are_read(tmp_path):
+def test_old_files_and_files_without_a_processor_are_read(tmp_path):
     config = {"size": 13, "crop_size": 11, "image_mean": MEAN, "image_std": STD}
     expected = pixels(CLIPImageProcessorPil(**config), picture())
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "resample": None, "do_pad": False}
@@ -143,14 +143,14 @@ def test_crops_after_resizing_not_instead(tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_by_its_key(tmp_path, options, message):
+def test_unsupported_values_are_refused_by_key(tmp_path, options, message):
     config = {"size": {"shortest_edge": 11}, "crop_size": 11, "image_mean": MEAN, "image_std": STD}
     assert ImageTransform.from_directory(write(tmp_path, **config)).size == 11
     with pytest.raises(ValueError, match=message):
         ImageTransform.from_directory(write(tmp_path, **(config | options)))
 
 
-def test_a_preprocessor_file_that_says_nothing_is_named(tmp_path):
+def test_missing_and_empty_preprocessor_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"preprocessor_config\.json cannot be read"):
         ImageTransform.from_directory(tmp_path)
     with pytest.raises(
@@ -159,7 +159,7 @@ def test_a_preprocessor_file_that_says_nothing_is_named(tmp_path):
         ImageTransform.from_directory(write(tmp_path))
 
 
-def test_normalises_as_the_equations_say():
+def test_normalises_by_definition():
     image = picture(8, 8)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     expected = (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

@@ -78,7 +78,7 @@ def test_text_alone(folder):
     assert sample["encoder_mask"].shape == (7, 0)
 
 
-def test_decode_ends_at_the_end(folder):
+def test_decode_stops_at_the_stop_token(folder):
     assert transform(folder).decode([TWO, MARK, ONE, EOS, DIGIT]) == "two one"
     assert transform(folder).stop_tokens == (EOS,)
     assert transform(folder).pad_id == PAD
@@ -196,7 +196,7 @@ def test_lines_end_where_json_lines_end(folder):
 
 
 @pytest.mark.parametrize("begin", [0, 1, 5])
-def test_padding_never_looks_like_a_begin(folder, begin):
+def test_padding_differs_from_bos(folder, begin):
     config = {"bos_token_id": begin, "eos_token_id": begin}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = TextTokenizer(folder)
@@ -232,7 +232,7 @@ def test_first_and_last_tokens_are_ids(folder, ids):
         TextTokenizer(folder)
 
 
-def test_questions_are_checked_before_anything_is_learned(folder):
+def test_check_questions(folder):
     short, long = (
         Question("which ?", answer="one"),
         Question("which digit ?", answer="two and one and two"),

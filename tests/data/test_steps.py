@@ -33,53 +33,53 @@ def questions(tmp_path):
     return load
 
 
-def asked(step):
+def questions_of(step):
     """Which questions are in a step, by the word behind ``w4``."""
     return [int(row[(row == 4).nonzero()[0] + 1]) - 5 for batch in step for row in batch["tokens"]]
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(None, 6), (5, 5), (100, 6)])
-def test_as_many_steps_as_were_told(questions, max_steps, expected):
+def test_number_of_steps(questions, max_steps, expected):
     options = {"batch_size": 3, "batches_per_step": 2, "epochs": 3, "max_steps": max_steps}
     num_steps, steps = optimizer_steps(questions("last"), **options)
     steps = list(steps)
     assert num_steps == len(steps) == expected
-    assert all(len(step) == 2 and len(asked(step)) == 6 for step in steps)
+    assert all(len(step) == 2 and len(questions_of(step)) == 6 for step in steps)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 6])
-def test_steps_that_were_taken_are_left_out_and_nothing_of_theirs_is_read(questions, start, monkeypatch):
+def test_skipped_steps_read_no_question(questions, start, monkeypatch):
     options = {"batch_size": 3, "batches_per_step": 2, "epochs": 3, "seed": 3}
-    whole = [asked(step) for step in optimizer_steps(questions("last"), **options)[1]]
+    whole = [questions_of(step) for step in optimizer_steps(questions("last"), **options)[1]]
     read, get = [], QuestionDataset.__getitem__
     monkeypatch.setattr(
         QuestionDataset, "__getitem__", lambda self, index: read.append(index) or get(self, index)
     )
     num_steps, steps = optimizer_steps(questions("last"), start=start, **options)
     assert num_steps == 6
-    assert [asked(step) for step in steps] == whole[start:]
+    assert [questions_of(step) for step in steps] == whole[start:]
     assert len(read) == 6 * (6 - start)
     limited = optimizer_steps(questions("last"), start=start, max_steps=5, **options)[1]
-    assert [asked(step) for step in limited] == whole[start:5]
+    assert [questions_of(step) for step in limited] == whole[start:5]
 
 
-def test_an_epoch_asks_nothing_twice_and_the_next_has_another_order(questions):
+def test_an_epoch_repeats_no_question_and_the_next_has_another_order(questions):
     _, steps = optimizer_steps(questions("all"), batch_size=2, epochs=2, seed=3)
-    orders = [asked(step) for step in steps]
+    orders = [questions_of(step) for step in steps]
     first, second = ([n for step in half for n in step] for half in (orders[:6], orders[6:]))
     assert len(set(first)) == len(set(second)) == len(first) == 12
     assert first != second
     _, again = optimizer_steps(questions("all"), batch_size=2, epochs=2, seed=3)
-    assert [asked(step) for step in again] == orders
+    assert [questions_of(step) for step in again] == orders
     _, other = optimizer_steps(questions("all"), batch_size=2, epochs=2, seed=4)
-    assert [asked(step) for step in other] != orders
+    assert [questions_of(step) for step in other] != orders
 
 
-def test_ranks_share_what_one_would_have_alone(questions):
+def test_ranks_together_have_the_questions_of_one_process(questions):
     def order(rank, world_size, batch_size):
         options = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
         num_steps, steps = optimizer_steps(questions("all"), **options)
-        steps = [asked(step) for step in steps]
+        steps = [questions_of(step) for step in steps]
         assert len(steps) == num_steps == 3
         return steps
 
@@ -97,7 +97,7 @@ def test_too_few_for_one_step(questions):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_are_counted_alike_whatever_stands_for_an_image(questions, layout):
+def test_tokens_are_counted_alike_in_every_layout(questions, layout):
     data = questions(layout)
     batch = padded_collate_images(list(data), data.transform.pad_id)
     words = [

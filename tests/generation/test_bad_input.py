@@ -1,25 +1,21 @@
-"""What is wrong is named before any work: no encoder runs, no cache is set up or written to."""
+"""Errors are raised before any work: no encoder runs, no cache is set up or written to."""
 
 import pytest
 import torch
-from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, open_gates, text, tiny_decoder
+from generation import models
+from generation.models import ARCHS, GREEDY, prompt
+from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, text
 
-from torchfuse import fuse, generate
+from torchfuse import generate
 from torchfuse.generation import Session
 from torchfuse.generation.sampling import Sampling
 
-ARCHS = {
-    "cross_attention": {"every": 2},
-    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
-    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
-}
 LONGEST = 53  # what the model holds
 ROOM = 31  # what a session's caches hold
-GREEDY = Sampling(temperature=0)
 
 
 class CountingEncoder(TinyEncoder):
-    """Remembers that it ran, and says beforehand how many features it would return."""
+    """Counts its calls."""
 
     ran = 0
 
@@ -29,20 +25,16 @@ class CountingEncoder(TinyEncoder):
 
 
 def make(name):
-    model = fuse(tiny_decoder(max_seq_len=LONGEST), CountingEncoder(), **ARCHS[name]).eval()
-    return open_gates(model) if name == "cross_attention" else model
-
-
-def prompt(name, length=11, features=FEATURES):
-    tokens = text(2, length)
-    if name == "placeholder":
-        tokens[:, 1 : 1 + features] = IMAGE
-    return tokens
+    return models.make(name, CountingEncoder(), max_seq_len=LONGEST)
 
 
 # -- generate -----------------------------------------------------------------------------------------
 
 BAD_CALLS = {
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    "temperature": ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+    "top_k": ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    "penalty": ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
     "pad": (
         {"pad_id": VOCAB},
         rf"pad_id \[{VOCAB}\] must lie in \[0, {VOCAB}\), the ids that the model",
@@ -65,10 +57,10 @@ BAD_CALLS = {
 @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("problem", BAD_CALLS)
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_call_that_cannot_be_served_encodes_nothing(name, problem, compile_it):
+def test_a_bad_call_encodes_nothing(name, problem, compile_it):
     model, (call, complaint) = make(name), BAD_CALLS[problem]
     call = {"max_new_tokens": 3, "length": 11, "compile": compile_it} | call
-    tokens = prompt(name, call.pop("length"))
+    tokens = prompt(name, length=call.pop("length"))
     tokens[:, -1] = call.pop("last", 1)
     with pytest.raises(ValueError, match=complaint):
         generate(model, tokens, encoder_input=inputs(), **call)
@@ -102,7 +94,7 @@ def test_images_and_their_tokens_differ_in_number(given):
     assert not model.caches_are_setup()
 
 
-def test_a_mask_that_hides_features_of_image_tokens_is_named_before_the_encoder_runs():
+def test_a_mask_that_hides_features_of_image_tokens_is_refused_before_the_encoder_runs():
     """What belongs to a row is known without its features where a mask says so."""
     model = make("placeholder")
     mask = torch.arange(FEATURES) < torch.tensor([[FEATURES - 1], [FEATURES]])
@@ -114,10 +106,10 @@ def test_a_mask_that_hides_features_of_image_tokens_is_named_before_the_encoder_
     assert not model.caches_are_setup()
 
 
-def test_a_prompt_that_fits_only_without_its_features_is_named_before_anything_is_set_up():
+def test_a_prompt_that_fits_only_without_its_features_sets_up_nothing():
     model = make("prefix")
     with pytest.raises(ValueError, match=rf"{FEATURES} encoder tokens and 3 new ones are more than"):
-        generate(model, prompt("prefix", LONGEST - 5), encoder_input=inputs(), max_new_tokens=3)
+        generate(model, prompt("prefix", length=LONGEST - 5), encoder_input=inputs(), max_new_tokens=3)
     assert not model.caches_are_setup()
 
 
@@ -135,8 +127,8 @@ BAD_TURNS = {
 }
 
 
-def said_after(model, name, turn):
-    """A first turn, whatever ``turn`` does, and the answer to the last; with penalty, which remembers."""
+def answer_after(model, name, turn):
+    """Run a first turn, ``turn``, and a last one whose answer depends on the tokens of all."""
     sampling = Sampling(temperature=0, repetition_penalty=1.3)
     options = {"max_new_tokens": 4, "sampling": sampling, "scores": "logits"}
     embeds = model.encode(inputs())
@@ -159,20 +151,20 @@ def is_refused(model, complaint, tokens, **call):
     return turn
 
 
-def goes_on_as_if_nothing_had_been(model, name, turn):
-    got, expected = said_after(model, name, turn), said_after(model, name, lambda *_: None)
+def check_that_nothing_changes(model, name, turn):
+    got, expected = answer_after(model, name, turn), answer_after(model, name, lambda *_: None)
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
 
 
 @pytest.mark.parametrize("problem", BAD_TURNS)
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_turn_that_cannot_be_served_leaves_the_session_as_it_was(name, problem):
+def test_a_bad_turn_leaves_the_session_unchanged(name, problem):
     model, (call, complaint) = make(name), dict(BAD_TURNS)[problem]
     call = {"length": 5} | call
     tokens = text(2, call.pop("length"), seed=7)
     tokens[:, -1] = call.pop("last", 1)
-    goes_on_as_if_nothing_had_been(model, name, is_refused(model, complaint, tokens, **call))
+    check_that_nothing_changes(model, name, is_refused(model, complaint, tokens, **call))
 
 
 @pytest.mark.parametrize(
@@ -185,20 +177,22 @@ def test_a_turn_that_cannot_be_served_leaves_the_session_as_it_was(name, problem
     ],
     ids=["too many", "other rows", "fewer than tokens", "behind text"],
 )
-def test_features_that_do_not_fit_leave_the_session_as_it_was(name, features, rows, complaint):
+def test_features_that_do_not_fit_leave_the_session_unchanged(name, features, rows, complaint):
     model = make(name)
     embeds = model.encode(inputs(rows, features, seed=6))
-    turn = is_refused(model, complaint, prompt(name, 9), encoder_embeds=embeds)
-    goes_on_as_if_nothing_had_been(model, name, turn)
+    turn = is_refused(model, complaint, prompt(name, length=9), encoder_embeds=embeds)
+    check_that_nothing_changes(model, name, turn)
 
 
 @pytest.mark.parametrize("name", ["cross_attention", "placeholder"])
-def test_a_mask_that_does_not_fit_leaves_the_session_as_it_was(name):
+def test_a_mask_that_does_not_fit_leaves_the_session_unchanged(name):
     model = make(name)
     given = {"encoder_embeds": model.encode(inputs(seed=6))}
     given["encoder_mask"] = torch.ones(2, FEATURES + 1, dtype=torch.bool)
-    turn = is_refused(model, rf"encoder_mask covers {FEATURES + 1} features", prompt(name, 9), **given)
-    goes_on_as_if_nothing_had_been(model, name, turn)
+    turn = is_refused(
+        model, rf"encoder_mask covers {FEATURES + 1} features", prompt(name, length=9), **given
+    )
+    check_that_nothing_changes(model, name, turn)
 
 
 @pytest.mark.parametrize("name", ["cross_attention", "prefix"])
@@ -206,7 +200,7 @@ def test_more_features_than_a_session_has_room_for(name):
     model = make(name)
     embeds = [model.encode(inputs(num=num)) for num in (FEATURES, FEATURES + 2)]
     options = {"max_new_tokens": 4, "sampling": GREEDY, "scores": "logits"}
-    said = []
+    answers = []
     for interrupted in (True, False):
         with Session(model, batch_size=2, max_tokens=ROOM, max_features=FEATURES) as session:
             if interrupted:
@@ -215,8 +209,8 @@ def test_more_features_than_a_session_has_room_for(name):
                 ):
                     session.answer(text(2, 9), encoder_embeds=embeds[1], **options)
                 assert session.length == 0 and model.cache_state is None
-            said.append(session.answer(prompt(name), encoder_embeds=embeds[0], **options))
-    assert torch.equal(said[0][1], said[1][1])
+            answers.append(session.answer(prompt(name), encoder_embeds=embeds[0], **options))
+    assert torch.equal(answers[0][1], answers[1][1])
 
 
 def test_the_model_refuses_more_features_than_its_caches_hold_before_any_layer_runs():

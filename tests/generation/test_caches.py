@@ -3,56 +3,32 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import IMAGE, TinyEncoder, inputs, open_gates, text, tiny_decoder
+from generation import models
+from generation.models import AN_IMAGE, ARCHS, GREEDY, LENGTHS, WIDE, mixed_rows
+from support import IMAGE, inputs, text
 from torchtune.modules.common_utils import delete_kv_caches
 
-from torchfuse import fuse, generate
+from torchfuse import generate, set_trainable
 from torchfuse.generation import Session
-from torchfuse.generation.sampling import Sampling
 from torchfuse.modules.kv_cache import EncoderKVCache, KVCache
 
-ARCHS = {
-    "cross_attention": {"every": 2},
-    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
-    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
-}
 HEADS = 6
-AN_IMAGE = 3  # features of one image
-LENGTHS = (9, 13, 11)  # of prompts with no image, one and two
-WIDE = 2 * AN_IMAGE  # features of a row
 STEPS = 9
-GREEDY = Sampling(temperature=0)
+
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def make(name, kv_heads=2, **options):
-    decoder = tiny_decoder(num_heads=HEADS, num_kv_heads=kv_heads, embed_dim=24, max_seq_len=71)
-    model = fuse(decoder, TinyEncoder(), **ARCHS[name], **options).eval()
-    with torch.no_grad():
-        for parameter in model.adapter.parameters():
-            parameter.mul_(30)  # features that outweigh the embeddings, so that they change the answer
-    return open_gates(model) if name == "cross_attention" else model
-
-
-def mixed_rows(name):
-    """Prompts of rows with no image, one and two, without padding, and which features they have."""
-    rows = [text(1, length, seed)[0] for seed, length in enumerate(LENGTHS)]
-    if name == "placeholder":
-        rows[1][4 : 4 + AN_IMAGE] = IMAGE
-        rows[2][:AN_IMAGE] = rows[2][5 : 5 + AN_IMAGE] = IMAGE
-    return rows, torch.arange(WIDE) < torch.tensor([[0], [AN_IMAGE], [WIDE]])
-
-
-def left_padded(rows):
-    longest = max(map(len, rows))
-    return torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
+def make(name, kv_heads=2, device="cpu"):
+    sizes = {"num_heads": HEADS, "num_kv_heads": kv_heads, "embed_dim": 24, "max_seq_len": 71}
+    return models.make(name, device=device, **sizes)
 
 
 def scored(model, x, name, **options):
     """The greedy answer of the mixed rows, and the logits at each of its steps."""
-    rows, valid = mixed_rows(name)
+    _, batch, valid = mixed_rows(name, x["x"].device)
     return generate(
         model,
-        left_padded(rows),
+        batch,
         encoder_input=x,
         encoder_mask=valid,
         max_new_tokens=STEPS,
@@ -63,14 +39,15 @@ def scored(model, x, name, **options):
 
 
 @torch.no_grad()
+@devices
 @pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
 @pytest.mark.parametrize("name", ARCHS)
-def test_every_step_of_mixed_rows_equals_each_row_alone_without_caches(name, kv_heads):
-    model, x = make(name, kv_heads), inputs(3, WIDE)
-    said, logits = scored(model, x, name)
-    rows, valid = mixed_rows(name)
+def test_every_step_of_mixed_rows_equals_each_row_alone_without_caches(name, kv_heads, device):
+    model, x = make(name, kv_heads, device), {"x": inputs(3, WIDE)["x"].to(device)}
+    answers, logits = scored(model, x, name)
+    rows, _, valid = mixed_rows(name, device)
     for row, prompt in enumerate(rows):
-        sequence = said[row, -STEPS - len(prompt) : -1][None]
+        sequence = answers[row, -STEPS - len(prompt) : -1][None]
         assert torch.equal(sequence[0, : len(prompt)], prompt)
         alone = {"encoder_input": {"x": x["x"][row, valid[row]][None]}} if row else {}
         expected = model(sequence, **alone)[0, -STEPS:]
@@ -87,13 +64,13 @@ def test_features_reach_the_rows_that_have_them_and_no_other(name):
     assert torch.equal(after[0], before[0])
     assert ((after[1:] - before[1:]).abs().amax(dim=-1) > 1e-2).all()  # at every step
     padding = {"x": x["x"].clone()}
-    padding["x"][1, AN_IMAGE:] = 11  # what stands where row 1 has no second image
+    padding["x"][1, AN_IMAGE:] = 11  # where row 1 has no second image
     assert torch.equal(scored(model, padding, name)[1], before)
 
 
 def answer(model, name, *, features, tokens, poison=False):
-    """As ``scored``, in a session with room for so much, in whose caches something may stand."""
-    rows, valid = mixed_rows(name)
+    """As ``scored``, in a session with caches of these sizes, which may hold other values before."""
+    _, batch, valid = mixed_rows(name)
     embeds = model.encode(inputs(3, WIDE))
     options = {"batch_size": 3, "max_features": features, "max_tokens": tokens}
     with Session(model, **options) as session:
@@ -102,9 +79,7 @@ def answer(model, name, *, features, tokens, poison=False):
                 if buffer.dim() == 4:  # keys and values
                     buffer.fill_(1e4)
         given = {"encoder_embeds": embeds, "encoder_mask": valid}
-        return session.answer(
-            left_padded(rows), max_new_tokens=STEPS, sampling=GREEDY, scores="logits", **given
-        )
+        return session.answer(batch, max_new_tokens=STEPS, sampling=GREEDY, scores="logits", **given)
 
 
 @torch.no_grad()
@@ -112,10 +87,10 @@ def answer(model, name, *, features, tokens, poison=False):
 @pytest.mark.parametrize("name", ARCHS)
 def test_caches_larger_than_needed_change_nothing(name, poison):
     model, needed = make(name), max(LENGTHS) + STEPS - 1
-    said, logits = answer(model, name, features=WIDE, tokens=needed)
+    tokens_needed, logits = answer(model, name, features=WIDE, tokens=needed)
     for features, tokens in ((WIDE + 5, needed), (WIDE, needed + 11), (WIDE + 5, needed + 11)):
         got = answer(model, name, features=features, tokens=tokens, poison=poison)
-        assert torch.equal(got[0], said)
+        assert torch.equal(got[0], tokens_needed)
         torch.testing.assert_close(got[1], logits, rtol=0, atol=2e-6)
 
 
@@ -139,7 +114,7 @@ def set_up(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHS)
-def test_reset_caches_are_as_good_as_new(name):
+def test_reset_caches_equal_new_ones(name):
     model = make(name)
     first, second = text(2, 13, seed=1), text(2, 8, seed=2)
     if name == "placeholder":
@@ -166,8 +141,8 @@ def test_reset_caches_are_as_good_as_new(name):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
 @pytest.mark.parametrize("name", ["cross_attention", "prefix"])
-def test_keys_and_values_are_read_where_they_stand(name, kv_heads, monkeypatch):
-    """Nothing is copied to the heads of queries: attention gets the caches themselves."""
+def test_attention_reads_the_caches_themselves(name, kv_heads, monkeypatch):
+    """Nothing is copied to the heads of queries."""
     model, steps, attend = make(name, kv_heads), [], F.scaled_dot_product_attention
 
     def spy(q, k, v, *args, **kwargs):
@@ -211,22 +186,18 @@ def test_keys_of_features_are_computed_once_for_all_turns():
     assert ran == [1]
 
 
-def learning(name):
-    model = make(name, decoder_trainable=True).train()
-    set_up(model)
-    return model
-
-
 @pytest.mark.parametrize("name", ARCHS)
 def test_caches_are_refused_in_training(name):
-    """Keys kept from a call without gradient have none: what made them would not learn, silently."""
-    model = learning(name)
+    """Cached keys have no gradient: the weights that made them would not train, silently."""
+    model = make(name).train()
+    set_trainable(model, decoder=True)
+    set_up(model)
     before = [buffer.clone() for buffer in model.buffers()]
     with pytest.raises(ValueError, match=r"[Cc]aches are for inference.*eval\(\).*no_grad"):
         run(model, text(2, 8), 1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
     with torch.no_grad():
-        assert not run(model, text(2, 8), 2).requires_grad  # as a recipe that shows samples does
+        assert not run(model, text(2, 8), 2).requires_grad  # as in a recipe that prints samples
     assert not any(buffer.requires_grad for buffer in model.buffers())
     delete_kv_caches(model)
     model(text(2, 8)).square().mean().backward()

@@ -1,33 +1,24 @@
-"""Generation on a GPU, by the bodies that run on the CPU too; and what a GPU would trip over, without one.
+"""Generation on a GPU, by test bodies that run on the CPU too, and what CUDA graphs need, without one.
 
-CUDA graphs replay a recording: what a graph writes to must stand where it stood, and what it returned is
-overwritten by the next. Both can be seen in the graphs themselves, before any device records them.
+CUDA graphs replay a recording: a graph's mutated tensors must keep their addresses, and its results are
+overwritten by the next replay. Both can be checked on the traced graphs, before any device records them.
 """
 
 import contextlib
-import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support import IMAGE, TinyEncoder, inputs, open_gates, text, tiny_decoder
+from generation import models
+from generation.models import ARCHS, GREEDY, WIDE, mixed_rows, seeded
+from support import inputs, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchfuse import fuse, generate, quantize
-from torchfuse.generation import Session, session
+from torchfuse import generate, quantize
+from torchfuse.generation import Session
 from torchfuse.generation.sampling import Sampling
 
-ARCHS = {
-    "cross_attention": {"every": 2},
-    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
-    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
-}
 SCHEMES = ("int8_weight_only", "int8_dynamic", "float8_weight_only", "nf4")
-AN_IMAGE = 3  # features of one image
-LENGTHS = (9, 13, 11)  # of prompts with no image, one and two
-WIDE = 2 * AN_IMAGE
 STEPS = 17
-GREEDY = Sampling(temperature=0)
 
 on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 devices = pytest.mark.parametrize("device", ["cpu", on_gpu])
@@ -35,23 +26,7 @@ archs = pytest.mark.parametrize("name", ARCHS)
 
 
 def make(name, device, **decoder):
-    model = fuse(tiny_decoder(max_seq_len=131, **decoder), TinyEncoder(), **ARCHS[name]).eval()
-    with torch.no_grad():
-        for parameter in model.adapter.parameters():
-            parameter.mul_(30)
-    model.requires_grad_(False)
-    return (open_gates(model) if name == "cross_attention" else model).to(device)
-
-
-def mixed_rows(name, device):
-    """Prompts without padding, their batch, and which features each row has."""
-    rows = [text(1, length, seed)[0] for seed, length in enumerate(LENGTHS)]
-    if name == "placeholder":
-        rows[1][4 : 4 + AN_IMAGE] = IMAGE
-        rows[2][:AN_IMAGE] = rows[2][5 : 5 + AN_IMAGE] = IMAGE
-    batch = torch.stack([F.pad(row, (max(LENGTHS) - len(row), 0)) for row in rows])
-    valid = torch.arange(WIDE) < torch.tensor([[0], [AN_IMAGE], [WIDE]])
-    return [row.to(device) for row in rows], batch.to(device), valid.to(device)
+    return models.make(name, device=device, **decoder).requires_grad_(False)
 
 
 def pixels(device, batch=3):
@@ -62,25 +37,7 @@ def of_row(row, x, valid):
     return {"encoder_input": {"x": x["x"][row, valid[row]][None]}} if row else {}
 
 
-def seeded(device, *seeds):
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-
 # -- the same on any device ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@devices
-@archs
-def test_every_step_of_mixed_rows_equals_each_row_alone_without_caches(name, device):
-    model, x = make(name, device), pixels(device)
-    rows, batch, valid = mixed_rows(name, device)
-    given = {"encoder_input": x, "encoder_mask": valid}
-    said, logits = generate(model, batch, **given, max_new_tokens=STEPS, temperature=0, scores="logits")
-    for row, prompt in enumerate(rows):
-        sequence = said[row, -STEPS - len(prompt) : -1][None]
-        expected = model(sequence, **of_row(row, x, valid))[0, -STEPS:]
-        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
 
 
 @devices
@@ -90,9 +47,9 @@ def test_rows_sample_as_if_alone(name, device):
     rows, batch, valid = mixed_rows(name, device)
     options = {"max_new_tokens": STEPS, "temperature": 1.2, "top_k": 19, "top_p": 0.97}
     given = {"encoder_input": x, "encoder_mask": valid}
-    together = generate(model, batch, **given, **options, generator=seeded(device, 5, 6, 7))
+    together = generate(model, batch, **given, **options, generator=seeded(5, 6, 7, device=device))
     for row, prompt in enumerate(rows):
-        generator = seeded(device, 5 + row)
+        generator = seeded(5 + row, device=device)
         alone = generate(model, prompt[None], **of_row(row, x, valid), **options, generator=generator)
         assert torch.equal(alone[0, -STEPS:], together[row, -STEPS:])
 
@@ -113,26 +70,22 @@ def test_quantized_models_answer(scheme, device):
     if refused:
         assert device != "cpu" and f"{scheme} does not run on {device}" in refused
         return
-    moved = (model(tokens, **given) - expected).norm() / expected.norm()
-    assert 0 < moved < {"nf4": 0.3, "float8_weight_only": 0.06}.get(scheme, 0.02)
-    said = generate(model, tokens, **given, max_new_tokens=5, temperature=0)
+    error = (model(tokens, **given) - expected).norm() / expected.norm()
+    assert 0 < error < {"nf4": 0.3, "float8_weight_only": 0.06}.get(scheme, 0.02)
+    answer = generate(model, tokens, **given, max_new_tokens=5, temperature=0)
     for at in range(11, 16):
-        assert torch.equal(model(said[:, :at], **given)[:, -1].argmax(-1), said[:, at])
+        assert torch.equal(model(answer[:, :at], **given)[:, -1].argmax(-1), answer[:, at])
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Compiled for the device: on the CPU traced whole and run as they are, which takes seconds."""
+    """Graphs compiled on CUDA, and traced only on the CPU."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
-    @functools.cache
-    def traced(function, kind):
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-
     def choose(device):
         if device == "cpu":
-            monkeypatch.setattr(session, "compiled", traced)
+            models.trace_only(monkeypatch, "aot_eager")
 
     yield choose
     torch._dynamo.reset()
@@ -151,13 +104,13 @@ def test_compiled_equals_eager(name, device, graphs):
     _, batch, valid = mixed_rows(name, device)
     given = {"encoder_input": x, "encoder_mask": valid, "max_new_tokens": STEPS, "temperature": 0}
     eager = generate(model, batch, **given)
-    for _ in range(2):  # the second time on other caches
+    for _ in range(2):  # the second time with other caches
         assert torch.equal(generate(model, batch, **given, compile=True), eager)
-    # Whatever keeps CUDA graphs from being recorded leaves a step as slow as its launches.
+    # Without recorded CUDA graphs a step is as slow as its kernel launches.
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-# -- nobody waits for the device ----------------------------------------------------------------------
+# -- no synchronisation with the device ----------------------------------------------------------------
 
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,
@@ -168,8 +121,8 @@ WAITING = {
 }
 
 
-class Watch(TorchDispatchMode):
-    """While it is on, what would make a host wait for its device raises, on either."""
+class SyncGuard(TorchDispatchMode):
+    """While it is on, operations that make the host wait for its device raise, on the CPU too."""
 
     def __init__(self, device):
         super().__init__()
@@ -190,31 +143,31 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def answer_watched(model, name, device, compile_it, sampling, generator=None):
-    """A watch that is on from the fifth token to the last but one, when all is warm."""
+def answer_guarded(model, name, device, compile_it, sampling, generator=None):
+    """Answer under a guard that is on from the fifth token to the last but one."""
     _, batch, valid = mixed_rows(name, device)
-    watch, heard = Watch(device), []
+    guard, streamed = SyncGuard(device), []
 
     def stream(token):
-        heard.append(token)
-        watch.turn(5 <= len(heard) < STEPS)
+        streamed.append(token)
+        guard.turn(5 <= len(streamed) < STEPS)
 
     sizes = {"batch_size": 3, "max_tokens": 64, "max_features": WIDE, "compile": compile_it}
     given = {"encoder_embeds": model.encode(pixels(device)), "encoder_mask": valid, "stream": stream}
     given |= {"max_new_tokens": STEPS, "sampling": sampling, "generator": generator}
     with Session(model, **sizes) as talk:
         try:
-            # A device says itself when it is waited for, and compiles nothing under a watch.
-            with watch if device == "cpu" else contextlib.nullcontext():
+            # CUDA has its own sync debug mode, and compiles nothing under a dispatch mode.
+            with guard if device == "cpu" else contextlib.nullcontext():
                 talk.answer(batch, **given)
         finally:
-            watch.turn(False)
-    assert len(heard) == STEPS
-    return watch
+            guard.turn(False)
+    assert len(streamed) == STEPS
+    return guard
 
 
-# On the CPU placeholders are counted by looking at them, so that a mistake can be named.
-UNSEEN = [
+# On the CPU placeholders are counted by value, so that a wrong number is an error.
+WITHOUT_SYNC = [
     ("cross_attention", "cpu"),
     pytest.param("prefix", "cpu"),
     *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ARCHS),
@@ -222,19 +175,19 @@ UNSEEN = [
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("name", "device"), UNSEEN)
+@pytest.mark.parametrize(("name", "device"), WITHOUT_SYNC)
 def test_no_token_waits_for_the_device(name, device, sampled):
     sampling = Sampling(0.9, top_k=11, top_p=0.9, repetition_penalty=1.2) if sampled else GREEDY
-    generator = seeded(device, 1, 2, 3) if sampled else None
-    watch = answer_watched(make(name, device), name, device, False, sampling, generator)
-    assert device != "cpu" or watch.seen > 100  # it was on
+    generator = seeded(1, 2, 3, device=device) if sampled else None
+    guard = answer_guarded(make(name, device), name, device, False, sampling, generator)
+    assert device != "cpu" or guard.seen > 100  # it was on
 
 
 @pytest.mark.parametrize("call", [lambda t: t.sum().item(), lambda t: t[t > 0]], ids=["item", "mask"])
-def test_the_watch_sees_what_waits(call):
-    with Watch("cpu") as watch:
+def test_the_guard_raises(call):
+    with SyncGuard("cpu") as guard:
         call(torch.ones(3))
-        watch.turn(True)
+        guard.turn(True)
         with pytest.raises(AssertionError, match="aten"):
             call(torch.ones(3))
 
@@ -243,15 +196,15 @@ def test_the_watch_sees_what_waits(call):
 @archs
 def test_no_compiled_token_waits_for_the_device(name):
     torch._dynamo.reset()
-    answer_watched(make(name, "cuda"), name, "cuda", True, GREEDY)
+    answer_guarded(make(name, "cuda"), name, "cuda", True, GREEDY)
     torch._dynamo.reset()
 
 
-# -- what CUDA graphs ask of a graph ------------------------------------------------------------------
+# -- requirements of CUDA graphs -----------------------------------------------------------------------
 
 
 class Recorded:
-    """A backend that runs graphs as they are and notes what recording them would break."""
+    """A backend that runs graphs uncompiled and collects what would break when they are recorded."""
 
     def __init__(self):
         self.runs = 0
@@ -282,27 +235,21 @@ class Recorded:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    torch._dynamo.reset()
     backend = Recorded()
-
-    @functools.cache
-    def compiled(function, kind):
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-
-    monkeypatch.setattr(session, "compiled", compiled)
+    models.trace_only(monkeypatch, backend)
     yield backend
     torch._dynamo.reset()
 
 
 @archs
-def test_graphs_are_fit_to_be_recorded(name, recorded):
+def test_graphs_can_be_recorded(name, recorded):
     model = make(name, "cpu")
     _, batch, valid = mixed_rows(name, "cpu")
     given = {"encoder_input": pixels("cpu"), "encoder_mask": valid}
     generate(model, batch, **given, max_new_tokens=4, temperature=0, compile=True)
     assert recorded.runs == 4
-    # Inductor leaves a graph that writes to anything but a static address to plain launches, and says so
-    # only in a log; mark_static_address says that it is one.
+    # Inductor does not record a graph that mutates anything but a static address, and only logs it;
+    # mark_static_address marks these tensors as such.
     assert recorded.moves == set()
-    # What is kept from one graph for a later one must be a copy, or written in place.
+    # A result that a later graph takes must be a copy, or written in place.
     assert recorded.stale == set()

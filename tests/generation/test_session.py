@@ -1,59 +1,43 @@
 import pytest
 import torch
-from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, open_gates, text, tiny_decoder
+from generation.models import ARCHS, GREEDY, make, prompt
+from support import FEATURES, VOCAB, inputs, text
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from torchfuse import fuse, generate
+from torchfuse import generate
 from torchfuse.generation import Session, sample
-from torchfuse.generation.sampling import Sampling
-
-ARCHS = {
-    "cross_attention": {"every": 2},
-    "placeholder": {"arch": "joint_decoder", "encoder_token": IMAGE},
-    "prefix": {"arch": "joint_decoder", "placement": "prefix"},
-}
-GREEDY = Sampling(temperature=0)
-
-
-def make(name):
-    model = fuse(tiny_decoder(max_seq_len=97), TinyEncoder(), **ARCHS[name]).eval()
-    with torch.no_grad():
-        for parameter in model.adapter.parameters():
-            parameter.mul_(30)
-    return open_gates(model) if name == "cross_attention" else model
 
 
 def first_turn(name):
-    tokens = text(2, 11)
+    tokens = prompt(name)
     if name == "placeholder":
-        tokens[:, 1 : 1 + FEATURES] = IMAGE
-    tokens[0, :2] = 0  # a shorter prompt
-    if name == "placeholder":
-        tokens[0] = tokens[1].roll(0)
+        tokens[0] = tokens[1]
+    else:
+        tokens[0, :2] = 0  # a shorter prompt
     return tokens
 
 
 @torch.no_grad()
 def without_caches(model, turns, steps, embeds):
-    """All turns again at every step, rows one by one and without padding."""
+    """All turns again at every step, row by row and without padding."""
     rows = []
     for row in range(2):
         sequence, answers = torch.zeros(1, 0, dtype=torch.long), []
         for turn in turns:
             prompt = turn[row : row + 1]
             sequence = torch.cat([sequence, prompt[:, (prompt[0] != 0).nonzero()[0, 0] :]], dim=1)
-            said = []
+            new = []
             for _ in range(steps):
                 logits = model(sequence, encoder_embeds=embeds[row : row + 1])
-                said.append(logits[:, -1].argmax(-1))
-                sequence = torch.cat([sequence, said[-1][None]], dim=1)
-            answers.append(torch.stack(said, dim=1))
+                new.append(logits[:, -1].argmax(-1))
+                sequence = torch.cat([sequence, new[-1][None]], dim=1)
+            answers.append(torch.stack(new, dim=1))
         rows.append(answers)
     return [torch.cat([rows[row][turn] for row in range(2)]) for turn in range(len(turns))]
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_second_question_goes_on_behind_the_first_and_encodes_nothing(name):
+def test_a_second_turn_follows_the_first_and_encodes_nothing(name):
     model = make(name)
     embeds = model.encode(inputs())
     turns = [first_turn(name), text(2, 5, seed=9)]
@@ -72,7 +56,7 @@ def test_a_second_question_goes_on_behind_the_first_and_encodes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_row_that_stopped_early_goes_on_as_if_alone(name):
+def test_a_row_that_stopped_early_continues_as_if_alone(name):
     model = make(name)
     embeds, prompt = model.encode(inputs()), first_turn(name)
     with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
@@ -98,21 +82,6 @@ def test_a_row_that_stopped_early_goes_on_as_if_alone(name):
         assert torch.equal(two[row], alone[row][1][0])
 
 
-def test_every_step_equals_the_model_without_caches():
-    for name in ARCHS:
-        model = make(name)
-        tokens, steps = first_turn(name), 9
-        tokens[0] = tokens[1].roll(0 if name == "placeholder" else 3)
-        sequence, logits = generate(
-            model, tokens, encoder_input=inputs(), max_new_tokens=steps, temperature=0, scores="logits"
-        )
-        with torch.no_grad():
-            expected = model(sequence[:, :-1], encoder_input=inputs())[:, -steps:]
-        if name == "placeholder":
-            assert torch.isinf(logits[..., IMAGE:]).all()
-        torch.testing.assert_close(logits[..., :VOCAB], expected[..., :VOCAB], rtol=0, atol=1e-5)
-
-
 def test_log_probabilities_on_request():
     model = make("prefix")
     options = {"encoder_input": inputs(), "max_new_tokens": 5, "temperature": 0}
@@ -123,7 +92,7 @@ def test_log_probabilities_on_request():
     assert torch.equal(scores.argmax(-1), sequence[:, 7:])
 
 
-def test_features_that_were_encoded_before():
+def test_encoder_embeds_equal_encoder_input():
     model = make("cross_attention")
     options = {"max_new_tokens": 5, "temperature": 0}
     embeds = model.encode(inputs())
@@ -131,25 +100,6 @@ def test_features_that_were_encoded_before():
     assert torch.equal(generate(model, text(2, 7), encoder_embeds=embeds, **options), one)
     with pytest.raises(ValueError, match="encoder_input or encoder_embeds, not both"):
         generate(model, text(2, 7), encoder_input=inputs(), encoder_embeds=embeds, **options)
-
-
-def test_a_generator_for_each_row_makes_rows_independent():
-    model, prompt = make("cross_attention"), text(3, 9)
-    embeds = model.encode(inputs(batch=3))
-
-    def seeded(*seeds):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    options = {"max_new_tokens": 12, "temperature": 1.3}
-    together = generate(model, prompt, encoder_embeds=embeds, generator=seeded(5, 6, 7), **options)
-    for row in range(3):
-        at = slice(row, row + 1)
-        alone = generate(
-            model, prompt[at], encoder_embeds=embeds[at], generator=seeded(5 + row), **options
-        )
-        assert torch.equal(together[at], alone)
-    with pytest.raises(ValueError, match="generators by row must be 3, got 2"):
-        generate(model, prompt, generator=seeded(1, 2), **options)
 
 
 def test_rows_may_have_stop_tokens_of_their_own():
@@ -176,7 +126,7 @@ def test_repetition_penalty_is_transformers(penalty):
 
 
 @torch.no_grad()
-def test_a_strong_penalty_never_repeats_what_the_row_holds():
+def test_a_strong_penalty_prevents_all_repetition():
     model, prompt = make("placeholder"), first_turn("placeholder")
     sequence = generate(
         model, prompt, encoder_input=inputs(), max_new_tokens=12, temperature=0, repetition_penalty=1e9
@@ -186,25 +136,6 @@ def test_a_strong_penalty_never_repeats_what_the_row_holds():
         new = row[held:]
         assert len(set(new)) == len(new)
         assert not set(new) & set(row[:held])
-
-
-@pytest.mark.parametrize(
-    ("call", "complaint"),
-    [
-        ({"stop_tokens": [VOCAB]}, r"stop_tokens \[37\] must lie in \[0, 37\), what the head scores"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"scores": "everything"}, 'scores must be "logits" or "log_probs"'),
-        ({"top_p": 1.5, "top_k": 0}, r"top_k must be at least 1, got 0; top_p must lie in \(0, 1\]"),
-    ],
-)
-def test_bad_input_is_named_before_anything_runs(call, complaint):
-    model = make("cross_attention")
-    ran = []
-    model.encoder.register_forward_hook(lambda *_: ran.append(1))
-    with pytest.raises(ValueError, match=complaint):
-        generate(model, text(), encoder_input=inputs(), max_new_tokens=3, **call)
-    assert ran == []
-    assert not model.caches_are_setup()
 
 
 def test_what_does_not_fit_into_the_session_is_named_and_changes_nothing():
@@ -224,7 +155,7 @@ def test_what_does_not_fit_into_the_session_is_named_and_changes_nothing():
         Session(model, batch_size=2, max_tokens=98)
 
 
-def test_a_turn_that_is_refused_leaves_the_conversation_as_it_was():
+def test_a_turn_that_the_model_refuses_changes_nothing():
     model = make("placeholder")
     embeds, prompt, again = model.encode(inputs()), first_turn("placeholder"), text(2, 4, seed=9)
 
@@ -239,7 +170,7 @@ def test_a_turn_that_is_refused_leaves_the_conversation_as_it_was():
     assert torch.equal(talk(interrupted=True), talk(interrupted=False))
 
 
-def test_caches_stay_where_they_are_and_enter_no_state_dict():
+def test_caches_keep_their_addresses_and_are_in_no_state_dict():
     model = make("cross_attention")
     keys = list(model.state_dict())
     with Session(model, batch_size=2, max_tokens=30, max_features=FEATURES) as session:
@@ -252,7 +183,7 @@ def test_caches_stay_where_they_are_and_enter_no_state_dict():
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_caches_that_are_there_are_used_and_given_back_empty(name):
+def test_the_models_own_caches_are_used_and_emptied(name):
     model = make(name)
     prompt, given = first_turn(name), {"encoder_input": inputs()}
     options = {"max_new_tokens": 6, "temperature": 0}
@@ -265,14 +196,14 @@ def test_caches_that_are_there_are_used_and_given_back_empty(name):
     with Session(model, batch_size=2, max_tokens=30, max_features=FEATURES) as session:
         embeds = model.encode(inputs())
         for _ in range(2):
-            said, _ = session.answer(prompt, max_new_tokens=6, encoder_embeds=embeds, sampling=GREEDY)
-            assert torch.equal(said, fresh[:, prompt.shape[1] :])
+            new, _ = session.answer(prompt, max_new_tokens=6, encoder_embeds=embeds, sampling=GREEDY)
+            assert torch.equal(new, fresh[:, prompt.shape[1] :])
             session.reset()
             assert session.length == 0
     assert model.caches_are_setup()
 
 
-def test_caches_that_do_not_fit_are_named_and_left_as_they_are():
+def test_caches_that_do_not_fit_are_named_and_unchanged():
     model = make("cross_attention")
     model.setup_caches(2, torch.float32, encoder_max_seq_len=5, decoder_max_seq_len=19)
     before = [buffer.clone() for buffer in model.buffers()]

@@ -207,7 +207,7 @@ def test_llava(tmp_path):
     assert torch.equal(expected[0][0, LAST], alone[0][0, LAST])
 
 
-def test_llava_with_images_one_behind_the_other(tmp_path):
+def test_llava_with_adjacent_images(tmp_path):
     """As transformers takes them; a fourth row, so that rows and images differ in number."""
     hf_model = llava(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), LlavaRows()

@@ -15,19 +15,19 @@ from torchfuse.tasks.text_stream import TextStream
 
 
 def turns(folder, layout):
-    """Two images, none, one more and one from before, none; all images come first where they must."""
+    """Two images, none, a new one and an old one, none; only in the first turn for a prefix."""
     a, b, c = images(folder).values()
-    asked = [
+    questions = [
         Question("w4 <image> w5 <image> w6", (a, b)),
         Question("w7 w8 w9"),
         Question("<image> w10 <image> w11", (c, a)),
         Question("w12"),
     ]
-    return [asked[0], asked[1], asked[3]] if layout == "prefix" else asked
+    return [questions[0], questions[1], questions[3]] if layout == "prefix" else questions
 
 
 def from_scratch(model, settings, questions, system=None):
-    """Each turn as one prompt with all that was said before it, all its images encoded anew."""
+    """Each turn as one prompt with all turns before it, all its images encoded again."""
     transform, sequence, shown, answers = settings.transform, [], [], []
     for question in questions:
         text = settings.template.fill(question.question, system=None if sequence else system)
@@ -56,7 +56,7 @@ def from_scratch(model, settings, questions, system=None):
 
 @pytest.mark.parametrize("system", [None, "w13 w14"], ids=["plain", "system"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_follow_ups_equal_the_whole_conversation_from_scratch(tmp_path, layout, system):
+def test_every_turn_equals_the_whole_conversation_from_scratch(tmp_path, layout, system):
     model, questions = model_for(layout), turns(tmp_path, layout)
     settings = make_settings(tmp_path, layout, template=Template("{text} w15 ", "w16 {text} w17"))
     expected = from_scratch(model, settings, questions, system)
@@ -64,19 +64,19 @@ def test_follow_ups_equal_the_whole_conversation_from_scratch(tmp_path, layout, 
     report = Report()
     options = {"max_tokens": 80, "max_images": 4, "system": system, "report": report}
     with Conversation(model, settings, **options) as conversation:
-        said = [conversation.ask(question) for question in questions]
-        assert (conversation.tokens, said) == expected
-    assert len(set(said)) > 1
-    num = 2 if layout == "prefix" else 3  # the image that came twice is encoded once
+        answers = [conversation.ask(question) for question in questions]
+        assert (conversation.tokens, answers) == expected
+    assert len(set(answers)) > 1
+    num = 2 if layout == "prefix" else 3  # the repeated image is encoded once
     assert model.encoder.seen == report.images == num
     assert not model.caches_are_setup()
     blind = from_scratch(
         model, settings, [Question(q.question.replace("<image>", "")) for q in questions], system
     )
-    assert blind[1] != said
+    assert blind[1] != answers
 
 
-def test_stops_end_an_answer_and_the_conversation_goes_on_behind_them(tmp_path):
+def test_turns_follow_the_stop_token_of_the_last_answer(tmp_path):
     model, questions = model_for("all"), turns(tmp_path, "all")
     free = from_scratch(model, make_settings(tmp_path, "all"), questions[:1])[1][0].split()
     stop = int(free[2][1:])
@@ -89,7 +89,7 @@ def test_stops_end_an_answer_and_the_conversation_goes_on_behind_them(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["all", "placeholder"])
-def test_a_new_conversation_is_as_the_first(tmp_path, layout):
+def test_a_conversation_after_reset_equals_the_first(tmp_path, layout):
     model, questions = model_for(layout), turns(tmp_path, layout)
     settings = make_settings(tmp_path, layout, sampling=Sampling(temperature=1.5), seed=3)
     with Conversation(model, settings, max_tokens=80, max_images=4) as conversation:
@@ -100,7 +100,7 @@ def test_a_new_conversation_is_as_the_first(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, layout):
+def test_a_turn_that_does_not_fit_changes_nothing(tmp_path, layout):
     model, questions = model_for(layout), turns(tmp_path, layout)
     settings, picture = make_settings(tmp_path, layout), images(tmp_path)["a"]
     with Conversation(model, settings, max_tokens=40, max_images=3) as conversation:
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, layout):
     assert [first, second] == from_scratch(model, settings, questions[:2])[1]
 
 
-def test_a_failure_in_the_middle_starts_anew(tmp_path):
+def test_an_error_in_the_middle_resets(tmp_path):
     model, questions = model_for("all"), turns(tmp_path, "all")
     settings = make_settings(tmp_path, "all")
 
@@ -137,7 +137,7 @@ def test_a_failure_in_the_middle_starts_anew(tmp_path):
         assert conversation.ask(questions[0]) == first
 
 
-def test_pieces_of_a_stream_are_the_answer(tmp_path):
+def test_the_pieces_of_a_stream_are_the_answer(tmp_path):
     model, questions = model_for("all"), turns(tmp_path, "all")
     with Conversation(
         model, make_settings(tmp_path, "all"), max_tokens=80, max_images=4
@@ -149,7 +149,7 @@ def test_pieces_of_a_stream_are_the_answer(tmp_path):
             assert len(pieces) == len(answer.split())
 
 
-def test_a_stream_breaks_neither_words_nor_characters():
+def test_a_stream_splits_neither_words_nor_characters():
     text = "naïve 猫🐈 né"
     pieces = []
     stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), pieces.append)
@@ -165,7 +165,7 @@ def test_a_stream_breaks_neither_words_nor_characters():
     assert half == ["n", "\ufffd"]
 
 
-def test_a_stream_whose_text_changes_is_written_anew():
+def test_a_stream_whose_text_changes_is_written_again():
     texts = ["", "do", "do not", "don't", "don't !"]
     pieces = []
     stream = TextStream(lambda ids: texts[len(ids)], pieces.append)
@@ -179,7 +179,7 @@ def test_chat(tmp_path):
     model, pictures = model_for("all"), images(tmp_path)
     settings, shown = make_settings(tmp_path, "all"), []
     (tmp_path / "broken.png").write_text("no image")
-    lines = f"""
+    typed = f"""
         /image {pictures["a"]}
         /image '{pictures["b"]}'
         /image {tmp_path}/none.png
@@ -198,28 +198,30 @@ def test_chat(tmp_path):
     """.splitlines()
     report = Report()
     with Conversation(model, settings, max_tokens=60, max_images=2, report=report) as conversation:
-        chat(conversation, lines, shown.append)
-    asked = [
+        chat(conversation, typed, shown.append)
+    questions = [
         Question("w4 <image> w5 <image> w6", (pictures["a"], pictures["b"])),
         Question("w7 w8 w9"),
         Question("w12"),
     ]
-    answers = from_scratch(model, settings, asked)[1] + from_scratch(model, settings, asked[2:])[1]
-    said = "".join(shown).splitlines()
-    assert said[:2] == [f"[{name}.png comes with the next question]" for name in "ab"]
-    assert "none.png cannot be opened" in said[2]
-    assert "broken.png is no image" in said[3]
-    assert said[4] == "[/image needs the path of an image]"
-    assert "has <image> 1 times, but there are 2 images; /image adds one" in said[5]
-    assert said[6] == answers[0]
-    assert said[7] == f"[/what is no command. {HELP}]"
-    assert said[8] == answers[1]
-    assert "[This turn does not fit any more: 90 tokens" in said[9]
-    assert said[10:] == [answers[2], "[a new conversation]", answers[3]]
+    answers = (
+        from_scratch(model, settings, questions)[1] + from_scratch(model, settings, questions[2:])[1]
+    )
+    lines = "".join(shown).splitlines()
+    assert lines[:2] == [f"[{name}.png comes with the next question]" for name in "ab"]
+    assert "none.png cannot be opened" in lines[2]
+    assert "broken.png is no image" in lines[3]
+    assert lines[4] == "[/image needs the path of an image]"
+    assert "has <image> 1 times, but there are 2 images; /image adds one" in lines[5]
+    assert lines[6] == answers[0]
+    assert lines[7] == f"[/what is no command. {HELP}]"
+    assert lines[8] == answers[1]
+    assert "[This turn does not fit any more: 90 tokens" in lines[9]
+    assert lines[10:] == [answers[2], "[a new conversation]", answers[3]]
     assert report.images == 2
 
 
-def test_what_does_not_fit_the_model_is_named(tmp_path):
+def test_settings_that_do_not_fit_the_model_are_named(tmp_path):
     settings = make_settings(tmp_path, "all", stop_tokens=(-1, 999), max_new_tokens=0)
     settings = type(settings)(
         **vars(settings) | {"sampling": Sampling(temperature=-1), "template": Template("x", "")}

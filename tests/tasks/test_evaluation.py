@@ -24,8 +24,8 @@ def test_accuracy_by_kind():
 
 def test_every_question_gets_the_images_of_another():
     questions = [question(n) for n in range(7)] + [question(n, images=2) for n in range(7, 10)]
-    exchanged = swap_images(questions, seed=3)
-    for before, after in zip(questions, exchanged, strict=True):
+    swapped = swap_images(questions, seed=3)
+    for before, after in zip(questions, swapped, strict=True):
         assert (before.question, before.answer, before.kind) == (
             after.question,
             after.answer,
@@ -33,13 +33,13 @@ def test_every_question_gets_the_images_of_another():
         )
         assert before.images != after.images
         assert len(before.images) == len(after.images)
-    assert {q.images for q in questions} == {q.images for q in exchanged}
+    assert {q.images for q in questions} == {q.images for q in swapped}
 
 
-def test_what_has_no_other_is_left_out():
+def test_questions_without_another_are_dropped():
     questions = [question(1), question(2), question(3, images=2), question(4, images=0)]
-    exchanged = swap_images(questions)
-    assert [q.answer for q in exchanged] == ["answer 1", "answer 2"]
+    swapped = swap_images(questions)
+    assert [q.answer for q in swapped] == ["answer 1", "answer 2"]
     with pytest.raises(ValueError, match="No two questions have the same number of images"):
         swap_images([question(1, images=0), question(2, images=0), question(3)])
 

@@ -1,11 +1,9 @@
-import functools
-
 import pytest
 import torch
+from generation.models import trace_only
 from prompt_settings import LAYOUTS, images, make_settings, model_for
 
 from torchfuse.data.questions import Question
-from torchfuse.generation import session
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.prediction import predict
@@ -34,7 +32,7 @@ def mixed(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLED], ids=["greedy", "sampled"])
-def test_a_batch_answers_as_one_by_one(tmp_path, layout, sampling):
+def test_batches_give_the_answers_of_single_questions(tmp_path, layout, sampling):
     model, questions = model_for(layout), mixed(tmp_path)
     stop = (7, 11, 13, 29)
     settings = make_settings(
@@ -58,22 +56,22 @@ def test_a_batch_answers_as_one_by_one(tmp_path, layout, sampling):
     assert predict_texts(model, settings, [], batch_size=3) == []
 
 
-def test_what_does_not_fit_is_named_before_anything_is_answered(tmp_path):
+def test_questions_that_do_not_fit_are_named_before_any_is_answered(tmp_path):
     model, settings = model_for("all", max_seq_len=31), make_settings(tmp_path, "all", max_new_tokens=7)
     questions = [*mixed(tmp_path), Question("w4 " * 24), Question("w4 " * 23), Question("w4 " * 29)]
     with pytest.raises(ValueError, match="questions has 2 problems") as info:
         predict_texts(model, settings, questions, batch_size=2)
-    said = str(info.value).splitlines()
-    assert said[1] == (
+    lines = str(info.value).splitlines()
+    assert lines[1] == (
         "  prompt 8: 25 tokens in 1 turns, and an answer of up to 7 to each are 32, and 31 fit into the "
         "model's max_seq_len of 31 beside 3 images."
     )
-    assert said[2].startswith("  prompt 10: 30 tokens")
+    assert lines[2].startswith("  prompt 10: 30 tokens")
     assert model.encoder.seen == 0
     assert not model.caches_are_setup()
 
 
-def test_features_in_front_take_their_room(tmp_path):
+def test_features_in_front_need_room_too(tmp_path):
     model, settings = (
         model_for("prefix", max_seq_len=31),
         make_settings(tmp_path, "prefix", max_new_tokens=7),
@@ -88,21 +86,14 @@ def test_features_in_front_take_their_room(tmp_path):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs that are traced whole and run as they are, which takes seconds where inductor takes minutes."""
-    torch._dynamo.reset()
-
-    @functools.cache
-    def compiled(function, device):
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-
-    monkeypatch.setattr(session, "compiled", compiled)
+    trace_only(monkeypatch)
     yield
     torch._dynamo.reset()
 
 
-# A prompt without images and one with; a step too, where layers read the features.
+# A prompt without images and one with images; two steps too, where layers attend to features.
 @pytest.mark.parametrize(("layout", "graphs"), [("all", 4), ("placeholder", 3)])
-def test_compiled_batches_share_graphs_and_answer_the_same(tmp_path, layout, graphs, traced):
+def test_compiled_batches_share_graphs_and_give_the_same_answers(tmp_path, layout, graphs, traced):
     model, questions = model_for(layout), mixed(tmp_path)
     expected = predict_texts(model, make_settings(tmp_path, layout), questions, batch_size=2)
     report = Report()
@@ -117,14 +108,14 @@ def test_compiled_batches_share_graphs_and_answer_the_same(tmp_path, layout, gra
     assert "in none of the other times" in "\n".join(report.lines(torch.device("cpu")))
 
 
-def test_compiled_conversations_answer_the_same(tmp_path, traced):
+def test_compiled_conversations_give_the_same_answers(tmp_path, traced):
     model, questions = model_for("all", 200), [mixed(tmp_path)[i] for i in (0, 1, 5)]
-    said = []
+    answers = []
     for compile in (False, True):
         settings = make_settings(tmp_path, "all", compile=compile)
         with Conversation(model, settings, max_tokens=150, max_images=3) as conversation:
-            said.append([conversation.ask(question) for question in questions])
-    assert said[0] == said[1]
+            answers.append([conversation.ask(question) for question in questions])
+    assert answers[0] == answers[1]
 
 
 def test_finished_rows_count_no_tokens(tmp_path):
@@ -144,7 +135,7 @@ def test_finished_rows_count_no_tokens(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_a_gpu_batches_answer_as_on_the_cpu(tmp_path, layout):
+def test_a_gpu_gives_the_answers_of_the_cpu(tmp_path, layout):
     model, questions = model_for(layout), mixed(tmp_path)
     settings = make_settings(tmp_path, layout, max_new_tokens=11)
     expected = predict_texts(model, settings, questions, batch_size=3)

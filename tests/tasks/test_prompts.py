@@ -57,13 +57,13 @@ def test_questions_and_conversations(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_prompt_is_named(tmp_path, record, problem):
+def test_each_problem_of_a_prompt_is_named(tmp_path, record, problem):
     images(tmp_path)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/p\.yaml.*{problem}"):
         prompts_from([record], tmp_path / "p.yaml")
 
 
-def test_everything_that_is_wrong_is_one_error(tmp_path):
+def test_all_problems_are_one_error(tmp_path):
     images(tmp_path)
     (tmp_path / "b.png").write_text("no image")
     records = [
@@ -96,7 +96,7 @@ def test_a_file_that_holds_no_list_of_prompts(tmp_path, records):
         prompts_from(records, tmp_path / "p.yaml")
 
 
-def test_turns_are_one_sequence_with_one_begin(tmp_path):
+def test_turns_are_one_sequence_with_one_bos(tmp_path):
     picture = images(tmp_path)["a"]
     prompt = Prompt((Question("<image> w4", (picture,)), Question("w5 w6")), "w7")
     (turns,) = encode_turns(
@@ -108,14 +108,14 @@ def test_turns_are_one_sequence_with_one_begin(tmp_path):
 
 
 def test_turns_that_cannot_be_encoded_are_one_error(tmp_path):
-    picture, told = images(tmp_path)["a"], transform(tmp_path, "prefix")
-    told.max_seq_len = 4
+    picture, encode = images(tmp_path)["a"], transform(tmp_path, "prefix")
+    encode.max_seq_len = 4
     prompts = [
         Prompt((Question("w4 w5 w6 w7"),)),
         Prompt((Question("w4", (picture,)), Question("w4", (picture,)), Question(" "))),
     ]
     with pytest.raises(ValueError, match="^p has 3 problems:") as info:
-        encode_turns(told, Template(), prompts, path="p")
+        encode_turns(encode, Template(), prompts, path="p")
     first, second, third = str(info.value).splitlines()[1:]
     assert "prompt 1: The question 'w4 w5 w6 w7' is 5 tokens long" in first
     assert 'prompt 2, turn 2: with layout "prefix" images come in front' in second

@@ -8,7 +8,7 @@ from typing import Any
 from torchfuse.errors import ConfigError
 from torchfuse.modules.adapters.base import Adapter
 
-__all__ = ["check_lengths"]
+__all__ = ["check_lengths", "tokens_of_frame"]
 
 
 def check_lengths(
@@ -59,7 +59,7 @@ def check_lengths(
         if num is None:
             parts.append(f"the features{_of(name)}, however many,")
             continue
-        each = _tokens_of_frame(adapters[name], num, frames[name], name)
+        each = tokens_of_frame(adapters[name], num, frames[name], name)
         total += frames[name] * each
         before = f" ({num} before the adapter)" if each != num else ""
         parts.append(f"{_frames(frames[name])} x {each} tokens{_of(name)}{before}")
@@ -76,8 +76,18 @@ def check_lengths(
     return None if unknown else total
 
 
-def _tokens_of_frame(adapter: Adapter | None, num: int, frames: int, name: str) -> int:
-    """Tokens of one frame after the adapter, which must treat the frames of a clip as frames."""
+def tokens_of_frame(adapter: Adapter | None, num: int, frames: int, name: str = "") -> int:
+    """Return the tokens of one frame after the adapter.
+
+    Args:
+        adapter: None: there is none.
+        num: features of one frame before it.
+        frames: frames of a clip.
+        name: the encoder's, for messages.
+
+    Raises:
+        ConfigError: if the adapter cannot take such features, or would take the clip as one large image.
+    """
     if adapter is None:
         return num
     try:

@@ -161,10 +161,20 @@ def test_inputs_that_do_not_fit_are_named(args, given, complaint):
         make("prefix", num_frames=2)(*args, **given)
 
 
-def test_features_that_are_not_of_whole_frames_are_refused():
-    model = make("prefix")
-    model.fused.encoder.forward = lambda images: torch.zeros(3, 4, DIM)
-    with pytest.raises(ValueError, match="4 features of 3 frames are not equally many"):
+@pytest.mark.parametrize(
+    ("encoder", "adapter", "complaint"),
+    [
+        (TinyEncoder(), "linear", r"encoder 'encoder' \(TinyEncoder\) has no num_tokens"),
+        (
+            RandomEncoder(TOKENS, DIM),
+            build_adapter("avgpool", DIM, 18, window=2),
+            "3 frames x 4 tokens do not fit the adapter",
+        ),
+    ],
+)
+def test_a_frame_mask_needs_the_number_of_features(encoder, adapter, complaint):
+    model = VLMWrapper(encoder, adapter, tiny_decoder(), strategy_of("prefix"))
+    with pytest.raises(ValueError, match=complaint):
         model(pixels(F), text(B), frame_mask=REAL)
 
 

@@ -17,7 +17,8 @@ from torchfuse.encoders.registry import pixels_keyword
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse
-from torchfuse.models.strategy import ModalityStrategy
+from torchfuse.models.lengths import tokens_of_frame
+from torchfuse.models.strategy import ModalityStrategy, features_per_image
 from torchfuse.naming import TransparentWrapper, unwrap, unwrap_model
 
 __all__ = ["VLMWrapper", "inner_transformer"]
@@ -156,6 +157,7 @@ class VLMWrapper(TransparentWrapper):
 
         Raises:
             ModelError: if the inputs do not fit each other or the model.
+            ConfigError: with ``frame_mask``, if the number of features of a frame is not known.
         """
         if input_ids is not None:
             if decoder_call:
@@ -184,19 +186,16 @@ class VLMWrapper(TransparentWrapper):
             raise ModelError(
                 f"frame_mask is for clips, pixel_values [b, f, c, h, w]; got pixel_values {got}."
             )
-        min_frames: int = getattr(unwrap(self.vision_encoder), "min_frames", 0)
-        images = hide_padding(pixels, frame_mask, min_frames=min_frames)
-        fused: Any = self.wrapped  # FSDP2 makes the wrapper's own encode() a second root forward
-        embeds = fused.encode({self._pixels: images})
-        # The adapter may change the number of features of a frame.
-        each, rest = divmod(embeds.shape[1], num_frames)
-        if rest or not each:
-            raise ModelError(
-                f"{embeds.shape[1]} features of {num_frames} frames are not equally many of each frame. "
-                "Wrap an encoder of one image a row in FrameEncoder, and give an adapter that pools "
-                "the side of a frame's grid."
-            )
-        return {"encoder_embeds": embeds, "encoder_mask": frame_features_mask(frame_mask, each)}
+        fused: Any = self.wrapped
+        encoder: Any = unwrap(fused.encoder)
+        # The number is computed, not read off encode(): under FSDP2 that would be one more root forward.
+        each = features_per_image(fused, "encoder")
+        tokens_of_frame(fused.adapter, encoder.num_tokens, num_frames)
+        images = hide_padding(pixels, frame_mask, min_frames=getattr(encoder, "min_frames", 0))
+        return {
+            "encoder_input": {self._pixels: images},
+            "encoder_mask": frame_features_mask(frame_mask, each),
+        }
 
 
 def inner_transformer(model: nn.Module) -> nn.Module:

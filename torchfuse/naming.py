@@ -11,7 +11,9 @@ wrapper overrides each view that PyTorch has.
 
 from __future__ import annotations
 
+import itertools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -37,6 +39,9 @@ _PARALLEL_WRAPPERS: Final = (nn.parallel.DistributedDataParallel, nn.DataParalle
 
 # The name under which the wrapped module is registered if it has a member with the usual one.
 _FALLBACK_CHILD: Final = "_pretrained"
+
+# Torch's modules that are given the registered children by name, with the wrapped module among them.
+_REGISTERED_CHILDREN_FOR: Final = ("torch.distributed.fsdp", "torch.distributed.checkpoint")
 
 # Names that an error lists.
 _LISTED: Final = 8
@@ -237,6 +242,23 @@ class TransparentWrapper(nn.Module):
             transparent = name == self._wrapped_child
             below = prefix if transparent else f"{prefix}.{name}" if prefix else name
             yield from module.named_modules(memo, below, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ``nn.Module.named_children``; children of the wrapped module are the wrapper's own."""
+        # Torch's policies for activation checkpointing and FSDP assign what they make of a child to its
+        # name, and must reach the wrapped module for that. Nothing but the caller tells them apart.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(_REGISTERED_CHILDREN_FOR):
+            return super().named_children()
+        own = {name: module for name, module in super().named_children() if name != self._wrapped_child}
+        return itertools.chain(self.wrapped.named_children(), own.items())
+
+    def children(self) -> Iterator[nn.Module]:
+        """As ``nn.Module.children``: the registered modules, with the wrapped one among them.
+
+        Torch's recursions (``apply``, ``train``, ``to``, ``fully_shard``) reach every module by these.
+        """
+        for _, module in super().named_children():
+            yield module
 
     def __getattr__(self, name: str) -> Any:
         try:

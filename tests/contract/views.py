@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers.trainer_pt_utils import get_parameter_names
 
 from torchfuse import fuse, get_fusion_params, param_groups
 from torchfuse.naming import canonical_name, named_parameters, unwrap
@@ -128,6 +129,18 @@ def view_submodules(model, reference):
         assert parameter is dict(named_parameters(inner))[PREFIX + name]
 
 
+def view_children(model, reference):
+    """The names that transformers' Trainer composes of children decide which tensors are decayed."""
+
+    def names(model):
+        parameters = dict(named_parameters(model))  # a bias that is None has a name too
+        found = map(canonical_name, get_parameter_names(model, []))
+        return [name for name in found if name in parameters]
+
+    assert pretrained(model, names(model)) == names(reference)
+    assert sorted(names(model)) == sorted(name for name, _ in named_parameters(model))
+
+
 def view_dcp_model(model, reference):
     expected = list(get_model_state_dict(reference))
     for options in (None, StateDictOptions(full_state_dict=True)):
@@ -232,6 +245,7 @@ VIEWS = [
     view_state_dict,
     view_named_parameters,
     view_submodules,
+    view_children,
     view_dcp_model,
     view_dcp_optimizer,
     view_ignore_frozen,

@@ -18,8 +18,8 @@ from torchtune.utils import batch_to_device, get_world_size_and_rank
 from tqdm import tqdm
 
 from torchfuse import describe, param_groups
+from torchfuse.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from torchfuse.checkpoint.artifact.trained import save_trained
-from torchfuse.checkpoint.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from torchfuse.data.questions import (
     Question,
     QuestionDataset,

@@ -1,6 +1,7 @@
-"""A process whose children save without end and are killed, for ``test_files.py``.
+"""A process whose children save in a loop and are killed, for ``test_kills.py``.
 
-torch is imported once; each child is a fork. What is found after each kill is printed as a line of JSON.
+torch is imported once; each child is a fork. What was found after each kill is printed as JSON, a line
+a kind.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import sys
 import time
@@ -20,80 +22,117 @@ from safetensors.torch import save_file
 from torch import nn
 
 from torchfuse import get_fusion_params, load_fusion, save_fusion
+from torchfuse.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.io.atomic import write_directory
 from torchfuse.io.directory import CheckpointDirectory
 from torchfuse.params import register_fusion_module
 
-SHARDS = 3
-SIZES = (101, 211)  # of two tensors a file
+Save, Read = Callable[[int], None], Callable[[], list[float]]
+NUM_SHARDS = 3
+SIZES = (101, 211)  # of two tensors in a shard
 
 
-def artifact(folder: Path) -> tuple[Callable[[int], None], Callable[[], list[float]]]:
-    """How to save and how to read an artifact that holds one number everywhere."""
+@torch.no_grad()
+def fill(tensors: list[torch.Tensor], number: float) -> None:
+    for tensor in tensors:
+        tensor.fill_(number)
+
+
+def values(tensors: list[torch.Tensor]) -> list[float]:
+    return [value for tensor in tensors for value in tensor.unique().tolist()]
+
+
+# How to save and how to read something that has one number everywhere.
+
+
+def artifact(folder: Path) -> tuple[Save, Read]:
     model = nn.Sequential(nn.Linear(53, 41), nn.Linear(41, 37))
     register_fusion_module(model[1])
+    tensors = list(get_fusion_params(model).values())
 
-    @torch.no_grad()
     def save(number: int) -> None:
-        for parameter in get_fusion_params(model).values():
-            parameter.fill_(number)
-        save_fusion(model, folder)
+        fill(tensors, number)
+        save_fusion(model, folder / "artifact")
 
-    @torch.no_grad()
     def read() -> list[float]:
-        for parameter in get_fusion_params(model).values():
-            parameter.fill_(-1)
-        load_fusion(model, folder)
-        return [x for p in get_fusion_params(model).values() for x in p.unique().tolist()]
+        fill(tensors, -1)
+        load_fusion(model, folder / "artifact")
+        return values(tensors)
 
     return save, read
 
 
-def contents(number: int) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        f"model-{shard}-of-{SHARDS}.safetensors": {
-            f"{shard}.{size}": torch.full((size,), float(number)) for size in SIZES
-        }
-        for shard in range(SHARDS)
-    }
-
-
-def directory(
-    folder: Path, *, whole: bool = True
-) -> tuple[Callable[[int], None], Callable[[], list[float]]]:
-    """The same of a directory in shards; not ``whole``: file by file in its place, which must be noticed."""
+def directory(folder: Path, *, atomic: bool = True) -> tuple[Save, Read]:
+    path = folder / "directory"
 
     def write(place: Path, number: int) -> None:
         place.mkdir(exist_ok=True)
-        files = contents(number)
-        for file, tensors in files.items():
+        weight_map = {}
+        for shard in range(NUM_SHARDS):
+            file = f"model-{shard}-of-{NUM_SHARDS}.safetensors"
+            tensors = {f"{shard}.{size}": torch.full((size,), float(number)) for size in SIZES}
             save_file(tensors, place / file)
-        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+            weight_map |= dict.fromkeys(tensors, file)
         (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         (place / "config.json").write_text(json.dumps({"number": number}))
 
     def save(number: int) -> None:
-        if whole:
-            write_directory(folder, lambda place: write(place, number))
+        if atomic:
+            write_directory(path, lambda place: write(place, number))
         else:
-            write(folder, number)
+            write(path, number)
 
     def read() -> list[float]:
-        with CheckpointDirectory(folder) as found:
-            assert len(found) == SHARDS * len(SIZES)
-            values = [x for name in found for x in found.read(name).unique().tolist()]
-            return [*values, found.config["number"]]
+        with CheckpointDirectory(path) as found:
+            assert len(found) == NUM_SHARDS * len(SIZES)
+            return [*values([found.read(name) for name in found]), found.config["number"]]
 
     return save, read
 
 
-def in_place(folder: Path) -> tuple[Callable[[int], None], Callable[[], list[float]]]:
-    return directory(folder, whole=False)
+def in_place(folder: Path) -> tuple[Save, Read]:
+    return directory(folder, atomic=False)
 
 
-def moment(
-    save: Callable[[int], None], first: int, delay: float, patience: float = 30.0
-) -> tuple[int, int]:
+def run(folder: Path, *, asynchronous: bool = False) -> tuple[Save, Read]:
+    model = nn.Sequential(nn.Linear(37, 1031), nn.Linear(1031, 7))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 37)).sum().backward()
+    optimizer.step()
+
+    def tensors() -> list[torch.Tensor]:
+        states = optimizer.state.values()  # new tensors after each load
+        return [p.detach() for p in model.parameters()] + [t for state in states for t in state.values()]
+
+    def save(number: int) -> None:
+        fill(tensors(), number)
+        optimizer.param_groups[0]["lr"] = float(number)
+        save = save_checkpoint(
+            folder, model, optimizer, step=number, extra={"number": number}, asynchronous=asynchronous
+        )
+        fill(tensors(), -1)
+        save.wait()
+
+    def read() -> list[float]:
+        fill(tensors(), -1)
+        loaded = load_checkpoint(folder, model, optimizer)
+        for path in folder.glob("step_*"):
+            if path != loaded.path:
+                shutil.rmtree(path)
+        lr = optimizer.param_groups[0]["lr"]
+        return [*values(tensors()), loaded.step, loaded.extra["number"], lr]
+
+    return save, read
+
+
+def asynchronous_run(folder: Path) -> tuple[Save, Read]:
+    return run(folder, asynchronous=True)
+
+
+KINDS = {make.__name__: make for make in (artifact, directory, in_place, run, asynchronous_run)}
+
+
+def kill_one(save: Save, first: int, delay: float) -> tuple[int, int]:
     """Let a child save from a number on and kill it.
 
     Returns:
@@ -110,58 +149,47 @@ def moment(
         finally:
             os._exit(1)
     os.close(report)
-    ready, _, _ = select.select([reports], [], [], patience)
+    ready, _, _ = select.select([reports], [], [], 120)
     assert ready, "the child does nothing"
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL, "the child failed by itself"
-    said = b""
-    while part := os.read(reports, 1 << 16):
-        said += part
-    os.close(reports)
-    lines = said.decode().split()
+    assert os.WIFSIGNALED(status), "the child failed by itself"
+    with os.fdopen(reports) as stream:
+        lines = stream.read().split()
     finished = [int(line[1:]) for line in lines if line[0] == "="]
     begun = [int(line[1:]) for line in lines if line[0] == "+"]
     return max(begun), max(finished, default=-1)
 
 
-def main(kind: str, folder: str, num_kills: int, seed: int) -> None:
-    torch.set_num_threads(1)
-    place = Path(folder)
-    save, read = {"artifact": artifact, "directory": directory, "in_place": in_place}[kind](place)
+def main(kind: str, folder: Path, num_kills: int, seed: int) -> None:
+    save, read = KINDS[kind](folder)
     chance = random.Random(seed)
-    times = []
-    for number in range(5):  # also what is there before the first kill
+    durations = []
+    for number in range(5):  # the first one is what a kill finds if nothing else was saved
         start = time.perf_counter()
         save(number)
-        times.append(time.perf_counter() - start)
-    usual = sorted(times)[2]
-    beside = place if kind == "artifact" else place.parent
-    number = done = 4
+        durations.append(time.perf_counter() - start)
+    usual = sorted(durations)[2]
+    hidden = lambda: [p.name for p in folder.rglob(".*") if p.name != ".metadata"]  # noqa: E731
+    last = finished = 4
+    moments = []
     for _ in range(num_kills):
-        begun, finished = moment(save, number + 1, chance.uniform(0.0, 4.0) * usual)
-        done = max(done, finished)
-        left = [name for name in os.listdir(beside) if name.startswith(".")]
+        begun, done = kill_one(save, last + 1, chance.uniform(0.0, 4.0) * usual)
+        finished = max(finished, done)
+        moment = {"begun": begun, "finished": finished, "leftovers": len(hidden())}
         try:
-            found, problem = sorted(set(read())), None
+            moments.append(moment | {"found": sorted(set(read())), "problem": None})
         except Exception as error:
-            found, problem = [], repr(error)
-        print(
-            json.dumps(
-                {
-                    "begun": begun,
-                    "finished": done,
-                    "found": found,
-                    "problem": problem,
-                    "left": len(left),
-                }
-            )
-        )
-        number = begun
-    save(number + 1)
-    print(json.dumps({"left at the end": [n for n in os.listdir(beside) if n.startswith(".")]}))
+            moments.append(moment | {"found": [], "problem": repr(error)})
+        last = begun
+    save(last + 1)
+    print(json.dumps({"kind": kind, "moments": moments, "hidden": hidden()}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    torch.set_num_threads(1)
+    for kind in sys.argv[1].split(","):
+        folder = Path(sys.argv[2], kind)
+        folder.mkdir()
+        main(kind, folder, int(sys.argv[3]), int(sys.argv[4]))

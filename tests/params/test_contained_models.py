@@ -27,8 +27,8 @@ from torchfuse import (
     seed_adapters,
     set_trainable,
 )
+from torchfuse.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
-from torchfuse.checkpoint.run.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.generation.sampling import Sampling
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model, named_parameters, unwrap_model

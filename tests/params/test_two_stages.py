@@ -21,7 +21,7 @@ from support import inputs, text
 from torch import distributed
 
 from torchfuse import get_fusion_params, param_groups
-from torchfuse.checkpoint.run.checkpoint import load_checkpoint, save_checkpoint
+from torchfuse.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage, freeze_params
 from torchfuse.training.sharding import shard

@@ -11,7 +11,7 @@ from programs import DIGITS, run_program, run_program_on_ranks
 from safetensors.torch import load_file
 from torchfuse.recipes import finetune
 
-from torchfuse.checkpoint.run.checkpoint import load_checkpoint
+from torchfuse.checkpoint import load_checkpoint
 from torchfuse.naming import named_parameters
 from torchfuse.params import read_freeze_meta
 from torchfuse.tasks.runs import build_model, load_run

@@ -12,7 +12,7 @@ from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.checkpoint.tune import FusionCheckpointer
 
 if TYPE_CHECKING:
-    from torchfuse.checkpoint.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from torchfuse.checkpoint.run import latest_checkpoint, load_checkpoint, save_checkpoint
 
 __all__ = [
     "FusionCheckpointer",
@@ -34,5 +34,5 @@ __all__ = [
 
 __getattr__ = lazy_exports(
     __name__,
-    dict.fromkeys(("latest_checkpoint", "load_checkpoint", "save_checkpoint"), "run.checkpoint"),
+    dict.fromkeys(("latest_checkpoint", "load_checkpoint", "save_checkpoint"), "run"),
 )

@@ -24,6 +24,7 @@ from torchfuse.io.save_lock import SaveLock
 __all__ = [
     "contains_only_checkpoint_files",
     "fsync_path",
+    "fsync_tree",
     "remove_leftovers",
     "tmp_path",
     "write_directory",
@@ -63,7 +64,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     with _replacing(path) as tmp:  # a directory, since some writers make temporary files of their own
         tmp.mkdir()
         write(tmp / path.name)
-        _fsync_tree(tmp)
+        fsync_tree(tmp)
         (tmp / path.name).replace(path)
 
 
@@ -102,7 +103,7 @@ def write_directory(
     with _replacing(path) as tmp:
         tmp.mkdir()
         write(tmp)
-        _fsync_tree(tmp)
+        fsync_tree(tmp)
         _check_replaceable(path, may_replace)  # again, since writing takes time
         _put(tmp, path)
 
@@ -149,6 +150,20 @@ def remove_leftovers(folder: Path, name: str) -> None:
             leftover.rename(folder / found[1])
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Sync a directory and all that it contains, and give files the usual permissions.
+
+    safetensors makes files that nobody but their owner can read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder, topdown=False):
+        for file in (Path(parent, name) for name in names):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
+                fsync_path(file)
+        fsync_path(Path(parent))
 
 
 def fsync_path(path: Path) -> None:
@@ -227,17 +242,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(one), None, str(other))
-
-
-def _fsync_tree(folder: Path) -> None:
-    """Sync a directory and all that it contains, and give files the usual permissions.
-
-    safetensors makes files that nobody but their owner can read.
-    """
-    mode = folder.stat().st_mode & 0o666
-    for parent, _, names in os.walk(folder, topdown=False):
-        for file in (Path(parent, name) for name in names):
-            if file.is_file() and not file.is_symlink():
-                file.chmod(mode)
-                fsync_path(file)
-        fsync_path(Path(parent))

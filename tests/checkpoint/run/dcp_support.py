@@ -9,7 +9,7 @@ from support import TinyEncoder, tiny_decoder
 from torch.distributed.tensor import DTensor
 
 from torchfuse import fuse, param_groups, set_trainable
-from torchfuse.checkpoint.run.checkpoint import load_checkpoint
+from torchfuse.checkpoint import load_checkpoint
 from torchfuse.naming import named_parameters, unwrap
 
 FROZEN = "decoder.layers.1.mlp.w2.weight"  # one of a part that trains otherwise

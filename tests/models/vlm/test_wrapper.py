@@ -24,8 +24,8 @@ from torchfuse import (
     save_fusion,
     save_pretrained,
 )
+from torchfuse.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
-from torchfuse.checkpoint.run.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.encoders.frames import FrameEncoder, frame_features_mask, hide_padding
 from torchfuse.encoders.stub import RandomEncoder
 from torchfuse.models import VLMWrapper, build_modality_strategy, inner_transformer

@@ -1,8 +1,12 @@
-"""The index of ``torch.distributed.checkpoint``'s storage, read without running anything in it.
+"""Reader of the index of ``torch.distributed.checkpoint`` (DCP) that executes nothing in it.
 
-``.metadata`` is a pickle, so whoever can write the file could run code in whoever loads it. It is read
-with inert stand-ins for the few classes that belong in it, checked against itself and against the files
-beside it, and rebuilt.
+DCP writes its index, ``.metadata``, as a pickle, and reads it with ``pickle.load``, which runs whatever
+code it contains. Here stand-ins take the place of the few classes that belong in it; what they were
+given is checked and DCP's own objects are made from it.
+
+DCP's ``HuggingFaceStorageWriter`` and ``-Reader`` need no pickle, but in torch 2.9 to 2.15 they cannot
+write tied or non-contiguous tensors, need as much memory again as a rank writes, read zeros where a
+file is missing, and consolidate 0-d tensors (Adam's step) to zero.
 """
 
 from __future__ import annotations
@@ -27,45 +31,39 @@ from torchfuse.errors import CheckpointError
 
 __all__ = ["read_index"]
 
-_INDEX: Final = ".metadata"
+# The modules of the classes that DCP writes.
+_MODULES: Final = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
 
 def read_index(path: Path) -> Metadata:
-    """Read the index of a checkpoint, and check it against the files beside it.
+    """Read the index of a checkpoint and check it against the files beside it.
 
     Args:
         path: the directory of the checkpoint.
 
     Returns:
-        What ``FileSystemReader.read_metadata`` returns: tensors only, and where each piece of them is.
+        The shape, dtype and chunks of each tensor, and the place of each chunk in the files.
 
     Raises:
-        CheckpointError: if the index is missing, damaged or hostile, or a file that it names is not
-            there or too short.
+        CheckpointError: if the index is missing, damaged or hostile, or a file that it names is missing
+            or too short.
     """
-    file = path / _INDEX
+    file = path / ".metadata"
     try:
         with file.open("rb") as stream:
             state = _IndexUnpickler(stream).load().state
-        tensors = {str(n): _tensor(record.state) for n, record in state["state_dict_metadata"].items()}
-        storage = {}
-        for index, info in state["storage_data"].items():
-            key = MetadataIndex(index.state["fqn"], _sizes(index.state["offset"]))
-            storage[key] = _stored(path, info.state)
-        lost = [
-            name
-            for name, tensor in tensors.items()
-            if any(MetadataIndex(name, chunk.offsets) not in storage for chunk in tensor.chunks)
-        ]
-        if lost:
-            raise CheckpointError(f"nothing is stored of {', '.join(lost)}")
-    except Exception as error:  # whatever a hostile or damaged file makes of the lines above
+        tensors = {str(n): _tensor(tensor.state) for n, tensor in state["state_dict_metadata"].items()}
+        places = {
+            MetadataIndex(index.state["fqn"], _sizes(index.state["offset"])): _place(path, place.state)
+            for index, place in state["storage_data"].items()
+        }
+    except Exception as error:  # a hostile or damaged file can cause any
         raise CheckpointError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
-    return Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta())
+    return Metadata(dict(tensors), storage_data=places, storage_meta=StorageMeta())
 
 
-class _Inert:
-    """Stands for an object in a pickle: keeps the state that the pickle gives it, and does nothing."""
+class _StandIn:
+    """An object in a pickle: keeps the state that the pickle gives it, and runs nothing."""
 
     state: Any = None
 
@@ -77,31 +75,18 @@ class _Inert:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads the index without one class or function of its own choosing."""
-
-    _RECORDS: Final = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-            "MetadataIndex",
-            "StorageMeta",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    }
+    """Unpickler that gives a pickle nothing but dtypes, ``tuple``, ``str`` and stand-ins."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in self._RECORDS.get(module, ()):
-            return type(name, (_Inert,), {})  # a new one each time: a pickle can set attributes of it
+        if module in _MODULES:
+            return type(name, (_StandIn,), {})  # a new one each time: a pickle can set its attributes
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if (module, name) == ("torch", "Size"):
             return tuple
         if (module, name) == ("torch.serialization", "_get_layout"):
             return str
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place there")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed there")
 
 
 def _sizes(value: Any) -> torch.Size:
@@ -119,16 +104,16 @@ def _tensor(state: dict[str, Any]) -> TensorStorageMetadata:
         for chunk in state["chunks"]
     ]
     inside = all(
-        offset + length <= whole
+        offset + length <= end
         for chunk in chunks
-        for offset, length, whole in zip(chunk.offsets, chunk.sizes, size, strict=True)
+        for offset, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True)
     )
     if not inside or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-        raise CheckpointError(f"pieces that do not make up a tensor of {list(size)}")
+        raise CheckpointError(f"chunks that do not make up a tensor of {list(size)}")
     return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
 
 
-def _stored(path: Path, state: dict[str, Any]) -> _StorageInfo:
+def _place(path: Path, state: dict[str, Any]) -> _StorageInfo:
     name, offset, length = state["relative_path"], state["offset"], state["length"]
     file = path / name
     if (
@@ -137,7 +122,6 @@ def _stored(path: Path, state: dict[str, Any]) -> _StorageInfo:
         or state.get("transform_descriptors")
     ):
         raise CheckpointError(f"{name!r} is no plain file of this checkpoint")
-    _sizes((offset, length))
-    if offset + length > file.stat().st_size:
+    if sum(_sizes((offset, length))) > file.stat().st_size:
         raise CheckpointError(f"{name} is cut off")
     return _StorageInfo(name, offset, length)

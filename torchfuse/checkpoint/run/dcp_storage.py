@@ -1,21 +1,15 @@
-"""Storage of tensors that is whole when it has its name, and safe to read.
+"""Storage of tensors by ``torch.distributed.checkpoint`` (DCP): whole or not at all, and safe to read.
 
-``torch.distributed.checkpoint`` writes and reads the tensors. Around its writing stands what makes a
-directory appear whole or not at all: a hidden directory, and a lock that only its holder's death or end
-gives back. Around its reading stands an index that has been checked (see ``dcp_index``); tensors are
-read with ``weights_only=True``.
+Ranks write into a hidden directory, which rank zero renames when all have finished. What is read has an
+index that was checked (see ``dcp_index``), and its tensors are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import secrets
 import shutil
-import threading
 import warnings
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,101 +21,94 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from torchfuse.checkpoint.run.dcp_index import read_index
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_text
+from torchfuse.io.atomic import fsync_path, fsync_tree, remove_leftovers, tmp_path
+from torchfuse.io.disk_errors import disk_errors
+from torchfuse.io.save_lock import SaveLock
 
-__all__ = ["DESCRIPTION", "Place", "Reader", "Writer", "read_tensors", "reasons", "write_tensors"]
+__all__ = [
+    "DESCRIPTION",
+    "Reader",
+    "Writer",
+    "make_directory",
+    "read_tensors",
+    "save_error",
+    "write_tensors",
+]
 
 DESCRIPTION: Final = "checkpoint.json"
-_LOCK: Final = ".saving.lock"
-_UNFINISHED: Final = re.compile(r"\.step_[0-9]+\.[0-9a-f]{8}\.saving")
+_KEPT: Final = "Earlier checkpoints are intact."
 
 
-class Place:
-    """Rank zero's hold on a folder during a save: the lock, and the hidden directory.
+def make_directory(path: Path, cleanup: ExitStack) -> str:
+    """Lock the parent of a checkpoint, remove what killed processes left in it, and make a directory.
 
     Args:
-        folder: where checkpoints stand.
-        step: the step of the one that is to be written.
+        path: the checkpoint that is to be written.
+        cleanup: is given what must be called when the save has ended: it removes the directory, unless
+            it was renamed, and releases the lock.
+
+    Returns:
+        The name of the directory, which is hidden and in the parent.
+
+    Raises:
+        CheckpointError: if the parent is a file, another process saves into it, the checkpoint exists,
+            or the disk cannot be written to.
     """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self._folder, self._step = folder, step
-        self._lock: int | None = None
-        self._beside: Path | None = None
-        self._mutex = threading.Lock()
-
-    def open(self) -> str:
-        """Lock the folder, remove what killed savers left in it, and make a hidden directory.
-
-        Returns:
-            The directory's name.
-
-        Raises:
-            CheckpointError: if the folder is a file, another process saves into it, or the step is
-                there.
-        """
-        if self._folder.exists() and not self._folder.is_dir():
-            raise CheckpointError(f"{self._folder} is a file; checkpoints stand in a directory.")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    folder = path.parent
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; checkpoints are written into a directory.")
+    lock = SaveLock(folder / ".saving.lock")
+    with disk_errors(path, kept=_KEPT):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            # The system gives the lock back when its holder dies, however it dies.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock.acquire(wait=False)
         except BlockingIOError as error:
             raise CheckpointError(
-                f"Another process is saving into {self._folder}; give every run a folder of its own."
+                f"Another process is saving into {folder}; give every run a folder of its own."
             ) from error
-        except OSError:
-            pass  # no locks here: left-overs cannot be told from what others write, so they stay
-        else:
-            for left_over in self._folder.iterdir():
-                if _UNFINISHED.fullmatch(left_over.name):
-                    shutil.rmtree(left_over, ignore_errors=True)
-        if (self._folder / f"step_{self._step}").exists():
-            raise CheckpointError(
-                f"{self._folder} already has a step_{self._step}; remove it or save elsewhere."
-            )
-        self._beside = self._folder / f".step_{self._step}.{secrets.token_hex(4)}.saving"
-        self._beside.mkdir()
-        return self._beside.name
-
-    def close(self) -> None:
-        """Remove what did not become a checkpoint, and unlock the folder."""
-        with self._mutex:
-            if self._beside is not None:
-                shutil.rmtree(self._beside, ignore_errors=True)
-            if self._lock is not None:
-                os.close(self._lock)
-            self._lock = self._beside = None
+        cleanup.callback(lock.release)
+        if locked:
+            remove_leftovers(folder, r"step_\d+")
+        if path.exists():
+            raise CheckpointError(f"{folder} already contains {path.name}; remove it or save elsewhere.")
+        tmp = tmp_path(path)
+        tmp.mkdir()
+        cleanup.callback(shutil.rmtree, tmp, ignore_errors=True)
+    return tmp.name
 
 
 class Writer(FileSystemWriter):
     """Storage that becomes a checkpoint when all ranks have written.
 
     Args:
-        beside: the hidden directory that ranks write into.
-        final: its name as a checkpoint.
-        text: what is written as ``DESCRIPTION`` when all tensors are.
+        tmp: the directory that ranks write into.
+        path: its name as a checkpoint.
+        text: what ``DESCRIPTION`` will contain.
+        num_bytes: the size of all tensors.
     """
 
-    def __init__(self, beside: Path, final: Path, text: str) -> None:
-        super().__init__(beside, sync_files=True)
-        self._final, self._text = final, text
+    def __init__(self, tmp: Path, path: Path, text: str, num_bytes: int) -> None:
+        super().__init__(tmp)
+        self._tmp, self._final, self._text, self._num_bytes = tmp, path, text, num_bytes
 
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # where it was written is of no use to a reader
+    def write_data(self, *args: Any) -> Any:
+        with self._disk_errors():
+            return super().write_data(*args)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         # Runs on rank zero alone, after the others have written and before they are told.
-        super().finish(metadata, results)
-        directory = Path(self.path)
-        write_text(directory / DESCRIPTION, self._text)
-        directory.rename(self._final)
-        folder = os.open(self._final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with self._disk_errors():
+            super().finish(metadata, results)
+            (self._tmp / DESCRIPTION).write_text(self._text, encoding="utf-8")
+            fsync_tree(self._tmp)
+            self._tmp.rename(self._final)
+            fsync_path(self._final.parent)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # the default contains the hidden path
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return disk_errors(self._final, tmp=self._tmp, num_bytes=self._num_bytes, kept=_KEPT)
 
 
 def write_tensors(
@@ -131,26 +118,37 @@ def write_tensors(
 
     Args:
         tensors: tensors by name, sharded or not.
-        writer: where to.
+        writer: the storage.
         group: a group of all ranks on the CPU; None without a process group.
         asynchronous: whether to return as soon as the tensors have been copied to the CPU.
 
     Returns:
-        A future that is done when all ranks have written, or holds the ``CheckpointException``.
+        A future that is done when all ranks have written. ``save_error`` explains the
+        ``CheckpointException`` that it may hold.
     """
     _allow_single_process()
+    options: Any = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
     if asynchronous:
-        response = async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        response = async_save(tensors, **options)
         assert isinstance(response, Future)
         return response
     future: Future[Any] = Future()
     try:
-        future.set_result(
-            save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-        )
+        future.set_result(save(tensors, **options))
     except CheckpointException as error:
         future.set_exception(error)
     return future
+
+
+def save_error(path: Path, error: CheckpointException) -> Exception:
+    """Return the exception to raise for a checkpoint that ranks could not write.
+
+    It is a ``CheckpointError`` if the disk of any rank is the cause, else a RuntimeError.
+    """
+    causes = [cause for cause, _ in error.failures.values()]
+    if not any(isinstance(cause, CheckpointError) for cause in causes):
+        return RuntimeError(f"{path} was not saved: {_reasons(error)}.")
+    return CheckpointError(_reasons(error))
 
 
 class Reader(FileSystemReader):
@@ -176,24 +174,27 @@ def read_tensors(target: dict[str, Any], reader: Reader, group: Any) -> None:
 
     Args:
         target: tensors by name, of the stored shapes and dtypes, sharded or not.
-        reader: where from.
+        reader: the storage.
         group: a group of all ranks on the CPU; None without a process group.
 
     Raises:
-        CheckpointError: if a rank cannot read; what is in the tensors then is of no use.
+        CheckpointError: if a rank cannot read; the contents of the tensors are undefined then.
     """
     _allow_single_process()
     try:
         load(target, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise CheckpointError(
-            f"{reader.path} cannot be read, nothing was changed: {reasons(error)}."
+            f"{reader.path} cannot be read, nothing was changed: {_reasons(error)}."
         ) from error
 
 
-def reasons(error: CheckpointException) -> str:
-    """Why each rank failed that did, in one line."""
-    return "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in sorted(error.failures.items()))
+def _reasons(error: CheckpointException) -> str:
+    """Return why each rank failed that did, in one line."""
+    return "; ".join(
+        f"rank {rank}: {cause if isinstance(cause, CheckpointError) else repr(cause)}"
+        for rank, (cause, _) in sorted(error.failures.items())
+    )
 
 
 def _allow_single_process() -> None:

@@ -1,14 +1,16 @@
-"""An optimizer's state by the names of the model's parameters.
+"""An optimizer's state by the names of the model's parameters, so that groups may change their order.
 
-``state_dict()`` of an optimizer counts its parameters; here each has its name, so that the groups may
-stand in another order and any number of ranks may hold them. Tensors are kept apart from all other
-values, which stand in a JSON file. What belongs to the machine and not to the run (``foreach``,
-``fused``) is not saved.
+Tensors are kept apart from other values, which are written to a JSON file. ``foreach``, ``fused`` and
+the like are not saved, since they depend on the machine.
+
+torch's ``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` (2.9 to 2.15) cannot replace this:
+they step an optimizer that has not stepped, accept parameters and groups that differ, cast fp32 state of
+bf16 parameters to bf16, and set ``foreach`` and ``fused`` as on the machine that saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -25,7 +27,8 @@ __all__ = [
     "set_optimizer",
 ]
 
-# Of a parameter group: what is saved by name, and how, not what, a step computes on this machine.
+# Options of a group that are not saved: the first two since parameters are saved by name, the others
+# since they select how a step is computed.
 _NOT_SAVED: Final = frozenset(
     {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 )
@@ -34,19 +37,19 @@ _NOT_SAVED: Final = frozenset(
 def optimizer_contents(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, list[str]]:
-    """What an optimizer holds.
+    """Return the contents of an optimizer.
 
     Args:
         model: the model that it trains.
-        optimizer: the optimizer; None gives nothing.
+        optimizer: the optimizer; None for none.
 
     Returns:
-        Tensors by name; all other values, ``kind``, ``groups`` and ``state``, or None; and what cannot
-        be saved. Whether the groups' options are in JSON's types is not looked at.
+        Tensors by name; all other values (``kind``, ``groups`` and ``state``), or None without an
+        optimizer; and what cannot be saved. Whether JSON can hold the groups' options is not checked.
     """
     if optimizer is None:
         return {}, None, []
-    groups = _names_of_groups(model, optimizer)
+    groups = _parameter_names(model, optimizer)
     names = [name for group in groups for name in group]
     if "" in names:
         return {}, None, [_foreign_parameters(names)]
@@ -60,24 +63,24 @@ def optimizer_contents(
         for key, value in state.items():
             if isinstance(value, Tensor) and "." not in key:
                 values[name]["tensors"].append(key)
-                tensors[_state_name(name, key)] = value
+                tensors[_tensor_name(name, key)] = value
             elif _is_number(value):
                 values[name]["values"][key] = value
             else:
                 problems.append(f"optimizer state {key!r} of {name} is a {type(value).__name__}")
-    described = []
-    for group, of_group in zip(packed["param_groups"], groups, strict=True):
-        options = {key: _plain(value) for key, value in group.items() if key not in _NOT_SAVED}
-        described.append({"names": of_group, "options": options})
+    described = [
+        {"names": of_group, "options": {k: _to_json(v) for k, v in group.items() if k not in _NOT_SAVED}}
+        for group, of_group in zip(packed["param_groups"], groups, strict=True)
+    ]
     return tensors, {"kind": type(optimizer).__name__, "groups": described, "state": values}, problems
 
 
 def is_optimizer_description(saved: Any) -> bool:
-    """Whether a value read from a file is one that ``optimizer_contents`` could have returned.
+    """Whether a value read from JSON has the form that ``optimizer_contents`` returns.
 
     Args:
-        saved: any value of JSON's types. One that lacks an entry, or has it in another type, may raise
-            KeyError, TypeError or AttributeError instead.
+        saved: any value. If an entry is missing or has another type, this may raise KeyError, TypeError
+            or AttributeError instead of returning False.
     """
     return (
         isinstance(saved["kind"], str)
@@ -103,7 +106,7 @@ def optimizer_problems(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> list[str]:
-    """How an optimizer differs from the one that was saved.
+    """Return how an optimizer differs from the one that was saved.
 
     Args:
         stored: what is stored, by name: tensors with ``size`` and ``properties.dtype``.
@@ -113,52 +116,50 @@ def optimizer_problems(
     """
     if saved is None:
         return ["optimizer: none was saved; load the model alone"]
-    if saved["kind"] != type(optimizer).__name__:
-        return [f"optimizer: it is a {saved['kind']} there, a {type(optimizer).__name__} here"]
-    groups = _names_of_groups(model, optimizer)
-    ours = [name for group in groups for name in group]
-    if "" in ours:
-        return [_foreign_parameters(ours)]
-    theirs = [name for group in saved["groups"] for name in group["names"]]
-    problems = [f"optimizer, missing: {name}" for name in ours if name not in set(theirs)]
-    problems += [f"optimizer, unexpected: {name}" for name in theirs if name not in set(ours)]
+    kind = type(optimizer).__name__
+    if saved["kind"] != kind:
+        return [f"optimizer: {saved['kind']} was saved, this is {kind}"]
+    groups = _parameter_names(model, optimizer)
+    names = [name for group in groups for name in group]
+    if "" in names:
+        return [_foreign_parameters(names)]
+    saved_names = [name for group in saved["groups"] for name in group["names"]]
+    problems = [f"optimizer, missing: {name}" for name in names if name not in set(saved_names)]
+    problems += [f"optimizer, unexpected: {name}" for name in saved_names if name not in set(names)]
     if problems:
         problems.append(
             "to restore what trains, load the model alone, build the optimizer again, and load both"
         )
     elif {*map(frozenset, groups)} != {frozenset(group["names"]) for group in saved["groups"]}:
-        problems.append("optimizer: its parameters are divided into other groups there")
+        problems.append("optimizer: its parameters were divided into other groups")
     for name, state in saved["state"].items():
-        keys = [_state_name(name, key) for key in state["tensors"]]
-        if name not in set(theirs) or any(key not in stored for key in keys):
-            problems.append(f"damaged: the optimizer's state of {name} is not all there")
+        keys = [_tensor_name(name, key) for key in state["tensors"]]
+        if name not in set(saved_names) or any(key not in stored for key in keys):
+            problems.append(f"damaged: the optimizer's state of {name} is incomplete")
     return problems
 
 
 def optimizer_targets(
     stored: Mapping[str, Any], saved: Mapping[str, Any], model: nn.Module
 ) -> dict[str, Tensor]:
-    """Fresh tensors for an optimizer's state, placed as the optimizer itself would place them.
+    """Return new tensors to read an optimizer's state into, sharded as the optimizer's own would be.
 
-    Args:
-        stored: as in ``optimizer_problems``, which found none.
-        saved: as in ``optimizer_problems``.
-        model: as in ``optimizer_problems``.
+    The arguments are those of ``optimizer_problems``, which found none.
     """
     parameters = dict(named_parameters(model))
     targets = {}
     for name, state in saved["state"].items():
         parameter = parameters[name].detach()
         for key in state["tensors"]:
-            tensor = stored[_state_name(name, key)]
+            tensor = stored[_tensor_name(name, key)]
             dtype = tensor.properties.dtype
             if not tensor.size:
-                target = torch.zeros((), dtype=dtype)  # a count, and the same on every rank
+                target = torch.zeros((), dtype=dtype)  # a count, the same on every rank
             elif tensor.size == parameter.shape:
                 target = torch.zeros_like(parameter, dtype=dtype)
             else:
                 target = parameter.new_zeros(tensor.size, dtype=dtype)
-            targets[_state_name(name, key)] = target
+            targets[_tensor_name(name, key)] = target
     return targets
 
 
@@ -168,28 +169,25 @@ def set_optimizer(
     saved: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give an optimizer the state that was saved.
+    """Set an optimizer's state and options to those that were saved.
 
-    Args:
-        model: as in ``optimizer_problems``, which found none.
-        optimizer: as in ``optimizer_problems``.
-        saved: as in ``optimizer_problems``.
-        tensors: what ``optimizer_targets`` made, filled.
+    The arguments are those of ``optimizer_problems``, which found none, and what ``optimizer_targets``
+    returned, with the values that were read.
     """
-    groups = _names_of_groups(model, optimizer)
+    groups = _parameter_names(model, optimizer)
     state = {}
     for index, name in enumerate(name for group in groups for name in group):
         if name in saved["state"]:
             keys = saved["state"][name]["tensors"]
-            state[index] = {key: tensors[_state_name(name, key)] for key in keys}
+            state[index] = {key: tensors[_tensor_name(name, key)] for key in keys}
             state[index] |= saved["state"][name]["values"]
     options = {frozenset(group["names"]): group["options"] for group in saved["groups"]}
     packed = optimizer.state_dict()["param_groups"]
     for group, names in zip(packed, groups, strict=True):
         found = options[frozenset(names)]
-        group |= {key: _as(group.get(key), value) for key, value in found.items()}
+        group |= {key: _from_json(value, group.get(key)) for key, value in found.items()}
     optimizer.load_state_dict({"state": state, "param_groups": packed})
-    # PyTorch casts state to the dtype of its parameter; what was saved in another one keeps it.
+    # load_state_dict casts state to the dtype of its parameter; the dtype that was saved is right.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in state.items():
         loaded = optimizer.state[parameters[index]]
@@ -198,12 +196,12 @@ def set_optimizer(
                 loaded[key] = value.to(loaded[key].device)
 
 
-def _state_name(name: str, key: str) -> str:
+def _tensor_name(name: str, key: str) -> str:
     return f"optimizer.state.{name}.{key}"
 
 
-def _names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """Names of the parameters of each group; an empty one for what is not the model's."""
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Return the names of the parameters of each group; "" for one that is not the model's."""
     names = {id(parameter): name for name, parameter in named_parameters(model)}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
@@ -212,23 +210,23 @@ def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float)
 
 
-def _plain(value: Any) -> Any:
-    """A hyperparameter in JSON's types."""
+def _to_json(value: Any) -> Any:
+    """Return an option in JSON's types."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.item()
-    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
+    return [_to_json(part) for part in value] if isinstance(value, tuple | list) else value
 
 
-def _as(current: Any, value: Any) -> Any:
-    """A hyperparameter in the type that the optimizer at hand holds it in."""
+def _from_json(value: Any, current: Any) -> Any:
+    """Return an option in the type that it has in the optimizer at present."""
     if isinstance(current, Tensor):
         return torch.full_like(current, value)
     if isinstance(current, tuple) and isinstance(value, list) and len(current) == len(value):
-        return tuple(_as(one, other) for one, other in zip(current, value, strict=True))
+        return tuple(_from_json(one, other) for one, other in zip(value, current, strict=True))
     return value
 
 
-def _foreign_parameters(names: Sequence[str]) -> str:
+def _foreign_parameters(names: list[str]) -> str:
     return (
         f"the optimizer holds {names.count('')} parameters that are not the model's; build it over this "
         "model, after sharding"

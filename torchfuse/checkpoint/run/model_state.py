@@ -105,7 +105,7 @@ def tensor_problems(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def buffers_outside(model: nn.Module) -> list[str]:
-    """Return the persistent buffers of a module that contains the fused model: they would not be saved."""
+    """Return the buffers of a module around the fused model, which would not be saved."""
     inside = {id(buffer) for buffer in unwrap_model(model).buffers()}
     return [
         f"{canonical_name(f'{path}.{key}' if path else key)} is a buffer outside of the fused model, "

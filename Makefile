@@ -1,5 +1,7 @@
 # Every target sets up .venv itself when it is missing or older than pyproject.toml.
 PYTHON ?= python3
+# Requirements beside those of pyproject.toml when .venv is made: make setup WITH="torch==2.9.1 torchao==0.15.0"
+WITH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml
 		{ echo "torchfuse needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]' $(WITH)
 	@touch $@
 
 demo: $(STAMP) ## make data and checkpoints, finetune two architectures, ask them, draw the answers

@@ -1,4 +1,4 @@
-"""Draw what the digits runs learned: ``loss.png``, ``answers.png`` and ``metrics.json``.
+"""Draw the results of the digits runs: ``loss.png``, ``answers.png`` and ``metrics.json``.
 
 Launch, with the folder that holds the runs:  python -m torchfuse.recipes.draw_digits demo
 """
@@ -23,8 +23,8 @@ from torchfuse.io.atomic import write_file, write_text
 
 INK: Final = "#22252b"
 FAINT: Final = "#8a909c"
-RIGHT: Final = "#1b7f4d"
-WRONG: Final = "#c2342c"
+CORRECT: Final = "#1b7f4d"
+INCORRECT: Final = "#c2342c"
 COLORS: Final = {
     "cross_attention": "#3d5a98",
     "joint_decoder": "#d1812c",
@@ -32,7 +32,7 @@ COLORS: Final = {
     "moma": "#8a4f9e",
     "deepstack": "#b8405e",
 }
-# The grid: for each row its title, the kind of question and the number of cells.
+# Rows of the grid: title, kind of question, number of cells.
 GRID: Final = (
     ("one image", "one_image", 6),
     ("", "one_image", 6),
@@ -42,7 +42,7 @@ NUM_MISTAKES: Final = 4
 
 
 def main() -> None:
-    """Draw the runs below the folder that the command line names."""
+    """Draw the runs in the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder of the runs, for example demo")
     folder: Path = parser.parse_args().folder
@@ -63,12 +63,12 @@ def main() -> None:
 
 
 def set_style() -> None:
-    """Font and colors of all pictures."""
+    """Set font and colors of all figures."""
     plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK})
 
 
 def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
-    """Loss against steps, a line a run."""
+    """Plot loss against steps, one line for each run."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, history in losses.items():
         steps, values = np.array(history).T
@@ -86,11 +86,11 @@ def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
 
 
 def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
-    """A grid of held-out images with question, answer and truth, and a last row of mistakes."""
+    """Draw a grid of held-out images with question, prediction and answer, and a row of mistakes."""
     lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    waiting = {kind: _in_turn(records, kind) for _, kind, _ in GRID}
-    grid = [(title, list(islice(waiting[kind], cells)), cells) for title, kind, cells in GRID]
+    remaining = {kind: _alternate(records, kind) for _, kind, _ in GRID}
+    grid = [(title, list(islice(remaining[kind], cells)), cells) for title, kind, cells in GRID]
     wrong = [record for record in records if record["images"] and not _is_correct(record)]
     if wrong:
         title = f"what it gets wrong ({len(wrong)} of {sum(bool(r['images']) for r in records)})"
@@ -117,14 +117,14 @@ def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
     save_figure(figure, path)
 
 
-def _in_turn(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
-    """Records of a kind in their order, its different questions in turn."""
+def _alternate(records: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
+    """Iterate over the records of a kind, alternating between its questions."""
     by_text: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["kind"] == kind:
             by_text.setdefault(record["question"], []).append(record)
-    for turn in zip(*by_text.values(), strict=False):
-        yield from turn
+    for group in zip(*by_text.values(), strict=False):
+        yield from group
 
 
 def _is_correct(record: dict[str, Any]) -> bool:
@@ -139,15 +139,13 @@ def _text(record: dict[str, Any]) -> str:
 def _draw_answer(axes: Axes, record: dict[str, Any], run: Path) -> None:
     images = [np.asarray(Image.open(run / name).convert("L")) for name in record["images"]]
     gap = np.zeros((images[0].shape[0], 2), dtype=np.uint8)
-    row = images[0]
-    for image in images[1:]:
-        row = np.concatenate([row, gap, image], axis=1)
+    row = np.concatenate([part for image in images for part in (gap, image)][1:], axis=1)
     axes.axis("off")
     axes.imshow(255 - row, cmap="gray", vmin=0, vmax=255, interpolation="lanczos")
     question = record["question"].replace("<image>", "").strip().replace(" ?", "?")
     axes.set_title(question, fontsize=10, color=INK, pad=6)
     text = _text(record) or "(nothing)"
-    color = RIGHT if _is_correct(record) else WRONG
+    color = CORRECT if _is_correct(record) else INCORRECT
     _write_below(axes, text, 6, fontsize=14, fontweight="bold", color=color)
     _write_below(axes, f"truth: {record['answer']}", 25, fontsize=9, color=FAINT)
 
@@ -166,7 +164,7 @@ def _write_below(axes: Axes, text: str, points: int, **style: Any) -> None:
 
 
 def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
-    """Running mean over the last steps, shorter at the start."""
+    """Return the mean of the last ``window`` values at each step."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -174,12 +172,12 @@ def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON says."""
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
+    """Write a figure atomically."""
 
     def write(file: Path) -> None:
         figure.savefig(file, dpi=120, facecolor="white", format="png")

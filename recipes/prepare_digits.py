@@ -53,6 +53,9 @@ VOCABULARY: Final = [
     *WORDS,
     *"? plus which digit even odd or what comes next is larger the sum a photo of".split(),
 ]
+SPECIAL_IDS: Final = {
+    f"{name}_token_id": VOCABULARY.index(f"<{name}>") for name in ("pad", "bos", "eos")
+}
 FILLERS: Final = "a photo of the digit is".split()
 IMAGE_SIZE: Final = 16
 MEAN: Final = [0.305, 0.305, 0.305]
@@ -124,14 +127,7 @@ def _check_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images of digits.
-
-    Attributes:
-        pixels: bytes ``[n, 16, 16]``.
-        labels: ``[n]``.
-        train: indices of training images.
-        test: indices of test images.
-    """
+    """Images as bytes ``[n, 16, 16]``, labels ``[n]``, and the indices of training and test images."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -197,9 +193,7 @@ def make_llama(folder: Path, tokenizer: Tokenizer, steps: int) -> None:
         max_position_embeddings=128,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        pad_token_id=VOCABULARY.index("<pad>"),
-        bos_token_id=VOCABULARY.index("<bos>"),
-        eos_token_id=VOCABULARY.index("<eos>"),
+        **SPECIAL_IDS,
     )
     model = LlamaForCausalLM(config)
     texts = sentences()
@@ -232,9 +226,7 @@ def make_clip(folder: Path, tokenizer: Tokenizer, digits: Digits, steps: int) ->
                 num_hidden_layers=1,
                 num_attention_heads=2,
                 max_position_embeddings=16,
-                bos_token_id=VOCABULARY.index("<bos>"),
-                eos_token_id=VOCABULARY.index("<eos>"),
-                pad_token_id=VOCABULARY.index("<pad>"),
+                **SPECIAL_IDS,
             ).to_dict(),
             vision_config=CLIPVisionConfig(
                 hidden_size=96,

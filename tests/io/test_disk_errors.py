@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from small_disk import small_disk
 from support import TinyEncoder, open_gates, same_state, state, tiny_decoder
 
-from torchfuse import export, fuse, load_fusion, save_fusion
+from torchfuse import export, fuse, get_fusion_params, load_fusion, save_fusion
+from torchfuse.checkpoint import load_trained, save_trained
 from torchfuse.errors import CheckpointError
 from torchfuse.io.atomic import write_directory, write_file, write_text
 from torchfuse.io.disk_errors import disk_errors
@@ -83,6 +84,22 @@ def test_a_full_disk_leaves_directories_and_artifacts_intact(tmp_path):
         assert same_state(before, model)
         assert torch.equal(load_file(disk / "x" / "fusion.safetensors")["a"], torch.ones(7))
         assert sorted(os.listdir(disk)) == ["artifact", "filler", "x"]
+
+
+def test_files_that_belong_together_are_all_written_before_one_is_replaced(tmp_path):
+    model = open_gates(fuse(tiny_decoder(), TinyEncoder(), every=2))
+    names = ["decoder.tok_embeddings.weight", *get_fusion_params(model)]
+    before = state(model)
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        save_trained(model, disk, trained=names)
+        (disk / "filler").write_bytes(
+            bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 65_536)
+        )
+        other = fuse(tiny_decoder(5), TinyEncoder(), every=2)
+        with pytest.raises(CheckpointError, match=r"safetensors was not written: .* full .* is intact"):
+            save_trained(other, disk, trained=list(dict(other.named_parameters())))
+        load_trained(model, disk)
+        assert same_state(before, model)
 
 
 def test_a_disk_that_is_read_only(tmp_path):

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,7 @@ __all__ = [
     "tmp_path",
     "write_directory",
     "write_file",
+    "write_files",
     "write_text",
 ]
 
@@ -61,11 +62,28 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         CheckpointError: if the disk is full or cannot be written to; the old file is intact then.
     """
-    with _replacing(path) as tmp:  # a directory, since some writers make temporary files of their own
+    write_files(path.parent, {path.name: write})
+
+
+def write_files(folder: str | Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write several files, of which the first is renamed when all have been written.
+
+    Args:
+        folder: the directory of the files, made if need be.
+        files: for each name a function that writes the content to the path that it is given; files with
+            earlier names are in the same directory then.
+
+    Raises:
+        CheckpointError: if the disk is full or cannot be written to; the old files are intact then.
+    """
+    folder = Path(folder)
+    with _replacing(folder / next(iter(files))) as tmp:
         tmp.mkdir()
-        write(tmp / path.name)
+        for name, write in files.items():
+            write(tmp / name)
         fsync_tree(tmp)
-        (tmp / path.name).replace(path)
+        for name in files:
+            (tmp / name).replace(folder / name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ form. A load compares the description and the base fingerprint with the model (s
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -32,7 +32,7 @@ from torchfuse.checkpoint.artifact.state_dict import (
 )
 from torchfuse.checkpoint.tensors import gather_full, to_safetensors
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_file, write_text
+from torchfuse.io.atomic import write_files
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.params import FreezeSpec, FreezeStage
 
@@ -75,25 +75,31 @@ def save_fusion(
 
 
 def write_artifact(
-    path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    more: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Write an artifact from its parts.
+    """Write an artifact from its parts: either all files or none, but for a crash between two renames.
 
     Args:
         path: directory of the artifact, made if need be.
         tensors: what ``fusion_state_dict`` returned.
         description: what ``describe_fusion`` returned.
+        more: other files of the artifact, as for ``write_files``.
 
     Raises:
-        CheckpointError: if the path is no directory.
+        CheckpointError: if the path is no directory, or as ``write_files``.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; an artifact is a directory.")
     text = json.dumps(description, indent=2, sort_keys=True)
-    path.mkdir(parents=True, exist_ok=True)
-    write_file(path / _FILE, lambda file: save_file(to_safetensors(tensors), file, {_KEY: text}))
-    write_text(path / _DESCRIPTION, text + "\n")
+    files: dict[str, Callable[[Path], object]] = {
+        _FILE: lambda file: save_file(to_safetensors(tensors), file, {_KEY: text}),
+        _DESCRIPTION: lambda file: file.write_text(text + "\n", encoding="utf-8"),
+    }
+    write_files(path, files | dict(more or {}))
 
 
 def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> FusionMismatch:

@@ -23,7 +23,6 @@ from torchfuse.checkpoint.artifact.fusion import artifact_file, load_artifact, w
 from torchfuse.checkpoint.artifact.state_dict import fusion_state_dict
 from torchfuse.checkpoint.tensors import copy_into, gather_full, to_safetensors
 from torchfuse.errors import CheckpointError
-from torchfuse.io.atomic import write_file
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSpec, FreezeStage
@@ -94,13 +93,13 @@ def write_trained(
         trained: pretrained tensors that were trained.
         description: what ``describe_fusion`` returned, without what trained.
     """
-    path = Path(path)
-    write_artifact(path, fusion, description)
-    if trained:
-        tensors, header = to_safetensors(trained), {_KEY: _digest(path)}
-        write_file(path / _FILE, lambda file: save_file(tensors, file, header))
-    else:
-        (path / _FILE).unlink(missing_ok=True)
+
+    def write(file: Path) -> None:
+        save_file(to_safetensors(trained), file, {_KEY: _digest(file.parent)})
+
+    write_artifact(path, fusion, description, {_FILE: write} if trained else None)
+    if not trained:
+        (Path(path) / _FILE).unlink(missing_ok=True)
 
 
 @torch.no_grad()

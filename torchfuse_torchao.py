@@ -29,12 +29,6 @@ _REMOVED = {  # torchtune calls them in its quantizers "4w" and "8da4w" only
     "torchao.dtypes": ("TensorCoreTiledLayout",),
     "torchao.quantization": ("int4_weight_only", "int8_dynamic_activation_int4_weight"),
 }
-# By logger: what importing torchao logs beside a torch for which it was not built. The C++ kernels that
-# it then skips are not used here.
-_HIDDEN_MESSAGES = {
-    "torchao": "Skipping import of cpp extensions due to incompatible torch version",
-    "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass",
-}
 
 
 class _TorchtuneHook:
@@ -85,10 +79,17 @@ def _removed(name: str) -> Callable[..., NoReturn]:
 
 
 def _hide_messages() -> None:
-    for logger in _HIDDEN_MESSAGES:
+    for logger in ("torchao", "torch.utils._pytree"):
         logging.getLogger(logger).addFilter(_is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    hidden = _HIDDEN_MESSAGES.get(record.name)
-    return hidden is None or not record.getMessage().startswith(hidden)
+    """Hide what importing torchao logs beside a torch for which it was not built.
+
+    torchfuse does not use the C++ kernels that torchao then skips.
+    """
+    message, args = str(record.msg), record.args or ()
+    if record.name == "torchao":
+        return not message.startswith("Skipping import of cpp extensions due to incompatible torch")
+    of_torchao = any(str(getattr(arg, "__module__", "")).startswith("torchao") for arg in args)
+    return not (of_torchao and "is an Enum subclass" in message)

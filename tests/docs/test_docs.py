@@ -1,4 +1,4 @@
-"""What README and docs show runs, and what they name exists."""
+"""The code in README and docs runs, and the files, commands and links in them exist."""
 
 import contextlib
 import importlib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_layers import LAYERS
 from test_public_surface import reference
 
 ROOT = Path(__file__).parents[2]
@@ -33,15 +34,22 @@ def test_python_blocks_run_in_order_and_print_what_the_page_shows(page, tmp_path
     with torch.random.fork_rng(), warnings.catch_warnings():
         for kind, text in BLOCK.findall(page.read_text()):
             if kind == "python":
-                said = io.StringIO()
-                with contextlib.redirect_stdout(said):
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
                     exec(compile(text, name_of(page), "exec"), namespace)
-                printed += said.getvalue()
+                printed += output.getvalue()
             elif kind == "text" and printed:
                 assert text in printed
 
 
-def test_there_is_code_to_run():
+def test_the_table_of_layers_is_complete():
+    """The list in CONTRIBUTING.md is the order that the test of imports uses."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert named == [layer for layer in LAYERS if not layer.startswith("_")]
+
+
+def test_pages_with_code_are_found():
     with_code = {page.name for page in PAGES if blocks(page, "python")}
     assert {"README.md", "quickstart.md", "names.md", "masks.md", "fusion_parameters.md"} <= with_code
 
@@ -62,7 +70,7 @@ def test_commands_name_what_exists(page):
         assert (page.parent / link).exists(), link
 
 
-def test_the_site_builds_and_shows_every_public_name(tmp_path):
+def test_the_site_builds_and_contains_every_public_name(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],

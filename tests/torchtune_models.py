@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torchtune.modules import model_fusion
 
 from torchfuse import fuse
 from torchfuse.encoders.mllama import MllamaVisionEncoder
+from torchfuse.encoders.mllama_tiles import grid_to_table
 from torchfuse.models.decoders.llama import llama_decoder
 
 VOCAB = 37
@@ -29,6 +31,17 @@ DECODER = {
     "max_seq_len": 61,
     "intermediate_dim": 41,
 }
+
+
+# Embeddings of tiles: grids in torchtune, tables with one row per aspect ratio in torchfuse.
+TILE_TABLES = [f"encoder.clip.{part}_tile_pos_embed.embedding" for part in ("pre", "post")] + [
+    "encoder.clip.token_pos_embedding.global_token_positional_embedding"
+]
+
+
+def tables_of_grids(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return torchtune's state dict with torchfuse's layout."""
+    return {**state, **{name: grid_to_table(state[name], RATIOS, 4) for name in TILE_TABLES}}
 
 
 def torchtune_encoder() -> nn.Module:

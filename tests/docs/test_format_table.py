@@ -1,4 +1,4 @@
-"""The table of formats in the documentation is made of the tests that check them."""
+"""The table of formats in docs/checkpoints.md is generated from the tests that check them."""
 
 import ast
 from pathlib import Path
@@ -11,32 +11,19 @@ BEGIN, END = "<!-- formats -->\n", "<!-- /formats -->"
 
 
 def rows():
-    """Format, direction, what is checked, from the mark of every test that has one."""
-    for file in sorted((ROOT / "tests" / "checkpoint").rglob("test_*.py")):
-        tree = ast.parse(file.read_text())
-        constants = {
-            node.targets[0].id: node.value.value
-            for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        }
-        for test in tree.body:
+    """Return format, direction and what is checked, from the mark of every test that has one."""
+    found = set()
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for test in ast.parse(file.read_text()).body:
             for mark in getattr(test, "decorator_list", []):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.format":
-                    yield tuple(text_of(value, constants) for value in mark.args)
-
-
-def text_of(node, constants):
-    if isinstance(node, ast.JoinedStr):
-        return "".join(
-            part.value if isinstance(part, ast.Constant) else constants[part.value.id]
-            for part in node.values
-        )
-    return ast.literal_eval(node)
+                    found.add(tuple(map(ast.literal_eval, mark.args)))
+    return sorted(found, key=lambda row: [text.lower() for text in row])
 
 
 def table():
     lines = ["| format | direction | what is checked |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in dict.fromkeys(rows())]) + "\n"
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows()]) + "\n"
 
 
 def test_the_table_of_formats_is_what_the_tests_check():

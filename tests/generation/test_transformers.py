@@ -140,6 +140,9 @@ class MllamaRows:
         }
 
 
+@pytest.mark.format(
+    "Llama 3.2 Vision (Mllama)", "in", "32 tokens of greedy generation equal those of transformers"
+)
 def test_mllama(tmp_path, monkeypatch):
     hf_model = mllama(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), MllamaRows()
@@ -198,6 +201,7 @@ class LlavaRows:
         return {"encoder_input": {"images": self.images}, "encoder_mask": mask}
 
 
+@pytest.mark.format("LLaVA", "in", "32 tokens of greedy generation equal those of transformers")
 def test_llava(tmp_path):
     hf_model = llava(tmp_path, text=ROOM)
     model, rows = from_pretrained(tmp_path).eval(), LlavaRows()

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from checkpoint.parity import assert_close, assert_same_tensors
 from torchtune.models.llama3_2_vision._convert_weights import (
     llama3_vision_meta_to_tune,
     llama3_vision_tune_to_meta,
@@ -16,20 +17,19 @@ from torchtune_models import (
     RATIOS,
     VOCAB,
     example,
+    tables_of_grids,
     torchfuse_encoder,
     torchfuse_model,
     torchtune_model,
     with_torchtune_epsilons,
 )
 
-from torchfuse import load_pretrained
-from torchfuse.checkpoint.formats import meta
-from torchfuse.checkpoint.formats.meta import Meta
-from torchfuse.checkpoint.formats.mllama import Mllama
-from torchfuse.checkpoint.load import from_pretrained
-from torchfuse.encoders.mllama_tiles import grid_to_table
+from torchfuse import from_pretrained, load_pretrained
+from torchfuse.checkpoint.formats import Meta, Mllama, meta
 
-HIDDEN = 96  # Meta's rule for the numbers below: 4 * 24 * 2 / 3 = 64, times 1.4 is 89, up to eights
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+HIDDEN = 96  # Meta's rule for the sizes below: 4 * 24 * 2 / 3 = 64, times 1.4 is 89, rounded up to 8s
 PARAMS = {
     "dim": 24,
     "n_layers": 6,
@@ -78,119 +78,108 @@ LARGE = PUBLISHED | {
 }
 
 
-def meta_model():
+def reference_model():
     """torchtune's model of these sizes."""
     return torchtune_model(intermediate_dim=HIDDEN)
 
 
-def meta_folder(folder, theirs, params=PARAMS, **more):
-    """The file that torchtune's converter makes of a model, with what Meta's has besides."""
-    state = {"text_model.rope.freqs": torch.randn(2), **llama3_vision_tune_to_meta(theirs.state_dict())}
-    torch.save(state | more, folder / "consolidated.00.pth")
+def meta_folder(folder, reference, params=PARAMS, **more):
+    """Write the file that torchtune's converter makes of a model, with the buffer that Meta's has too."""
+    state = llama3_vision_tune_to_meta(reference.state_dict())
+    torch.save(
+        {"text_model.rope.freqs": torch.randn(2), **state, **more}, folder / "consolidated.00.pth"
+    )
     if params is not None:
         (folder / "params.json").write_text(json.dumps(params))
     return folder
 
 
-def expected_of(theirs):
-    expected = dict(theirs.state_dict())
-    for name, tensor in expected.items():
-        if "tile_pos_embed.embedding" in name or "global_token" in name:
-            expected[name] = grid_to_table(tensor, RATIOS, 4)
-    return expected
-
-
-def same(got, expected):
-    assert set(got) == set(expected)
-    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
-
-
-def our_sizes(**encoder):
-    """What Meta's file fits: the weights were trained with tokens padded to eights."""
+def model_of_metas_sizes(**encoder):
+    """A model that Meta's file fits: its weights were trained with tokens padded to multiples of 8."""
     return torchfuse_model(torchfuse_encoder(**{"pad_tokens_to": 8} | encoder), intermediate_dim=HIDDEN)
 
 
-@pytest.fixture
-def tiny_vision(monkeypatch):
-    monkeypatch.setattr(meta, "_VISION", VISION)
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _tiny_vision(monkeypatch, request):
+    if "published" not in request.node.name:
+        monkeypatch.setattr(meta, "_VISION", VISION)
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
 @pytest.mark.parametrize("params", [True, False], ids=["params", "alone"])
-@torch.no_grad()
-def test_a_file_loads_into_a_model(tmp_path, tiny_vision, what, params):
-    theirs, ours = meta_model(), our_sizes()
-    meta_folder(tmp_path, theirs, PARAMS if params else None)
-    load_pretrained(ours, tmp_path / "consolidated.00.pth" if what == "file" else tmp_path)
-    same(ours.state_dict(), expected_of(theirs))
+def test_a_file_loads_into_a_model(tmp_path, what, params):
+    reference, model = reference_model(), model_of_metas_sizes()
+    meta_folder(tmp_path, reference, PARAMS if params else None)
+    load_pretrained(model, tmp_path / "consolidated.00.pth" if what == "file" else tmp_path)
+    assert_same_tensors(model.state_dict(), tables_of_grids(reference.state_dict()))
 
 
 @pytest.mark.format("Meta's Llama 3.2 Vision file", "in", "every tensor equals torchtune's to the bit")
-@torch.no_grad()
-def test_a_directory_becomes_a_model(tmp_path, tiny_vision):
-    theirs = meta_model()
-    model = from_pretrained(meta_folder(tmp_path, theirs)).eval()
-    same(model.state_dict(), expected_of(theirs))
+def test_a_directory_becomes_a_model(tmp_path):
+    reference = reference_model()
+    model = from_pretrained(meta_folder(tmp_path, reference)).eval()
+    assert_same_tensors(model.state_dict(), tables_of_grids(reference.state_dict()))
+    converted = llama3_vision_meta_to_tune(torch.load(tmp_path / "consolidated.00.pth"))
+    assert_same_tensors(model.state_dict(), tables_of_grids(converted))
     assert model.encoder.pad_tokens_to == 8
-    # torchtune's tower has no padding tokens; with as few here, the numbers are its own.
+    # torchtune's tower has no padding tokens; without them, logits are equal.
     plain = torchfuse_model(intermediate_dim=HIDDEN)
     plain.load_state_dict(model.state_dict())
-    tokens, beside = example([[(2, 2)], [(1, 4)], [(4, 1)]])
-    expected = theirs(tokens, **beside)
-    torch.testing.assert_close(
-        with_torchtune_epsilons(plain)(tokens, **beside), expected, rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=1e-5)
-    assert (model(tokens, **beside) - expected).abs().max() > 1e-3  # the padding tokens count
+    tokens, inputs = example([[(2, 2)], [(1, 4)], [(4, 1)]])
+    expected = reference(tokens, **inputs)
+    assert_close(with_torchtune_epsilons(plain)(tokens, **inputs), expected, atol=1e-5)
+    assert_close(model(tokens), reference(tokens), atol=1e-5)
+    assert (model(tokens, **inputs) - expected).abs().max() > 1e-3  # the padding tokens matter
 
 
-@torch.no_grad()
-def test_torchtunes_reader_makes_the_same_of_a_file(tmp_path, tiny_vision):
-    meta_folder(tmp_path, meta_model())
-    state = torch.load(tmp_path / "consolidated.00.pth")
-    theirs = meta_model()
-    theirs.load_state_dict(llama3_vision_meta_to_tune(state), strict=True)
-    same(from_pretrained(tmp_path).state_dict(), expected_of(theirs))
-
-
-def test_settings_are_compared_where_params_are_there(tmp_path, tiny_vision):
-    """Layers are counted from behind here and from before there."""
-    theirs = meta_model()
-    meta_folder(tmp_path, theirs)
-    wrong = our_sizes(intermediate_layers=[1, 3])
-    before = {name: tensor.clone() for name, tensor in wrong.state_dict().items()}
+def test_settings_are_compared(tmp_path):
+    """torchfuse counts states after layers, Meta before them."""
+    reference = reference_model()
+    meta_folder(tmp_path, reference)
+    model = model_of_metas_sizes(intermediate_layers=[1, 3])
+    before = state_of(model)
     with pytest.raises(
         ValueError, match=r"intermediate_layers_indices \(0, 2\), the model has \(1, 3\)"
     ):
-        load_pretrained(wrong, tmp_path)
-    same(wrong.state_dict(), before)
+        load_pretrained(model, tmp_path)
+    assert_same_tensors(model.state_dict(), before)
     assert from_pretrained(tmp_path).encoder.clip.hidden_layers == [0, 2]
-    assert theirs.encoder.clip.out_indices == [1, 3]
+    assert reference.encoder.clip.out_indices == [1, 3]
 
 
-def test_a_name_too_many_or_too_few_is_refused(tmp_path, tiny_vision):
-    theirs, ours = meta_model(), our_sizes()
-    meta_folder(tmp_path, theirs, **{"text_model.layers.6.ffn_norm.weight": torch.ones(24)})
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    for load in (lambda: load_pretrained(ours, tmp_path), lambda: from_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match=r"unexpected: text_model\.layers\.6\.ffn_norm"):
-            load()
-    state = torch.load(tmp_path / "consolidated.00.pth")
-    del (
-        state["text_model.layers.6.ffn_norm.weight"],
-        state["text_model.cross_attention_layers.1.gate_ffwd"],
-    )
-    torch.save(state, tmp_path / "consolidated.00.pth")
-    for load in (lambda: load_pretrained(ours, tmp_path), lambda: from_pretrained(tmp_path)):
-        with pytest.raises(
-            ValueError, match=r"missing: decoder\.layers\.3\.fusion_layer\.mlp_scale\.scale"
-        ):
-            load()
-    same(ours.state_dict(), before)
+def test_unexpected_and_missing_keys(tmp_path):
+    model = model_of_metas_sizes()
+    extra, file = "text_model.layers.6.ffn_norm.weight", tmp_path / "consolidated.00.pth"
+    meta_folder(tmp_path, reference_model(), **{extra: torch.ones(24)})
+    before = state_of(model)
+
+    def refused(problem):
+        for load in (lambda: load_pretrained(model, tmp_path), lambda: from_pretrained(tmp_path)):
+            with pytest.raises(ValueError, match=problem):
+                load()
+
+    refused(r"unexpected: text_model\.layers\.6\.ffn_norm")
+    state = torch.load(file)
+    del state[extra], state["text_model.cross_attention_layers.1.gate_ffwd"]
+    torch.save(state, file)
+    refused(r"missing: decoder\.layers\.3\.fusion_layer\.mlp_scale\.scale")
+    assert_same_tensors(model.state_dict(), before)
+
+
+def test_models_in_several_files_are_refused(tmp_path):
+    for number in range(2):
+        torch.save({"text_model.norm.weight": torch.ones(3)}, tmp_path / f"consolidated.0{number}.pth")
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has 2 files, consolidated\.00\.pth and so on"):
+        from_pretrained(tmp_path)
 
 
 class Hostile:
-    """Unpickled by anything that trusts it, it makes a folder."""
+    """Makes a folder when a reader that trusts the file unpickles it."""
 
     def __init__(self, path):
         self.path = path
@@ -202,25 +191,25 @@ class Hostile:
 
 
 @pytest.mark.parametrize("kind", ["torch.save", "pickle"])
-def test_a_hostile_file_is_refused(tmp_path, tiny_vision, kind):
-    meta_folder(tmp_path, meta_model())
+def test_a_hostile_file_is_refused(tmp_path, kind):
+    meta_folder(tmp_path, reference_model())
     file, made = tmp_path / "consolidated.00.pth", tmp_path / "made"
     if kind == "pickle":
         file.write_bytes(pickle.dumps({"text_model.tok_embeddings.weight": Hostile(made)}))
     else:
         torch.save({**torch.load(file), "text_model.more": Hostile(made)}, file)
-    ours = our_sizes()
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    model = model_of_metas_sizes()
+    before = state_of(model)
     for load in (
-        lambda: load_pretrained(ours, file),
-        lambda: load_pretrained(ours, tmp_path),
+        lambda: load_pretrained(model, file),
+        lambda: load_pretrained(model, tmp_path),
         lambda: from_pretrained(tmp_path),
     ):
         with pytest.raises(ValueError, match=r"consolidated\.00\.pth cannot be read as tensors"):
             load()
     assert not made.exists()
-    same(ours.state_dict(), before)
-    # The attack is one: whoever trusts the file is caught.
+    assert_same_tensors(model.state_dict(), before)
+    # A reader that trusts the file does run the code.
     if kind == "pickle":
         pickle.loads(file.read_bytes())
     else:
@@ -228,8 +217,8 @@ def test_a_hostile_file_is_refused(tmp_path, tiny_vision, kind):
     assert made.exists()
 
 
-def hugging_face(params, side):
-    """The configuration of the same model as Hugging Face has it."""
+def hugging_face_config(params, side):
+    """The configuration of the same model in Hugging Face's format."""
     large = params["n_layers"] == 80
     crossing = list(range(3, 100 if large else 40, 5))
     assert len(crossing) == params["vision_num_cross_attention_layers"]
@@ -282,35 +271,35 @@ def hugging_face(params, side):
 )
 @pytest.mark.parametrize("side", [448, 560])
 @pytest.mark.parametrize("params", [PUBLISHED, LARGE], ids=["11B", "90B"])
-def test_published_params_say_what_hugging_face_says(params, side):
-    """All but the intermediate layers, which both count from before and transformers 5.23 from behind."""
-    ours = dataclasses.asdict(Meta.from_config(params | {"vision_chunk_size": side}).model)
-    theirs = dataclasses.asdict(Mllama.from_config(hugging_face(params, side)))
-    before = theirs["vision"].pop("intermediate_layers")
-    assert ours["vision"].pop("intermediate_layers") == tuple(layer - 1 for layer in before)
-    assert ours == theirs
-    assert ours["text"]["num_layers"] == params["n_layers"]
-    assert ours["fused"] == tuple(range(3, params["n_layers"], 4))
+def test_published_params_equal_hugging_faces(params, side):
+    """All but the intermediate states: both files count before layers, transformers 5.23 after them."""
+    got = dataclasses.asdict(Meta.from_config(params | {"vision_chunk_size": side}).model)
+    expected = dataclasses.asdict(Mllama.from_config(hugging_face_config(params, side)))
+    before = expected["vision"].pop("intermediate_layers")
+    assert got["vision"].pop("intermediate_layers") == tuple(layer - 1 for layer in before)
+    assert got == expected
+    assert got["text"]["num_layers"] == params["n_layers"]
+    assert got["fused"] == tuple(range(3, params["n_layers"], 4))
 
 
-def test_the_published_model_has_the_parameters_of_torchtunes():
+def test_the_published_model_has_torchtunes_parameters():
     from torchtune.models.llama3_2_vision import llama3_2_vision_11b
 
     with torch.device("meta"):
-        ours = Meta.from_config(PUBLISHED | {"vision_chunk_size": 560}).build()
-        theirs = llama3_2_vision_11b(image_size=560)
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+        model = Meta.from_config(PUBLISHED | {"vision_chunk_size": 560}).build()
+        reference = llama3_2_vision_11b(image_size=560)
+    shapes = {name: tensor.shape for name, tensor in reference.state_dict().items()}
     grids = [n for n in shapes if "tile_pos_embed.embedding" in n or "global_token" in n]
-    for name in grids:  # a row an aspect ratio
+    for name in grids:  # in torchfuse a table with one row per aspect ratio
         assert shapes[name][:2] == (4, 4)
         shapes[name] = torch.Size((len(RATIOS) + 1, *shapes[name][1:]))
-    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
-    tower = theirs.encoder.clip
-    assert [layer + 1 for layer in ours.encoder.clip.hidden_layers] == list(tower.out_indices)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    tower = reference.encoder.clip
+    assert [layer + 1 for layer in model.encoder.clip.hidden_layers] == list(tower.out_indices)
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "problem"),
     [
         (
             {"dim": None, "n_layers": "six"},
@@ -324,21 +313,20 @@ def test_the_published_model_has_the_parameters_of_torchtunes():
     ],
     ids=str,
 )
-def test_params_that_cannot_be_are_named(tmp_path, tiny_vision, changes, complaint):
+def test_params_that_are_not_supported(tmp_path, changes, problem):
     params = {name: value for name, value in (PARAMS | changes).items() if value is not None}
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=problem):
         Meta.from_config(params)
-    if "n_layers" in params:
-        meta_folder(tmp_path, meta_model(), params)
-        with pytest.raises(ValueError, match=complaint):
-            from_pretrained(tmp_path)
+    meta_folder(tmp_path, reference_model(), params)
+    with pytest.raises(ValueError, match=problem):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("layers", "crossing", "fused"), [(6, 3, FUSED), (7, 3, [0, 3, 6]), (5, 5, [0, 1, 2, 3, 4])]
 )
-def test_cross_attention_is_spread_as_meta_spreads_it(tiny_vision, layers, crossing, fused):
-    """Counted from the last layer, every k-th, k rounded up."""
+def test_positions_of_cross_attention_layers(layers, crossing, fused):
+    """Counted from the last layer, every k-th, k rounded up, as in Meta's code."""
     params = PARAMS | {"n_layers": layers, "vision_num_cross_attention_layers": crossing}
     assert Meta.from_config(params).model.fused == tuple(fused)
-    assert NEW == 8  # Meta's learnable embedding has as many rows, and so has what is built
+    assert NEW == 8  # rows of Meta's learnable embedding, and of the fusion embedding that is built

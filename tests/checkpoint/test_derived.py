@@ -1,15 +1,13 @@
-"""What began as pretrained values begins anew as those that are loaded, unless something changed it."""
+"""Parameters that were initialized from pretrained values follow the values that are loaded."""
 
 import pytest
 import torch
-from hf import clip_tower, fused_model, llama
-from ranks import run_on_ranks
+from hf import fused_model
 from safetensors.torch import load_file, save_file
 
 from torchfuse import from_pretrained, get_fusion_params, load_pretrained
 from torchfuse.models.decoders.llama import llama_decoder
 from torchfuse.modules.experts.transformer_expert import LAST_MAPS
-from torchfuse.training.sharding import shard
 
 IMAGE = 47
 PLACEHOLDER = {"placement": "placeholder", "encoder_token": IMAGE}
@@ -22,13 +20,6 @@ ARCHS = {
 }
 
 
-@pytest.fixture
-def folders(tmp_path):
-    llama(tmp_path / "llama")
-    clip_tower(tmp_path / "clip")
-    return {"decoder": tmp_path / "llama", "encoder": tmp_path / "clip"}
-
-
 def make(name, **options):
     new = {"every": 1, "fusion_vocab_size": 2, "fusion_head": True}
     return fused_model(**{**new, **ARCHS[name], **options})
@@ -39,7 +30,7 @@ def fused(model):
 
 
 def experts_of(model):
-    """Every expert, with the pretrained module that it is a copy of and what of it began at zero."""
+    """Yield every expert, the pretrained module that it is a copy of, and its parameters that start at zero."""
     for layer in fused(model):
         if model.strategy.arch == "mot":
             zeros = LAST_MAPS if model.strategy.start == "zero" else ()
@@ -55,27 +46,27 @@ def experts_of(model):
 def assert_copies(model):
     checked = 0
     for pretrained, expert, zeros in experts_of(model):
-        theirs = dict(pretrained.named_parameters())
+        source = dict(pretrained.named_parameters())
         for name, parameter in expert.named_parameters():
-            expected = torch.zeros_like(parameter) if name.startswith(zeros) else theirs[name]
+            expected = torch.zeros_like(parameter) if name.startswith(zeros) else source[name]
             assert torch.equal(parameter, expected), name
             checked += 1
     assert checked
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_copies_and_means_follow_what_is_loaded(name, folders):
+def test_copies_and_means_follow_the_loaded_values(name, pretrained):
     model = make(name)
     parameters = dict(model.named_parameters())
     before = {n: p.detach().clone() for n, p in parameters.items()}
-    load_pretrained(model, decoder=folders["decoder"])
+    load_pretrained(model, decoder=pretrained["decoder"])
     assert not torch.equal(model.layers[0].mlp.w1.weight, before["decoder.layers.0.mlp.w1.weight"])
     assert_copies(model)
     table, head = model.tok_embeddings, model.output
     for rows, new in ((table.weight, table.fusion_embedding), (head.weight, head.fusion_linear)):
         torch.testing.assert_close(new.weight, rows.mean(dim=0).expand(2, -1), rtol=1e-5, atol=1e-6)
     assert all(p is parameters[n] for n, p in model.named_parameters())
-    # Routers and adapters began as nobody's copies.
+    # Routers and adapters are no copies.
     for parameter_name, parameter in get_fusion_params(model).items():
         if "router" in parameter_name or "adapter" in parameter_name:
             assert torch.equal(parameter, before[parameter_name]), parameter_name
@@ -83,7 +74,7 @@ def test_copies_and_means_follow_what_is_loaded(name, folders):
 
 
 @pytest.mark.parametrize("name", ["mot", "moma"])
-def test_what_was_changed_stays_and_nothing_else(name, folders):
+def test_parameters_that_have_changed_are_kept(name, pretrained):
     model = make(name)
     changed = fused(model)[0].fusion_layer
     with torch.no_grad():
@@ -91,7 +82,7 @@ def test_what_was_changed_stays_and_nothing_else(name, folders):
         model.tok_embeddings.fusion_embedding.weight[1] += 1.0
     kept = [*changed.parameters(), model.tok_embeddings.fusion_embedding.weight]
     before = [p.detach().clone() for p in kept]
-    load_pretrained(model, decoder=folders["decoder"])
+    load_pretrained(model, decoder=pretrained["decoder"])
     assert all(torch.equal(p, value) for p, value in zip(kept, before, strict=True))
     assert fused(model)[1].experts_are_fresh()
     assert not fused(model)[0].experts_are_fresh()
@@ -100,7 +91,7 @@ def test_what_was_changed_stays_and_nothing_else(name, folders):
 
 
 @pytest.mark.parametrize("name", ["mot_placeholder", "moma"])
-def test_nothing_follows_what_was_not_loaded(name, folders):
+def test_nothing_follows_a_part_that_is_not_loaded(name, folders):
     model = make(name)
     before = {n: p.detach().clone() for n, p in get_fusion_params(model).items()}
 
@@ -120,8 +111,8 @@ def test_nothing_follows_what_was_not_loaded(name, folders):
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_fusion_of_directories_starts_from_what_they_hold(name, folders):
-    model = from_pretrained(**folders, **ARCHS[name], fusion_vocab_size=2)
+def test_from_pretrained_copies_the_loaded_values(name, pretrained):
+    model = from_pretrained(**pretrained, **ARCHS[name], fusion_vocab_size=2)
     reference = llama_decoder(
         vocab_size=37,
         num_layers=3,
@@ -132,7 +123,7 @@ def test_a_fusion_of_directories_starts_from_what_they_hold(name, folders):
         intermediate_dim=41,
         tie_word_embeddings=False,
     )
-    load_pretrained_decoder(reference, folders["decoder"])
+    load_pretrained_decoder(reference, pretrained["decoder"])
     assert torch.equal(model.layers[1].mlp.w1.weight, reference.layers[1].mlp.w1.weight)
     assert_copies(model)
     table = model.tok_embeddings
@@ -147,23 +138,3 @@ def load_pretrained_decoder(decoder, folder):
     decoder.load_state_dict(
         hf_to_tune(tensors, num_heads=6, num_kv_heads=2, dim=24), strict=True, assign=True
     )
-
-
-def follow_on_ranks(rank, folder):
-    for name in ("mot", "moma"):
-        model = make(name, on_missing="participate", fusion_vocab_size=0, fusion_head=False)
-        shard(model)
-        load_pretrained(model, decoder=folder)
-        for layer in fused(model):
-            assert layer.experts_are_fresh(), name
-        alone = make(name, fusion_vocab_size=0, fusion_head=False)
-        load_pretrained(alone, decoder=folder)
-        theirs = get_fusion_params(alone)
-        for parameter_name, parameter in get_fusion_params(model).items():
-            if "experts" in parameter_name or ".fusion_layer.encoder" in parameter_name:
-                assert torch.equal(parameter.full_tensor(), theirs[parameter_name]), parameter_name
-
-
-@pytest.mark.distributed
-def test_copies_of_a_sharded_model_follow(folders):
-    run_on_ranks(follow_on_ranks, folders["decoder"])

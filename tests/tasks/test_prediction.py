@@ -104,7 +104,8 @@ def test_compiled_batches_share_graphs_and_give_the_same_answers(tmp_path, layou
     )
     assert got == expected
     assert counted["stats"]["unique_graphs"] == graphs
-    assert report.seconds["compile"] > report.seconds["prefill"] > 0
+    assert report.seconds["compile"] > 0
+    assert report.seconds["prefill"] > 0
     assert "in none of the other times" in "\n".join(report.lines(torch.device("cpu")))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from torchfuse.models import ModalityContext, ModalityStrategy, register_modality_strategy, strategy
-from torchfuse.models.strategies.placement import by_row
+from torchfuse.models.strategies.prefix import by_row
 from torchfuse.modules.experts.routing import keep_in_graph
 
 ARCH = "greeting"

@@ -173,7 +173,7 @@ def test_a_bad_turn_leaves_the_session_unchanged(name, problem):
         ("cross_attention", FEATURES + 2, 2, rf"{FEATURES} encoder tokens.*, got {FEATURES + 2}"),
         ("cross_attention", FEATURES, 3, "features .* have 3 rows, the tokens 2"),
         ("placeholder", FEATURES - 2, 2, rf"row 0 has {FEATURES} tokens and 5 features"),
-        ("prefix", FEATURES, 2, "can only stand in front of one"),
+        ("prefix", FEATURES, 2, "a prefix can only be its start"),
     ],
     ids=["too many", "other rows", "fewer than tokens", "behind text"],
 )

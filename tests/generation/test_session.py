@@ -163,7 +163,7 @@ def test_a_turn_that_the_model_refuses_changes_nothing():
         with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
             session.answer(prompt, max_new_tokens=5, encoder_embeds=embeds, sampling=GREEDY)
             if interrupted:
-                with pytest.raises(ValueError, match="every token 41 stands for one feature"):
+                with pytest.raises(ValueError, match="every token 41 needs one feature"):
                     session.answer(prompt, max_new_tokens=5, sampling=GREEDY)
             return session.answer(again, max_new_tokens=5, sampling=GREEDY)[0]
 

@@ -150,7 +150,7 @@ def structure(decoder):
         ({"every": 0}, "every=0 fuses no layer"),
         ({"every": True}, "every=True fuses no layer"),
         ({"every": "2"}, "every='2' fuses no layer"),
-        ({"layers": [1]}, r"layers=\[1\] and every=1 both say which layers are fused"),
+        ({"layers": [1]}, r"layers=\[1\] and every=1 both choose the layers to fuse"),
         (
             {"arch": "joint_decoder", "encoder_token": IMAGE},
             "every=1 cannot be given: JointDecoderStrategy fuses no layer",
@@ -161,7 +161,7 @@ def structure(decoder):
         ({"adapter": 5}, "Unknown adapter 5; there are "),
         (
             {"adapter": LinearAdapter(FEATURE_DIM, 5)},
-            r"adapter \(LinearAdapter\) does not fit: its out_dim is 5, the width of the decoder 18\.$",
+            r"adapter of \'encoder\' \(LinearAdapter\) does not fit: its out_dim is 5, the width of the decoder 18\.$",
         ),
         (
             {"adapter": LinearAdapter(7, 5)},
@@ -282,9 +282,7 @@ def test_no_features_are_a_batch_of_text(arch, placement, shape):
         ]
         assert torch.equal(*said)
     if "encoder_token" in options:
-        with pytest.raises(
-            ValueError, match=f"every token {IMAGE} stands for one feature, .* and 0 feat"
-        ):
+        with pytest.raises(ValueError, match=f"every token {IMAGE} needs one feature, .* and 0 feat"):
             model(text_with_image(), **none)
 
 
@@ -377,7 +375,7 @@ def test_a_decoder_of_another_make_is_named():
     decoder.layers[0] = nn.Linear(3, 5)
     with pytest.raises(
         ValueError,
-        match="Layer 0 cannot be fused. It is a Linear without what torchtune's decoder layers have",
+        match="Layer 0 cannot be fused. It is a Linear, which lacks what torchtune's decoder layers have",
     ):
         fuse(decoder, TinyEncoder(), every=1)
     with pytest.raises(ValueError, match="at least one encoder"):

@@ -67,7 +67,7 @@ def test_defect_9_features_and_text_are_counted():
         ),
         (
             {"num_tokens": 9, "num_frames": {"ear": 2}},
-            "num_frames must have the names of the encoders, none",
+            "num_frames must have the names of the encoders, encoder; got ear",
         ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchfuse.checkpoint.formats.registry import Role, formats_of, read_model_spec, read_spec
-from torchfuse.checkpoint.formats.spec import UNNAMED, Spec
+from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, Spec
 from torchfuse.checkpoint.matching import match_model, match_parts
 from torchfuse.checkpoint.streaming import fill
 from torchfuse.errors import CheckpointError, ConfigError
@@ -134,7 +134,7 @@ def build_fused_parts(
 
     Args:
         decoder: the decoder's directory.
-        encoders: the encoders' directories by name; ``UNNAMED`` for one without a name.
+        encoders: the encoders' directories by name; ``UNNAMED_KEY`` for one without a name.
         decoder_settings: values that replace those in the checkpoint; None: as in the checkpoint.
         encoder_settings: the same, for every encoder or by name of the encoder.
         dtype: of all parameters; None: as in the decoder's checkpoint.
@@ -150,14 +150,14 @@ def build_fused_parts(
     def fused(modules: list[nn.Module]) -> FusedModel:
         base, *towers = modules
         by_name = dict(zip(encoders, towers, strict=True))
-        given = by_name[UNNAMED] if list(by_name) == [UNNAMED] else by_name
+        given = by_name[UNNAMED_KEY] if list(by_name) == [UNNAMED_KEY] else by_name
         return call_with_options(fuse, base, given, what="fuse", options=options)
 
     with ExitStack() as stack:
         parts = {"decoder": _Part.open(stack, decoder, "decoder", decoder_settings)}
         for name, path in encoders.items():
             part = _Part.open(stack, path, "encoder", by_encoder[name])
-            parts["encoder" if name == UNNAMED else f"encoder.{name}"] = part
+            parts["encoder" if name == UNNAMED_KEY else f"encoder.{name}"] = part
         dtype = dtype or _dtype_of(parts["decoder"].checkpoint)
         # Options that do not fit are reported before any tensor is read.
         fused([part.build(dtype) for part in parts.values()])

@@ -13,7 +13,7 @@ from torch import nn
 from torchfuse.checkpoint.building import build_fused_parts, build_model, located
 from torchfuse.checkpoint.derived import reinitializers
 from torchfuse.checkpoint.formats.registry import read_model_spec
-from torchfuse.checkpoint.formats.spec import UNNAMED
+from torchfuse.checkpoint.formats.spec import UNNAMED_KEY
 from torchfuse.checkpoint.matching import match_model, match_parts
 from torchfuse.checkpoint.streaming import fill
 from torchfuse.errors import ConfigError
@@ -97,7 +97,7 @@ def from_pretrained(
     _refuse({"intermediate_layers": intermediate_layers, "prepare": prepare}, why)
     assert decoder is not None
     assert encoder is not None
-    folders = encoder if isinstance(encoder, Mapping) else {UNNAMED: encoder}
+    folders = encoder if isinstance(encoder, Mapping) else {UNNAMED_KEY: encoder}
     options = {**fuse_options, **{f"{part}_trainable": value for part, value in trainable.items()}}
     options["on_missing"] = on_missing or "skip"
     settings = {"max_seq_len": max_seq_len}

@@ -30,6 +30,7 @@ from torchfuse.generation.checks import (
 )
 from torchfuse.generation.sampling import Generators, Sampling, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, run_prompt
+from torchfuse.models.types import CacheState
 from torchfuse.naming import find_model, unwrap
 
 __all__ = ["Session"]
@@ -248,9 +249,10 @@ class Session:
         logits = run(
             self.model, tokens, valid, self._valid, self._count, self._column, self._special, given
         )
-        if self.compile and getattr(self.model, "cache_state", None) is not None:
+        state: CacheState | None = getattr(self.model, "cache_state", None)
+        if self.compile and state is not None:
             # The next recorded graph overwrites what this one returned.
-            self.model.cache_state = _copied(self.model.cache_state)
+            self.model.cache_state = state.clone()
         # The model may raise; nothing of the turn is recorded before it has run.
         if sampling.repetition_penalty != 1:
             self._remember_all(tokens, valid)
@@ -294,12 +296,6 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _copied(state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {name: part.clone() for name, part in state.items()}
-    return state.clone()
 
 
 def _detached(embeds: Tensor | Mapping[str, Tensor]) -> Any:

@@ -6,15 +6,15 @@ from torchfuse.models.lengths import check_lengths
 from torchfuse.models.strategies.cross_attention import CrossAttentionStrategy, DeepFusionModel
 from torchfuse.models.strategies.deepstack import DeepStackStrategy
 from torchfuse.models.strategies.joint_decoder import EarlyFusionModel, JointDecoderStrategy
-from torchfuse.models.strategies.layerwise import MixtureFusionModel
 from torchfuse.models.strategies.moma import MoMaStrategy
 from torchfuse.models.strategies.mot import MoTStrategy
+from torchfuse.models.strategies.routed_layers import MixtureFusionModel
 from torchfuse.models.strategy import (
     ModalityStrategy,
     build_modality_strategy,
     register_modality_strategy,
 )
-from torchfuse.models.types import EncoderFeatures, ModalityContext
+from torchfuse.models.types import CacheState, EncoderFeatures, ModalityContext
 from torchfuse.models.vlm import (
     AdapterConfig,
     ModelConfig,
@@ -27,6 +27,7 @@ from torchfuse.models.vlm import (
 
 __all__ = [
     "AdapterConfig",
+    "CacheState",
     "CrossAttentionStrategy",
     "DeepFusionModel",
     "DeepStackStrategy",

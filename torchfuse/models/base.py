@@ -1,8 +1,7 @@
-"""The fused model as the decoder's callers see it.
+"""The fused model, called as a ``TransformerDecoder`` is.
 
-``FusedModel`` is called as a ``TransformerDecoder`` is. What makes one architecture differ from
-another is the strategy's business: it turns a call into a ``ModalityContext``, and the decoder runs
-on that.
+Architectures differ in their strategies alone: a strategy turns a call into a ``ModalityContext``, and
+the decoder runs on that.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         decoder: a ``TransformerDecoder``, with fusion layers in it where the strategy wants any.
         encoder: one module, or modules by name. An encoder returns features ``[b, n, d_e]``.
         strategy: how features reach the decoder.
-        adapter: what maps features to the decoder's width, for each encoder. None: the encoder does. Its
-            parameters are fusion parameters, unless its own ``fusion_params()`` says otherwise.
+        adapter: maps features to the decoder's width, one for each encoder. None: the encoder does. Its
+            parameters are fusion parameters, unless it has ``fusion_params()`` of its own.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
-        fusion_trainable: whether what fusion added trains.
-        on_missing: what happens to the encoder and the layers that read it in a batch without any input
-            for it. ``"skip"``: they do not run. ``"participate"``: they run on a stand-in whose
-            contribution is exactly nothing, forward and backward, so that under data parallelism every
-            rank runs the same parameters. Calls with caches skip.
+        fusion_trainable: whether fusion parameters train.
+        on_missing: what happens to an encoder, and the layers that use it, in a batch without input for
+            it. ``"skip"``: they do not run. ``"participate"``: they run on a stand-in that adds exactly
+            zero, forward and backward, so that under data parallelism every rank runs the same
+            parameters. Calls with caches skip.
         example_input: the stand-in's keywords for the encoder (``{name: keywords}`` by name), of the
-            smallest size that it accepts. None: its ``example_input()`` is asked.
+            smallest size that it accepts. None: the result of its ``example_input()``.
 
     Raises:
         ModelError: if names do not agree, ``"participate"`` has no example input, the decoder is a
-            fused model already, or its layers are not those that the strategy wants.
+            fused model already, or its layers are not those that the strategy needs.
     """
 
     own_attributes: ClassVar[frozenset[str]] = frozenset(
@@ -57,6 +56,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         "encoder_tokens strict".split()
     )
     strict: bool = True
+    """Whether features without a placeholder in the text are an error."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
                 self,
                 decoder=decoder_trainable,
                 encoder=encoder_trainable,
-                # A model without any fusion parameter is allowed; the default must not refuse it.
+                # A model without any fusion parameter is allowed.
                 fusion=fusion_trainable and bool(get_fusion_params(self)),
             )
         except BaseException:
@@ -97,21 +97,33 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         if is_minimal(decoder):
             accept_embeddings(decoder)
 
+    @classmethod
+    def build(
+        cls,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        strategy: Any,
+        **options: Any,
+    ) -> FusedModel:
+        """Build the model for ``fuse``; a class with other arguments than these overrides it."""
+        return cls(decoder, encoder, strategy=strategy, **options)
+
     @property
     def _caches_features(self) -> bool:  # type: ignore[override]
         return self.strategy.caches_features
 
     def parts(self) -> dict[str, nn.Module]:
-        """The pretrained parts: ``"decoder"``, and ``"encoder"`` or ``"encoder.<name>"``."""
+        """Return the pretrained parts: ``"decoder"``, and ``"encoder"`` or ``"encoder.<name>"``."""
         return {"decoder": self.decoder, **self.encoder_parts()}
 
     def train(self, mode: bool = True) -> FusedModel:
-        """As ``nn.Module.train``, except that modules with only frozen parameters stay in ``eval``."""
+        """Set the mode as ``nn.Module.train`` does, but keep fully frozen modules in ``eval``."""
         super().train(mode)
         if mode:
             for child in self.children():
                 _evaluate_frozen(child)
-            for encoder in self.encoder_parts().values():  # also one that has no parameters at all
+            for encoder in self.encoder_parts().values():  # including one without parameters
                 if not any(p.requires_grad for p in encoder.parameters()):
                     encoder.eval()
         return self
@@ -126,7 +138,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         input_pos: Tensor | None = None,
         encoder_embeds: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """Score tokens, given what the encoders see.
+        """Score tokens, given inputs of the encoders.
 
         Args:
             tokens: ids, ``[b, s]``.
@@ -136,27 +148,27 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
                 a name may be left out. None: a batch of text, or a step whose features are cached.
             encoder_mask: which features count: bool ``[b, s, n]``, True where text position ``s`` may
                 attend to feature ``n``, or ``[b, n]``, True where feature ``n`` belongs to the row. Over
-                the features of all encoders one behind the other, or by name. None: all count; in a step
-                whose features are cached, those that the last token of the call before could see. With
-                caches it may be as wide as the encoder's cache.
+                the features of all encoders in their order, or by name. None: all count; in a step
+                whose features are cached, those that the last token of the call before may attend to.
+                With caches it may be as wide as the encoder's cache.
             input_pos: positions, ``[b, s]`` or ``[s]``. None: ``0 .. s - 1``. Needed with caches.
             encoder_embeds: what ``encode`` returned, in place of ``encoder_input``.
 
         Returns:
-            Logits ``[b, s, v]``, aligned with ``tokens``; a list of chunks, or of hidden states and the
-            logits, where the decoder was asked for those.
+            Logits ``[b, s, v]``, aligned with ``tokens``. With ``num_output_chunks`` a list of chunks,
+            with ``output_hidden_states`` a list of hidden states and the logits.
 
         Raises:
             ModelError: if inputs do not fit the model or each other.
         """
         cached = self.caches_are_enabled()
         if mask is None and not cached and self.caches_are_setup():
-            # torchtune's attention takes its causal shortcut only where no cache exists.
+            # torchtune's attention is causal without a mask only where no cache exists.
             s = tokens.shape[1]
             mask = torch.ones(1, s, s, dtype=torch.bool, device=tokens.device).tril()
         if cached and self.training and torch.is_grad_enabled():
             raise ModelError(
-                "Caches are for inference: keys and values kept from an earlier call have no gradient, "
+                "Caches are for inference: keys and values of an earlier call have no gradient, "
                 "so training through them would be wrong. Call model.eval(), or run under "
                 "torch.no_grad(); torchtune.modules.delete_kv_caches(model) removes the caches."
             )
@@ -176,9 +188,13 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         context = self.strategy.prepare(
             self, tokens, features, mask=mask, encoder_mask=encoder_mask, input_pos=input_pos
         )
-        return self._decode(context)
+        output = self._decode(context)
+        if cached and context.cache_state is not None:
+            self.cache_state = context.cache_state
+        return output
 
     def _decode(self, context: ModalityContext) -> Any:
+        """Run the decoder."""
         kwargs: dict[str, Any] = {
             "mask": context.mask,
             "encoder_input": context.encoder_input,
@@ -203,15 +219,14 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         return [*hidden, output] if hidden else output
 
     def _unembed(self, h: Tensor, context: ModalityContext) -> Any:
-        """Score hidden states ``[b, s, d]`` of the positions that ``context`` wants scored."""
+        """Score hidden states ``[b, s, d]`` of the positions in ``context.output_slice``."""
         return self.decoder.unembed(h)
 
     def _check_embeds(self, embeds: Tensor) -> None:
         if embeds.shape[1] > self.max_seq_len:
             raise ModelError(
-                f"The sequence is {embeds.shape[1]} tokens long with those of the encoder, and the "
-                f"decoder's max_seq_len is {self.max_seq_len}. Shorten the text or use fewer encoder "
-                "tokens."
+                f"The sequence of text and features is {embeds.shape[1]} tokens long, and the decoder's "
+                f"max_seq_len is {self.max_seq_len}. Shorten the text or use fewer features."
             )
         if hasattr(self.decoder, "unshard"):
             raise ModelError(
@@ -220,12 +235,8 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
             )
 
 
-# The interface of strategies lies below this module, so its default is set here.
-ModalityStrategy.model_class = FusedModel
-
-
 def refuse_fused(decoder: nn.Module) -> None:
-    """Raise a ``ModelError`` if the decoder is a fused model, whose encoders would get lost."""
+    """Raise a ``ModelError`` if the decoder is a fused model, whose encoders would not run."""
     model = unwrap_model(decoder)
     if isinstance(model, FusedModel):
         raise ModelError(

@@ -1,8 +1,9 @@
-"""torchtune's self-attention with caches that cost nothing per step but what attention costs.
+"""torchtune's self-attention with a cached path that copies nothing and never synchronizes.
 
-torchtune's own cached path copies keys and values to every head of queries and looks at a tensor's
-value at each step. Layers stay torchtune's: when caches are set up, their attention gets the class
-below, which is torchtune's in all it holds and in all it does without caches.
+torchtune's own cached path copies keys and values to every query head and reads a tensor's value at each
+step. When caches are set up, the attention of each decoder layer is exchanged for ``CachedAttention``,
+which takes over everything that it holds: parameters keep their names, and without caches it computes
+the same.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ __all__ = ["CachedAttention", "use_cached_attention"]
 
 
 class CachedAttention(MultiHeadAttention):
-    """``MultiHeadAttention`` that keeps keys and values in a ``KVCache``."""
+    """``MultiHeadAttention`` that caches keys and values in a ``KVCache``."""
 
     kv_cache: Any
     cache_enabled: bool
+
+    @classmethod
+    def from_attention(cls, attn: MultiHeadAttention) -> CachedAttention:
+        """Build one from the submodules, attributes, hooks and mode of another attention."""
+        new, state = cls.__new__(cls), attn.__getstate__()
+        new.__setstate__({**state, "_modules": dict(state["_modules"])})
+        return new
 
     def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
         """Allocate the cache on the default device; a second call keeps the first cache."""
@@ -45,11 +53,11 @@ class CachedAttention(MultiHeadAttention):
         mask: Any = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
-        """Attend as ``MultiHeadAttention`` does; with a cache, to all that it holds.
+        """Attend as ``MultiHeadAttention`` does; with a cache, to all slots that ``mask`` allows.
 
         Args:
             x: ``[b, s, d]``.
-            y: what is attended to, ``x`` itself.
+            y: the source of keys and values, ``x`` itself.
             mask: bool ``[b, s, slots]`` with a cache, True: may attend.
             input_pos: positions, ``[b, s]`` or ``[s]``.
         """
@@ -72,9 +80,9 @@ class CachedAttention(MultiHeadAttention):
 
 
 def use_cached_attention(decoder: nn.Module) -> None:
-    """Give the self-attention of torchtune's decoder layers a cached path without copies."""
-    for layer in decoder.modules():
-        attn: Any = getattr(layer, "attn", None)
-        # Only its own class: what others have derived from it knows better.
+    """Exchange the self-attention of torchtune's decoder layers for ``CachedAttention``."""
+    for layer in list(decoder.modules()):
+        attn: Any = layer._modules.get("attn")
+        # Its own class only: a subclass may compute something else.
         if type(attn) is MultiHeadAttention and attn.is_causal and attn.kv_cache is None:
-            attn.__class__ = CachedAttention
+            layer._modules["attn"] = CachedAttention.from_attention(attn)

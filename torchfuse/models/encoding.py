@@ -1,8 +1,8 @@
-"""A model that owns encoders and adapters, and brings their features to the decoder's border.
+"""A module with encoders and adapters that computes features for the decoder.
 
-Encoders come alone (keys ``encoder.`` and ``adapter.``) or by name (``encoders.<name>.`` and
-``adapters.<name>.``); inside, there is only the second case. Features are cast where they enter: pixels
-to the encoder's dtype, features to the adapter's, and what reaches the decoder to the decoder's.
+One encoder without a name has the keys ``encoder.`` and ``adapter.``, named ones have
+``encoders.<name>.`` and ``adapters.<name>.``; features are by name in both cases. Inputs are cast where
+they enter: pixels to the encoder's dtype, features to the adapter's, its output to the decoder's.
 """
 
 from __future__ import annotations
@@ -13,28 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
-from torchfuse.models.types import EncoderFeatures, EncoderInput, EncoderMask, OnMissing
+from torchfuse.errors import ConfigError, ModelError
+from torchfuse.models.types import UNNAMED, EncoderFeatures, EncoderInput, EncoderMask, OnMissing
 
 __all__ = ["EncoderOwner", "encoder_names"]
 
-# The one encoder of a model whose encoders have no names.
-_UNNAMED = "encoder"
-
 
 def encoder_names(encoder: nn.Module | Mapping[str, nn.Module]) -> list[str]:
-    """The names of encoders as a model knows them; ``["encoder"]`` for one without a name.
+    """Return the names of encoders; ``["encoder"]`` for one without a name.
 
     Raises:
-        ModelError: if there is none, or a name cannot be part of a parameter's.
+        ConfigError: if there is none, or a name cannot be part of a parameter's.
     """
     if not isinstance(encoder, Mapping | nn.ModuleDict):
-        return [_UNNAMED]
+        return [UNNAMED]
     if not encoder:
-        raise ModelError("A fused model needs at least one encoder, got an empty mapping.")
+        raise ConfigError("A fused model needs at least one encoder, got an empty mapping.")
     bad = [n for n in encoder if not n or "." in n or hasattr(nn.ModuleDict, n)]
     if bad:
-        raise ModelError(
+        raise ConfigError(
             "Names of encoders become parts of parameter names: they must not be empty, hold a dot "
             f"or be a method of nn.ModuleDict. Got {', '.join(map(repr, bad))}."
         )
@@ -42,7 +39,7 @@ def encoder_names(encoder: nn.Module | Mapping[str, nn.Module]) -> list[str]:
 
 
 class EncoderOwner(nn.Module):
-    """Encoders and adapters, under the keys that their number asks for."""
+    """A module that holds one encoder without a name, or several by name, and their adapters."""
 
     encoder: nn.Module
     encoders: nn.ModuleDict
@@ -62,20 +59,21 @@ class EncoderOwner(nn.Module):
         if isinstance(encoder, Mapping | nn.ModuleDict):
             self._own_by_name(dict(encoder.items()), adapter)
         elif isinstance(adapter, Mapping):
-            raise ModelError("One encoder without a name takes one adapter, got several by name.")
+            raise ConfigError("One encoder without a name takes one adapter, got several by name.")
         else:
             self.encoder = encoder
             self.adapter = adapter
         self.set_on_missing(on_missing)
 
     def set_on_missing(self, on_missing: OnMissing) -> None:
-        """Say what happens to the encoders in a batch without input for them, see ``FusedModel``.
+        """Choose what happens to an encoder in a batch without input for it, see ``FusedModel``.
 
         Raises:
-            ModelError: if it is neither ``"skip"`` nor ``"participate"``, or there is no example input.
+            ConfigError: if it is neither ``"skip"`` nor ``"participate"``.
+            ModelError: if an encoder that is to participate has no example input.
         """
         if on_missing not in ("skip", "participate"):
-            raise ModelError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
+            raise ConfigError(f'on_missing must be "skip" or "participate", got {on_missing!r}.')
         if on_missing == "participate":
             for name in self.encoder_names:
                 self._example_input(name)
@@ -89,7 +87,7 @@ class EncoderOwner(nn.Module):
         encoder_names(encoders)
         adapters = dict(adapter.items()) if isinstance(adapter, Mapping | nn.ModuleDict) else {}
         if adapter is not None and adapters.keys() != encoders.keys():
-            raise ModelError(
+            raise ConfigError(
                 f"Adapters must have the names of the encoders, {', '.join(encoders)}; got "
                 f"{', '.join(adapters) or type(adapter).__name__}."
             )
@@ -103,23 +101,23 @@ class EncoderOwner(nn.Module):
     @property
     def encoder_names(self) -> list[str]:
         """The names of the encoders; ``["encoder"]`` for one without a name."""
-        return list(self.encoders) if self._named else [_UNNAMED]
+        return list(self.encoders) if self._named else [UNNAMED]
 
     def get_encoder(self, name: str) -> nn.Module:
-        """The encoder of a name in ``encoder_names``."""
+        """Return the encoder of a name in ``encoder_names``."""
         return self.encoders[name] if self._named else self.encoder
 
     def get_adapter(self, name: str) -> nn.Module | None:
-        """The adapter behind the encoder of this name, if it has one."""
+        """Return the adapter of an encoder; None if it has none."""
         if not self._named:
             return self.adapter
         return None if self.adapters is None else self.adapters[name]
 
     def encoder_parts(self) -> dict[str, nn.Module]:
-        """The encoders as parts of a model: ``"encoder"``, or ``"encoder.<name>"`` for each."""
+        """Return the encoders as parts of a model: ``"encoder"``, or ``"encoder.<name>"`` for each."""
         if not self._named:
-            return {_UNNAMED: self.encoder}
-        return {f"{_UNNAMED}.{name}": self.encoders[name] for name in self.encoders}
+            return {"encoder": self.encoder}
+        return {f"encoder.{name}": self.encoders[name] for name in self.encoders}
 
     def encode(self, encoder_input: EncoderInput) -> Any:
         """Run encoders and adapters once, for any number of calls with ``encoder_embeds=``.
@@ -134,17 +132,17 @@ class EncoderOwner(nn.Module):
             ModelError: for an unknown name, or features that are no ``[b, n, d_e]``.
         """
         embeds = {name: self._encode(name, kw) for name, kw in self._by_name(encoder_input).items()}
-        return embeds if self._named else embeds[_UNNAMED]
+        return embeds if self._named else embeds[UNNAMED]
 
     def _by_name(self, given: Any) -> dict[str, Any]:
-        """What was given for each encoder, by name, in the order of the encoders."""
+        """Sort what was given for the encoders by name, in the order of the encoders."""
         if not self._named:
-            return {_UNNAMED: given}
+            return {UNNAMED: given}
         names = self.encoder_names
         if not isinstance(given, Mapping):
             raise ModelError(
-                f"This model has the encoders {', '.join(names)}: give what is for them by name, got "
-                f"a {type(given).__name__}."
+                f"This model has the encoders {', '.join(names)}: their inputs, features and masks must "
+                f"be mappings by name, got a {type(given).__name__}."
             )
         unknown = [name for name in given if name not in names]
         if unknown:
@@ -161,7 +159,7 @@ class EncoderOwner(nn.Module):
         participate: bool,
         encoder_slots: int | None,
     ) -> dict[str, EncoderFeatures]:
-        """The features of a batch by encoder, in the order of the encoders on every rank."""
+        """Compute the features of a batch by encoder, in the same order on every rank."""
         if encoder_input is not None and encoder_embeds is not None:
             raise ModelError("Give encoder_input or encoder_embeds, not both.")
         inputs = {} if encoder_input is None else self._by_name(encoder_input)
@@ -173,7 +171,7 @@ class EncoderOwner(nn.Module):
             elif name in ready:
                 embeds[name] = self._checked(name, ready[name])
             elif participate:
-                # One row, one token: whatever the strategy does with it, it shall be cheap.
+                # One row and one feature are enough for the graph.
                 embeds[name] = self._encode(name, self._example_input(name))[:1, :1]
         present = {name for name in embeds if name in inputs or name in ready}
         if isinstance(encoder_mask, Tensor) and encoder_mask.shape[-1] == encoder_slots:
@@ -232,7 +230,7 @@ class EncoderOwner(nn.Module):
         return self._checked(name, features)
 
     def _checked(self, name: str, features: Any) -> Tensor:
-        """Features as they may reach the decoder: ``[b, n, d]`` in its dtype."""
+        """Check features and cast them: ``[b, n, d]`` in the decoder's width and dtype."""
         table = self._table()
         width = "d" if table is None else table.shape[-1]
         fits = isinstance(features, Tensor) and features.dim() in (2, 3)
@@ -246,7 +244,7 @@ class EncoderOwner(nn.Module):
         return features.to(table.dtype) if table is not None and table.is_floating_point() else features
 
     def _table(self) -> Tensor | None:
-        """The weight of the decoder's embeddings; None for a decoder that does not show any."""
+        """Return the weight of the decoder's embeddings; None if it has no such module."""
         embedding = getattr(self, "tok_embeddings", None)
         return next(embedding.parameters(), None) if isinstance(embedding, nn.Module) else None
 
@@ -270,7 +268,7 @@ class EncoderOwner(nn.Module):
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype that a module computes in, by its first floating-point parameter."""
+    """Return the dtype that a module computes in, by its first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 

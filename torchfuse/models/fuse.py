@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel, refuse_fused
 from torchfuse.models.encoding import encoder_names
 from torchfuse.models.strategy import ModalityStrategy, build_modality_strategy
-from torchfuse.models.types import EncoderInput, OnMissing
+from torchfuse.models.types import UNNAMED, EncoderInput, OnMissing
 from torchfuse.modules.adapters.builtin import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
@@ -46,35 +46,35 @@ def fuse(
 ) -> FusedModel:
     """Fuse a pretrained encoder into a pretrained decoder.
 
-    The parts themselves become parts of the model: their parameters keep name, value and place, and
-    what is new stands beside them on their device and in their dtype. Before its first step the model
-    scores text exactly as the decoder did.
+    Decoder and encoder become submodules of the model: their parameters keep their names and values,
+    and new modules are added on their device and in their dtype. Before its first step the model scores
+    text exactly as the decoder did.
 
     Args:
         decoder: a torchtune ``TransformerDecoder``. Its layers and embeddings are wrapped in place.
         encoder: a module that returns features ``[b, n, d_e]``, or modules by name.
         arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"``, ``"moma"``, ``"deepstack"`` or
             another registered name; or a strategy, which has its options already.
-        adapter: the name of a registered one (see ``build_adapter``), a module of yours, or None where
-            the encoder already returns the decoder's width; by name for named encoders that differ.
-        every: layer ``i`` is fused when ``(i + 1) % every == 0``; given, it excludes ``layers=``, which
-            names layers. None: 4 for ``"cross_attention"``, 1 for ``"mot"`` and ``"moma"``; for
-            ``"deepstack"`` the first three layers, or all but the last where that is fewer.
-            ``"joint_decoder"`` fuses no layer and takes none. With ``placement="prefix"`` nobody reads
-            features behind the last layer: there ``"mot"`` has keys and values only, and ``"moma"`` and
-            ``"deepstack"`` leave it out, and refuse an ``every`` that counts no other.
+        adapter: the name of a registered one (see ``build_adapter``), a module, or None if the encoder
+            already returns the decoder's width; by name for named encoders that differ.
+        every: layer ``i`` is fused when ``(i + 1) % every == 0``; not beside ``layers=``, which names
+            layers. None: 4 for ``"cross_attention"``, 1 for ``"mot"`` and ``"moma"``; for
+            ``"deepstack"`` the first three layers, or all but the last if those are fewer.
+            ``"joint_decoder"`` fuses no layer and takes none. With ``placement="prefix"`` hidden states
+            of features after the last layer are unused: there ``"mot"`` has keys and values only, and
+            ``"moma"`` and ``"deepstack"`` leave the layer out, and raise if no other is chosen.
         encoder_dim: width of the features. None: the encoder's ``feature_dim``, ``embed_dim`` or
             ``config.hidden_size``.
-        fusion_vocab_size: number of new tokens to embed beside the pretrained table.
+        fusion_vocab_size: number of new tokens, embedded beside the pretrained table.
         fusion_init: first values of their embeddings, see ``FusionEmbedding.from_pretrained``.
-            ``"mean"`` follows the table when ``load_pretrained`` fills it later; ``"normal"`` is drawn
-            from the table as it is now.
-        fusion_head: whether the head scores the new tokens too, as ids behind the pretrained ones. A
+            ``"mean"`` is computed again when ``load_pretrained`` fills the table later; ``"normal"`` is
+            drawn from the table as it is now.
+        fusion_head: whether the head scores the new tokens too, as ids after the pretrained ones. A
             tied head scores with the embedding's new rows; any other gets new rows of its own, which
-            start by ``fusion_init`` where that is a name, else as means.
+            start by ``fusion_init`` if that is a name, else as means.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoders train; also ``{name: bool}``.
-        fusion_trainable: whether what fusion added trains.
+        fusion_trainable: whether fusion parameters train.
         on_missing: ``"skip"`` or ``"participate"``, see ``FusedModel``.
         example_input: see ``FusedModel``.
         **arch_options: the architecture's own, see ``CrossAttentionStrategy``,
@@ -82,11 +82,12 @@ def fuse(
             ``MoMaStrategy`` and ``DeepStackStrategy``.
 
     Returns:
-        A ``DeepFusionModel``, ``EarlyFusionModel`` or ``MixtureFusionModel``, or what another
-        architecture builds.
+        A ``DeepFusionModel``, ``EarlyFusionModel`` or ``MixtureFusionModel``, or the model class of
+        another architecture.
 
     Raises:
-        ModelError: for anything that does not fit; decoder and encoder are as they were then.
+        ConfigError: for an unknown name or option, or a value out of its range.
+        ModelError: if the parts do not fit each other; decoder and encoder are unchanged in any case.
 
     Examples:
         >>> from torch import nn
@@ -111,7 +112,7 @@ def fuse(
         name: _adapter(specs[name], name, encoders[name], widths[name], embedding) for name in encoders
     }
     if len({spec is None for spec in adapters.values()}) > 1:
-        raise ModelError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
+        raise ConfigError("Give an adapter to all encoders or to none; nn.Identity() does nothing.")
     put_layers_in_place = strategy.plan(decoder, names, every=every)
     fused_embedding = None
     if fusion_vocab_size:
@@ -119,9 +120,8 @@ def fuse(
     head = getattr(decoder, "output", None)
     fused_head = _fused_head(head, embedding, fused_embedding, fusion_init) if fusion_head else None
 
-    named = not isinstance(encoder, nn.Module)
-    given_adapters: Any = adapters if named else adapters[""]
-    if named and all(a is None for a in adapters.values()):
+    given_adapters: Any = adapters if _is_named(encoder) else adapters[UNNAMED]
+    if all(a is None for a in adapters.values()):
         given_adapters = None
     layers: Any = decoder.layers
     children = [(module, dict(module._modules)) for module in (decoder, layers)]
@@ -131,9 +131,10 @@ def fuse(
             _replace_embedding(decoder, embedding, fused_embedding)
         if fused_head is not None:
             decoder.output = fused_head  # type: ignore[assignment]
-        return strategy.wrap(
+        model: FusedModel = (strategy.model_class or FusedModel).build(
             decoder,
             encoder,
+            strategy=strategy,
             adapter=given_adapters,
             decoder_trainable=decoder_trainable,
             encoder_trainable=encoder_trainable,
@@ -141,6 +142,7 @@ def fuse(
             on_missing=on_missing,
             example_input=example_input,
         )
+        return model
     except BaseException:
         for module, before in children:
             module._modules.update(before)
@@ -151,23 +153,27 @@ def fuse(
         raise
 
 
+def _is_named(encoder: Any) -> bool:
+    return isinstance(encoder, Mapping | nn.ModuleDict)
+
+
 def _encoders(given: Any) -> dict[str, nn.Module]:
-    encoders = given if isinstance(given, Mapping) else {"": given}
+    encoders = dict(given.items()) if _is_named(given) else {UNNAMED: given}
     if wrong := [value for value in encoders.values() if not isinstance(value, nn.Module)]:
         raise ModelError(
-            "encoder must be a module that returns features [b, n, d_e], or a mapping of names to such; "
-            f"got {', '.join(map(repr, wrong))}."
+            "encoder must be a module that returns features [b, n, d_e], or a mapping of names to such "
+            f"modules; got {', '.join(map(repr, wrong))}."
         )
-    return dict(encoders)
+    return encoders
 
 
 def _strategy(arch: str | ModalityStrategy, options: Mapping[str, Any]) -> ModalityStrategy:
     if not isinstance(arch, ModalityStrategy):
         return build_modality_strategy(arch, **options)
     if options:
-        raise ModelError(
+        raise ConfigError(
             f"{', '.join(options)} cannot be given beside a {type(arch).__name__}, which has its "
-            "options already; a name of an architecture takes them."
+            "options already; the name of an architecture takes them."
         )
     given: Any = arch
     if is_dataclass(given):
@@ -186,7 +192,7 @@ def _token_embedding(decoder: nn.Module) -> nn.Embedding:
         )
     if any(getattr(module, "kv_cache", None) is not None for module in decoder.modules()):
         raise ModelError(
-            "The decoder has caches, which new layers would lack. Remove them first "
+            "The decoder has caches, and new layers would have none. Remove them first "
             "(torchtune.modules.delete_kv_caches), fuse, and set them up on the fused model."
         )
     return embedding
@@ -196,10 +202,9 @@ def _by_name(given: Any, encoders: Mapping[str, nn.Module], what: str) -> dict[s
     if not isinstance(given, Mapping):
         return dict.fromkeys(encoders, given)
     if given.keys() != encoders.keys():
-        raise ModelError(
-            f"{what} must have the names of the encoders, "
-            f"{', '.join(encoders) if '' not in encoders else 'of which there is one without a name'}; "
-            f"got {', '.join(map(str, given))}."
+        raise ConfigError(
+            f"{what} must have the names of the encoders, {', '.join(encoders)}; got "
+            f"{', '.join(map(str, given))}."
         )
     return dict(given)
 
@@ -219,10 +224,9 @@ def _adapter(
         _check_widths(spec, name, width, embedding.embedding_dim)
         return spec
     if width is None:
-        raise ModelError(
-            f"The width of the features of {name or 'the encoder'!r} is not known: "
-            f"{type(encoder).__name__} has no feature_dim, embed_dim or config.hidden_size. Pass "
-            "encoder_dim=."
+        raise ConfigError(
+            f"The width of the features of {name!r} is not known: {type(encoder).__name__} has no "
+            "feature_dim, embed_dim or config.hidden_size. Pass encoder_dim=."
         )
     with weight.device:
         num_tokens = getattr(encoder, "num_tokens", None)
@@ -231,17 +235,17 @@ def _adapter(
 
 
 def _check_widths(adapter: nn.Module, name: str, encoder_dim: int | None, embed_dim: int) -> None:
-    wanted = {"in_dim": ("the encoder's features", encoder_dim), "out_dim": ("the decoder", embed_dim)}
-    own = {side: getattr(unwrap(adapter), side, None) for side in wanted}
+    expected = {"in_dim": ("the encoder's features", encoder_dim), "out_dim": ("the decoder", embed_dim)}
+    own = {side: getattr(unwrap(adapter), side, None) for side in expected}
     problems = [
-        f"its {side} is {own[side]}, the width of {whose} {width}"
-        for side, (whose, width) in wanted.items()
+        f"its {side} is {own[side]}, the width of {part} {width}"
+        for side, (part, width) in expected.items()
         if isinstance(own[side], int) and width is not None and own[side] != width
     ]
     if problems:
-        of = f" of {name!r}" if name else ""
-        who = f"The adapter{of} ({type(adapter).__name__})"
-        raise ModelError(f"{who} does not fit: {'; '.join(problems)}.")
+        raise ModelError(
+            f"The adapter of {name!r} ({type(adapter).__name__}) does not fit: {'; '.join(problems)}."
+        )
 
 
 def _feature_dim(encoder: nn.Module) -> int | None:
@@ -267,11 +271,11 @@ def _replace_embedding(decoder: nn.Module, old: nn.Embedding, new: nn.Embedding)
 def _fused_head(
     head: Any, embedding: nn.Embedding, fused: FusionEmbedding | None, init: RowInit
 ) -> FusionLinear | TiedFusionLinear:
-    """A head that scores the new tokens too, beside the one that the decoder has."""
+    """Build a head that scores the new tokens too, from the decoder's head."""
     from torchtune.modules import TiedLinear
 
     if fused is None:
-        raise ModelError(
+        raise ConfigError(
             "fusion_head scores new tokens, of which there are none: give fusion_vocab_size."
         )
     if type(head) is TiedLinear and head.tied_module is embedding:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchfuse.errors import ConfigError
+from torchfuse.models.types import UNNAMED
 from torchfuse.modules.adapters.base import Adapter
 
 __all__ = ["check_lengths", "tokens_of_frame"]
@@ -45,7 +46,7 @@ def check_lengths(
         Traceback (most recent call last):
         torchfuse.errors.ConfigError: max_seq_len 64 is shorter than 4 frames x 25 tokens + 20 ...
     """
-    tokens = dict(num_tokens) if isinstance(num_tokens, Mapping) else {"": num_tokens}
+    tokens = dict(num_tokens) if isinstance(num_tokens, Mapping) else {UNNAMED: num_tokens}
     frames = _by_name(num_frames, tokens, "num_frames")
     adapters = _by_name(adapter, tokens, "adapter")
     least = {"max_seq_len": (max_seq_len, 1), "text_len": (text_len, 0)}
@@ -109,15 +110,14 @@ def _by_name(given: Any, tokens: Mapping[str, int | None], what: str) -> dict[st
     if not isinstance(given, Mapping):
         return dict.fromkeys(tokens, given)
     if given.keys() != tokens.keys():
-        names = "none, for one encoder without a name" if "" in tokens else ", ".join(tokens)
         raise ConfigError(
-            f"{what} must have the names of the encoders, {names}; got {', '.join(given)}."
+            f"{what} must have the names of the encoders, {', '.join(tokens)}; got {', '.join(given)}."
         )
     return dict(given)
 
 
 def _of(name: str) -> str:
-    return f" of {name!r}" if name else ""
+    return "" if name == UNNAMED else f" of {name!r}"
 
 
 def _frames(number: int) -> str:

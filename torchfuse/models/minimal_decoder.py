@@ -1,7 +1,7 @@
-"""Decoders that have no more than torchtune's fusion classes call: ``tok_embeddings`` and ``forward``.
+"""Decoders with no more than torchtune's fusion classes call: ``tok_embeddings`` and ``forward``.
 
-A ``TransformerDecoder`` shows its layers and its head, so a fused model runs them on embeddings of its
-own. Any other decoder is called as a whole, and must take embeddings where it takes ids.
+The layers and the head of a ``TransformerDecoder`` are its attributes, so a fused model runs them on
+embeddings itself. Any other decoder is called as a whole, and must take embeddings in place of ids.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["accept_embeddings", "is_minimal"]
 
 
 class _IdsOrEmbeddings(TransparentWrapper):
-    """An embedding that returns embeddings as they are; names are the embedding's."""
+    """An embedding that returns embeddings unchanged; names are the embedding's."""
 
     embedding: nn.Module
 
@@ -30,12 +30,12 @@ class _IdsOrEmbeddings(TransparentWrapper):
 
 
 def is_minimal(decoder: nn.Module) -> bool:
-    """Whether a decoder can only be called as a whole."""
+    """Return whether a decoder can only be called as a whole."""
     return not (hasattr(decoder, "layers") and hasattr(decoder, "unembed"))
 
 
 def accept_embeddings(decoder: nn.Module) -> None:
-    """Let a minimal decoder take embeddings ``[b, s, d]`` in place of ids ``[b, s]``."""
+    """Make a minimal decoder take embeddings ``[b, s, d]`` in place of ids ``[b, s]``."""
     embedding = getattr(decoder, "tok_embeddings", None)
     if isinstance(embedding, nn.Module) and not isinstance(embedding, _IdsOrEmbeddings):
         decoder.tok_embeddings = _IdsOrEmbeddings(embedding)

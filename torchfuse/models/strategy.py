@@ -1,9 +1,9 @@
-"""One strategy an architecture, behind one interface.
+"""The interface of architectures: one strategy each.
 
-A strategy turns tokens and encoder features into what the decoder consumes, a
-``ModalityContext``. It holds options but no parameters, and is no submodule: sharding,
-checkpoints and freezing never see it. A new architecture is one class with
-``register_modality_strategy`` on it: what it inherits fuses, saves, counts and generates.
+A strategy turns tokens and encoder features into the input of the decoder, a ``ModalityContext``. It has
+options but no parameters and no state, and is no submodule, so sharding, checkpoints and freezing do not
+involve it. A new architecture is one class decorated with ``register_modality_strategy``; fusing,
+saving, counting and generating are inherited.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ __all__ = [
 
 
 class ModalityStrategy(ABC):
-    """How one architecture brings the encoder's features to the decoder.
+    """How one architecture passes the encoder's features to the decoder.
 
     Subclasses are dataclasses, or made such by ``register_modality_strategy``: their fields are the
-    architecture's options. Only ``prepare`` must be written.
+    architecture's options. Only ``prepare`` is abstract.
     """
 
     arch: ClassVar[str]
-    """The name under which ``fuse`` knows the architecture."""
+    """The name by which ``fuse`` finds the architecture."""
 
     caches_features: ClassVar[bool] = False
-    """Whether layers of the decoder keep keys and values of the features."""
+    """Whether layers of the decoder cache keys and values of the features."""
 
-    model_class: ClassVar[Callable[..., Any]]
-    """What ``wrap`` builds; ``FusedModel`` unless a strategy names another."""
+    model_class: ClassVar[Any] = None
+    """The class of the fused model, below ``FusedModel``. None: ``FusedModel``."""
 
     def plan(
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
     ) -> Callable[[], None]:
-        """Build what the decoder needs, and return a function that puts it in place.
+        """Build new modules for the decoder, and return a function that puts them in place.
 
-        Everything that can fail happens here, so that the decoder is either fused or untouched.
+        Whatever can fail happens here, so that the decoder is either fused or unchanged.
 
         Args:
             decoder: a pretrained decoder.
@@ -60,8 +60,8 @@ class ModalityStrategy(ABC):
             every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: the architecture's own.
 
         Raises:
-            ConfigError: if the decoder cannot be fused, or not so; here, where no layer is, for any
-                ``every``.
+            ConfigError: if the decoder cannot be fused with these options. This method fuses no layer
+                and takes no ``every``.
         """
         if every is not None:
             raise ConfigError(
@@ -70,15 +70,15 @@ class ModalityStrategy(ABC):
         return lambda: None
 
     def extra_tokens(self, num_features: int) -> int:
-        """By how many positions that many features make the decoder's sequence longer."""
+        """Return how many positions this many features add to the decoder's sequence."""
         return 0
 
     def num_image_tokens(self, model: StrategyModel, num_frames: int = 1) -> int:
-        """How many positions of the decoder's sequence an image takes, in front or in place of tokens.
+        """Return how many positions of the decoder's sequence an image takes.
 
         Args:
-            model: the fused model. One with several encoders is asked for an image for each.
-            num_frames: frames of a clip, or images a row.
+            model: the fused model. With several encoders, the sum over an image for each.
+            num_frames: frames of a clip, or images per row.
 
         Raises:
             ConfigError: if the number of features of an image matters and is unknown.
@@ -89,11 +89,11 @@ class ModalityStrategy(ABC):
         return num_frames * each
 
     def special_tokens(self) -> tuple[int, ...]:
-        """Ids that stand for features, which a model must not say."""
+        """Return the ids of placeholders, which must not be generated."""
         return ()
 
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
-        """Raise a ``ConfigError`` if the options do not fit the encoders of these names."""
+        """Raise a ``ConfigError`` if the options do not fit encoders of these names."""
 
     def check_decoder(self, decoder: nn.Module, encoders: Sequence[str]) -> None:  # noqa: B027
         """Raise a ``ConfigError`` if a decoder lacks what ``plan`` would have put in place."""
@@ -104,12 +104,12 @@ class ModalityStrategy(ABC):
         tokens: Tensor,
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
     ) -> None:
-        """Raise a ``ConfigError`` if a prompt cannot have the features that a mask gives it.
+        """Raise a ``ConfigError`` if a prompt does not fit its encoder mask, before encoders run.
 
         Args:
             names: of the encoders.
             tokens: ``[b, s]``.
-            encoder_mask: as for ``FusedModel``'s call; the features themselves are not there yet.
+            encoder_mask: as for ``FusedModel``'s call.
         """
 
     @abstractmethod
@@ -123,10 +123,11 @@ class ModalityStrategy(ABC):
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         input_pos: Tensor | None,
     ) -> ModalityContext:
-        """Turn one call of the model into what the decoder consumes.
+        """Turn one call of the model into the input of the decoder.
 
         Args:
-            model: the fused model.
+            model: the fused model. Whatever must be kept for later calls with caches is read from
+                ``model.cache_state`` and returned as ``ModalityContext.cache_state``.
             tokens: ``[b, s]``.
             features: by encoder name, those that this batch has (and stand-ins).
             mask: the caller's mask over tokens, True: may attend.
@@ -134,23 +135,16 @@ class ModalityStrategy(ABC):
             input_pos: the caller's positions of tokens.
         """
 
-    def wrap(
-        self,
-        decoder: nn.Module,
-        encoder: nn.Module | Mapping[str, nn.Module],
-        *,
-        adapter: nn.Module | Mapping[str, nn.Module] | None,
-        **flags: Any,
-    ) -> Any:
-        """Build the model around decoder, encoders and adapters."""
-        return self.model_class(decoder, encoder, strategy=self, adapter=adapter, **flags)
-
     def describe(self, decoder: nn.Module) -> dict[str, Any]:
-        """The options that would build what stands in this decoder now, all of them."""
+        """Return all options that would build the layers of this decoder as they are."""
         return self.options()
 
+    def statistics(self, model: nn.Module) -> dict[str, Any]:
+        """Return numbers about the last forward pass for a report, fit for JSON."""
+        return {}
+
     def options(self) -> dict[str, Any]:
-        """The options that this strategy was built with."""
+        """Return the options of this strategy that a model and what is loaded into it must share."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
@@ -159,20 +153,20 @@ _StrategyType = TypeVar("_StrategyType", bound="type[ModalityStrategy]")
 
 
 def register_modality_strategy(arch: str) -> Callable[[_StrategyType], _StrategyType]:
-    """Make a strategy available under a name, everywhere an architecture is named.
+    """Register a strategy under the name of its architecture.
 
-    A class that is no dataclass of its own becomes one, a frozen one, so that its fields are options.
+    A class that is no dataclass becomes a frozen one, so that its fields are options.
 
     Args:
         arch: the name.
 
     Raises:
-        ConfigError: if that is no name, or there is an architecture of that name; if the class is no
-            ``ModalityStrategy``, lacks a method, has options that cannot be read, or has another name.
+        ConfigError: if the name is empty, no string or taken; if the class is no ``ModalityStrategy``,
+            lacks a method, has options that cannot be read, or is registered already.
     """
     if not isinstance(arch, str) or not arch:
         raise ConfigError(
-            "An architecture needs a name, a string that is not empty: "
+            "The name of an architecture must be a string that is not empty: "
             f'@register_modality_strategy("mine"). Got {arch!r}.'
         )
 
@@ -211,11 +205,11 @@ def build_modality_strategy(arch: str, **options: Any) -> ModalityStrategy:
 
     Args:
         arch: ``"cross_attention"``, ``"joint_decoder"``, ``"mot"``, ``"moma"``, ``"deepstack"`` or
-            what ``register_modality_strategy`` added.
+            another registered name.
         **options: the architecture's options.
 
     Raises:
-        ConfigError: for an unknown architecture or option, naming those there are.
+        ConfigError: for an unknown architecture or option, naming the known ones.
     """
     if not isinstance(arch, str) or arch not in _REGISTRY:
         hint = "" if isinstance(arch, str) else " (a name, or for fuse a strategy with its options)"
@@ -249,7 +243,7 @@ def features_per_image(model: StrategyModel, name: str, *, one_tile: bool = Fals
 
 
 def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
-    """Raise a ``ConfigError`` unless every encoder gave a row of features for each row of tokens."""
+    """Raise a ``ConfigError`` unless every encoder has a row of features for each row of tokens."""
     for name, given in features.items():
         if given.present and given.embeds.shape[0] != tokens.shape[0]:
             raise ConfigError(

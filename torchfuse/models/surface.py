@@ -1,7 +1,7 @@
-"""A model that has everything its decoder has, without owning it twice.
+"""The public surface of a decoder, delegated to the decoder that a model holds.
 
 Callers of a ``TransformerDecoder`` read attributes, assign some, and call methods for chunked output and
-caches. ``DecoderSurface`` hands all of that to ``self.decoder``, the one owner.
+caches. ``DecoderSurface`` delegates all of it to ``self.decoder`` and registers no module twice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from torchfuse.models.types import CacheState
 from torchfuse.naming import unwrap
 
 __all__ = ["DecoderSurface"]
@@ -19,14 +20,14 @@ __all__ = ["DecoderSurface"]
 class DecoderSurface(nn.Module):
     """The public surface of a ``TransformerDecoder``, delegated to ``self.decoder``.
 
-    Reading and assigning an attribute that the decoder has and this module has not reaches the decoder:
-    ``model.layers``, ``model.output_hidden_states = [3]``. Private names stay private, and a subclass
-    lists in ``own_attributes`` what it sets itself, whatever the decoder has.
+    Reading or assigning an attribute that the decoder has and this module lacks acts on the decoder:
+    ``model.layers``, ``model.output_hidden_states = [3]``. Private names are not delegated, and a
+    subclass lists in ``own_attributes`` the names that it assigns to itself in any case.
     """
 
     # A TransformerDecoder, or a wrapper around one.
     decoder: Any
-    # The decoder's own, named here for readers and type checkers.
+    # Attributes of the decoder, declared for readers and type checkers.
     tok_embeddings: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
@@ -40,13 +41,12 @@ class DecoderSurface(nn.Module):
 
     own_attributes: ClassVar[frozenset[str]] = frozenset()
 
-    # Whether layers of the decoder keep keys and values of encoder features.
+    # Whether layers of the decoder cache keys and values of encoder features.
     _caches_features = False
 
     def __init__(self) -> None:
         super().__init__()
-        # What must be remembered from one cached call to the next, beside keys and values.
-        self.cache_state: Any = None
+        self.cache_state: CacheState | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,12 +58,12 @@ class DecoderSurface(nn.Module):
             return getattr(decoder, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._is_decoders(name):
+        if self._is_delegated(name):
             setattr(unwrap(self.decoder), name, value)
         else:
             super().__setattr__(name, value)
 
-    def _is_decoders(self, name: str) -> bool:
+    def _is_delegated(self, name: str) -> bool:
         own = self.__dict__
         decoder = own.get("_modules", {}).get("decoder")
         if decoder is None or name.startswith("_") or hasattr(type(self), name) or name in own:
@@ -76,7 +76,7 @@ class DecoderSurface(nn.Module):
         return name in vars(inner) or name in inner._modules
 
     def set_num_output_chunks(self, num_output_chunks: int) -> None:
-        """Have the head score the sequence in this many chunks, for chunked losses."""
+        """Split the sequence into this many chunks in the head, for chunked losses."""
         self.decoder.set_num_output_chunks(num_output_chunks)
 
     def setup_caches(
@@ -92,10 +92,10 @@ class DecoderSurface(nn.Module):
         Args:
             batch_size: rows.
             dtype: dtype of the caches.
-            encoder_max_seq_len: slots for encoder tokens, in layers that attend to them; the decoder's
+            encoder_max_seq_len: slots for features, in layers that attend to them; the decoder's
                 ``max_seq_len`` unless given.
-            decoder_max_seq_len: slots for the sequence, encoder tokens that stand in it included; the
-                decoder's ``max_seq_len`` unless given.
+            decoder_max_seq_len: slots for the sequence, including the features in it; the decoder's
+                ``max_seq_len`` unless given.
         """
         from torchfuse.models.cached_attention import use_cached_attention  # imports torchtune
 
@@ -114,11 +114,11 @@ class DecoderSurface(nn.Module):
         self.cache_state = None
 
     def caches_are_setup(self) -> bool:
-        """Whether caches exist; never for a decoder without such a method."""
+        """Return whether caches exist; False for a decoder without such a method."""
         return self._ask_decoder("caches_are_setup")
 
     def caches_are_enabled(self) -> bool:
-        """Whether caches are read and written; never for a decoder without such a method."""
+        """Return whether caches are read and written; False for a decoder without such a method."""
         return self._ask_decoder("caches_are_enabled")
 
     def _ask_decoder(self, method: str) -> bool:
@@ -126,6 +126,6 @@ class DecoderSurface(nn.Module):
         return ask is not None and bool(ask())
 
     def reset_caches(self) -> None:
-        """Empty the caches without giving their memory back."""
+        """Empty the caches without freeing their memory."""
         self.decoder.reset_caches()
         self.cache_state = None

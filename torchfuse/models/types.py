@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 from torch import Tensor, nn
 
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
 
 __all__ = [
+    "UNNAMED",
+    "CacheState",
     "EncoderFeatures",
     "EncoderInput",
     "EncoderMask",
@@ -23,19 +26,23 @@ EncoderInput = Mapping[str, Any]
 EncoderMask = Tensor | Mapping[str, Tensor]
 OnMissing = Literal["skip", "participate"]
 
+UNNAMED: Final = "encoder"
+"""The name of the one encoder of a model whose encoder was given without a name."""
+
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """What one encoder has to say about a batch, in the decoder's width and dtype.
+    """The features of one encoder for a batch, in the decoder's width and dtype.
 
-    No features at all, ``[b, 0, d]``, become a stand-in: the batch is one without input for the encoder.
+    Features of no length, ``[b, 0, d]``, are replaced by a stand-in: the batch has no input for the
+    encoder.
 
     Attributes:
         embeds: ``[b, n, d]``.
         mask: which features count: bool ``[b, s, n]`` (True: text position ``s`` may attend to
             feature ``n``) or ``[b, n]`` (True: feature ``n`` belongs to the row). None: all do.
-        present: False for a stand-in, which must take part in the computation (so that every rank
-            runs the same parameters) without changing a bit of the result.
+        present: False for a stand-in, which is part of the graph, so that every rank runs the same
+            parameters, and changes no bit of the result.
     """
 
     embeds: Tensor
@@ -51,19 +58,52 @@ class EncoderFeatures:
 
 
 @dataclass(frozen=True)
-class ModalityContext:
-    """What the decoder consumes.
+class CacheState:
+    """What a model keeps between calls with caches, beside the keys and values in its layers.
+
+    The model owns it: a strategy reads ``model.cache_state`` and returns a new one in its
+    ``ModalityContext``. An architecture uses the fields that it needs.
 
     Attributes:
-        tokens: ``[b, s]``.
-        embeds: ``[b, t, d]``, in place of the embeddings of ``tokens``. None: the decoder embeds.
+        encoder_mask: bool ``[b, 1, slots]``, True where the last token may attend to a cached feature;
+            so may the tokens after it.
+        prefix_mask: bool ``[b, 1, n]``, the same for features in front of the text.
+        prefix_valid: bool ``[b, n]``, True where a position of the prefix belongs to the row.
+        num_tokens: how many tokens of each modality but text the caches hold, ``[b, 1]``, by name.
+    """
+
+    encoder_mask: Tensor | None = None
+    prefix_mask: Tensor | None = None
+    prefix_valid: Tensor | None = None
+    num_tokens: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def clone(self) -> CacheState:
+        """Return the same state in memory of its own."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return CacheState(**{name: _clone(value) for name, value in values.items()})
+
+
+def _clone(value: Tensor | Mapping[str, Tensor] | None) -> Any:
+    if isinstance(value, Mapping):
+        return {name: tensor.clone() for name, tensor in value.items()}
+    return None if value is None else value.clone()
+
+
+@dataclass(frozen=True)
+class ModalityContext:
+    """The input of the decoder.
+
+    Attributes:
+        tokens: ids, ``[b, s]``.
+        embeds: ``[b, t, d]``, in place of the embeddings of ``tokens``. None: the decoder embeds them.
         mask: bool ``[b, t, t]`` (``[b, t, slots]`` with caches), True: may attend. None: causal.
         input_pos: positions, ``[b, t]`` or ``[t]``. None: ``0 .. t - 1``.
-        encoder_input: features for the layers, ``[b, n, d]``.
+        encoder_input: features for cross-attention, ``[b, n, d]``.
         encoder_mask: bool ``[b, t, n]``, True: may attend.
-        output_slice: the positions of the ``t`` that are scored; the others never reach the head.
-        routing: which of the ``t`` tokens are of which modality, for layers that want to know; only
-            with ``embeds``. None: no layer is told, all are text.
+        output_slice: which of the ``t`` positions are scored; the others never reach the head.
+        routing: the modality of each of the ``t`` tokens, for layers that take it; only with
+            ``embeds``. None: all are text.
+        cache_state: the model's state after this call. None: the state does not change.
     """
 
     tokens: Tensor
@@ -74,19 +114,20 @@ class ModalityContext:
     encoder_mask: Tensor | None = None
     output_slice: slice | None = None
     routing: Routing | None = None
+    cache_state: CacheState | None = None
 
 
 class StrategyModel(Protocol):
-    """What a strategy uses of the fused model that it belongs to; ``FusedModel`` has it all.
+    """What a strategy uses of the fused model that it belongs to; ``FusedModel`` has all of it.
 
     Attributes:
-        decoder: the decoder, with what the strategy put in place.
-        tok_embeddings: the decoder's table.
+        decoder: the decoder, with the layers that the strategy put in place.
+        tok_embeddings: the decoder's embeddings.
         training: whether the model is in training mode.
-        strict: whether features that no token of the text takes are an error.
+        strict: whether features without a placeholder in the text are an error.
         max_seq_len: the longest sequence that the decoder takes.
-        encoder_max_cache_seq_len: slots of the caches of features, where there are any.
-        cache_state: what the strategy keeps between calls with caches; None before the first.
+        encoder_max_cache_seq_len: slots of the caches of features; None without such caches.
+        cache_state: the state after the last call with caches; None before the first.
     """
 
     decoder: nn.Module
@@ -95,17 +136,17 @@ class StrategyModel(Protocol):
     strict: bool
     max_seq_len: int
     encoder_max_cache_seq_len: int | None
-    cache_state: Any
+    cache_state: CacheState | None
 
     @property
     def encoder_names(self) -> list[str]:
         """The names of the encoders; ``["encoder"]`` for one without a name."""
 
     def get_encoder(self, name: str) -> nn.Module:
-        """The encoder of a name in ``encoder_names``."""
+        """Return the encoder of a name in ``encoder_names``."""
 
     def get_adapter(self, name: str) -> nn.Module | None:
-        """The adapter behind the encoder of this name, if it has one."""
+        """Return the adapter of an encoder; None if it has none."""
 
     def caches_are_enabled(self) -> bool:
-        """Whether caches are read and written."""
+        """Return whether caches are read and written."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from torchfuse.data.questions import Question
 from torchfuse.errors import DataError
-from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load
+from torchfuse.naming import unwrap_model
 from torchfuse.params import get_fusion_params
 from torchfuse.tasks.prediction import Prediction
 from torchfuse.training.record import TrainingRecord
@@ -160,8 +160,8 @@ def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
 
     Returns:
         ``new_parameters``, ``steps``, ``training_seconds``, ``tokens`` (by modality),
-        ``tokens_per_second``, ``accuracy_at_step`` and, for a model with experts of modalities,
-        ``expert_load``; all of it JSON.
+        ``tokens_per_second``, ``accuracy_at_step`` and the ``statistics`` of the architecture, such as
+        ``expert_load`` for one with experts of modalities; all of it JSON.
     """
     costs: dict[str, Any] = {
         "new_parameters": sum(p.numel() for p in get_fusion_params(model).values()),
@@ -171,12 +171,8 @@ def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
         "tokens_per_second": round(sum(record.tokens.values()) / record.seconds),
         "accuracy_at_step": [[step, round(share, 4)] for step, share in record.accuracies],
     }
-    if any(isinstance(module, MoMaLayer) for module in model.modules()):
-        costs["expert_load"] = {
-            layer: {name: [round(float(s), 3) for s in shares] for name, shares in load.items()}
-            for layer, load in expert_load(model).items()
-        }
-    return costs
+    strategy = getattr(unwrap_model(model), "strategy", None)
+    return costs if strategy is None else costs | strategy.statistics(model)
 
 
 def format_costs(costs: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, text, text_with
 from torch import nn
 
 from torchfuse import EarlyFusionModel, fuse
-from torchfuse.models.strategies.placement import Prefix
+from torchfuse.models.strategies.prefix import Prefix
 
 
 def placeholder(**options):
@@ -169,7 +169,7 @@ def test_a_mask_and_positions_of_the_text_are_the_texts():
 
 def test_prefix_mask_by_hand():
     sees = torch.tensor([[[True, False], [True, False], [True, False]]])
-    got = Prefix(sees).full_mask(None, slots=None)[0].int().tolist()
+    got = Prefix.from_mask(sees).full_mask(None, slots=None)[0].int().tolist()
     assert got == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],  # counts for nothing, sees itself
@@ -177,8 +177,8 @@ def test_prefix_mask_by_hand():
         [1, 0, 1, 1, 0],
         [1, 0, 1, 1, 1],
     ]
-    assert Prefix(sees).full_positions(None).tolist() == [[0, 0, 1, 2, 3]]
-    assert Prefix(sees).full_mask(None, slots=6).shape == (1, 5, 6)
+    assert Prefix.from_mask(sees).full_positions(None).tolist() == [[0, 0, 1, 2, 3]]
+    assert Prefix.from_mask(sees).full_mask(None, slots=6).shape == (1, 5, 6)
 
 
 @pytest.mark.parametrize("make", [placeholder, prefix])
@@ -187,7 +187,7 @@ def test_a_sequence_that_is_too_long_is_named(make):
     tokens = text_with_image(length=50) if make is placeholder else text(length=50)
     if make is prefix:
         with pytest.raises(
-            ValueError, match="57 tokens long with those of the encoder.*max_seq_len is 53"
+            ValueError, match="of text and features is 57 tokens long.*max_seq_len is 53"
         ):
             model(tokens, encoder_input=inputs())
     else:

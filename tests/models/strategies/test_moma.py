@@ -305,7 +305,7 @@ def test_which_layers_are_fused():
     ("options", "complaint"),
     [
         ({"every": 4}, "every=4 fuses no layer of this decoder, which has 3"),
-        ({"every": 3}, r"Layer 2 is the last: where features stand in front.*now \[2\]"),
+        ({"every": 3}, r"Layer 2 is the last: with features in front.*now \[2\]"),
         ({"layers": [0, 2]}, r"Layer 2 is the last: .*now \[0, 2\].*placement=\"placeholder\""),
         ({"layers": [0, 3]}, "0 to 2, each once; got"),
         ({"num_experts": 0, "capacity": 2.0}, "num_experts must be at least 1, got 0; capacity must"),

@@ -38,7 +38,7 @@ from torchfuse import (
     quantize,
 )
 from torchfuse.models import MoTStrategy
-from torchfuse.models.strategies.placement import positions_by_modality
+from torchfuse.models.strategies.placeholder import positions_by_modality
 from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm
 from torchfuse.training.loss import next_token_loss
 

@@ -36,7 +36,7 @@ def test_the_placement_follows_from_the_token(arch, given, placement):
     ("options", "complaint"),
     [
         ({"placement": "placeholder"}, 'placement="placeholder" needs encoder_token'),
-        ({"placement": "prefix", **TOKEN}, '"prefix" has no use for one.*encoder_token=41'),
+        ({"placement": "prefix", **TOKEN}, '"prefix" takes none. Got .*encoder_token=41'),
         ({"placement": "behind"}, "placement must be .*'prefix'.*got 'behind'"),
     ],
     ids=str,

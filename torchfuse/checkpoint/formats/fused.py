@@ -15,7 +15,7 @@ from torch import nn
 from torchfuse.checkpoint.formats.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
-from torchfuse.checkpoint.formats.spec import UNNAMED, ModelSpec, Spec
+from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, ModelSpec, Spec
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
 from torchfuse.modules.adapters.builtin import Adapter, build_adapter
@@ -85,7 +85,7 @@ class Fused(ModelSpec):
         named = not hasattr(model, "encoder")
         encoders, adapters = {}, {}
         for name in model.encoder_names:
-            key, encoder = name if named else UNNAMED, model.get_encoder(name)
+            key, encoder = name if named else UNNAMED_KEY, model.get_encoder(name)
             encoders[key] = read_part(encoder, formats_of("encoder"), f"encoder {name!r}", problems)
             adapter = model.get_adapter(name)
             if isinstance(adapter, Adapter) and adapter.name is not None:
@@ -142,12 +142,12 @@ class Fused(ModelSpec):
                 options.pop("name"), options.pop("in_dim"), options.pop("out_dim"), **options
             )
         encoders = {name: spec.build() for name, spec in self.encoders.items()}
-        unnamed = list(encoders) == [UNNAMED]
+        unnamed = list(encoders) == [UNNAMED_KEY]
         return fuse(
             self.decoder.build(),
-            encoders[UNNAMED] if unnamed else encoders,
+            encoders[UNNAMED_KEY] if unnamed else encoders,
             arch=self.arch,
-            adapter=(adapters[UNNAMED] if unnamed else adapters) if adapters else None,
+            adapter=(adapters[UNNAMED_KEY] if unnamed else adapters) if adapters else None,
             fusion_vocab_size=self.fusion_vocab_size,
             fusion_head=self.fusion_head,
             on_missing=self.on_missing,  # type: ignore[arg-type]

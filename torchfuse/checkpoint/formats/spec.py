@@ -21,10 +21,10 @@ from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap_model
 
-__all__ = ["UNNAMED", "ModelSpec", "Spec", "parsed", "setting"]
+__all__ = ["UNNAMED_KEY", "ModelSpec", "Spec", "parsed", "setting"]
 
-UNNAMED: Final = ""
-"""The key of a model's only encoder, if it was given without a name, among its encoders."""
+UNNAMED_KEY: Final = ""
+"""The key of an encoder without a name in ``config.json``, where a named one may be ``"encoder"``."""
 
 
 def setting(

@@ -16,7 +16,7 @@ from torchfuse.checkpoint.formats.fused import Fused
 from torchfuse.checkpoint.formats.key_table import SAME_NAMES, Entry, KeyTable, Layout
 from torchfuse.checkpoint.formats.mllama_vision import TILE_EMBEDDINGS, MllamaVision
 from torchfuse.checkpoint.formats.registry import register_format
-from torchfuse.checkpoint.formats.spec import UNNAMED, ModelSpec, Spec
+from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, ModelSpec, Spec
 from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
@@ -78,7 +78,7 @@ class Torchtune(ModelSpec):
         encoders = {name: unwrap(model.get_encoder(name)) for name in model.encoder_names}
         towers = _towers_of_tiles(
             {
-                name if named else UNNAMED: MllamaVision.from_module(encoder)
+                name if named else UNNAMED_KEY: MllamaVision.from_module(encoder)
                 for name, encoder in encoders.items()
                 if MllamaVision.matches_module(encoder)
             }
@@ -148,7 +148,7 @@ def grid_layout(spec: MllamaVision) -> Layout:
 
 def _towers_of_tiles(encoders: Mapping[str, Spec]) -> dict[str, MllamaVision]:
     return {
-        "encoder." if name == UNNAMED else f"encoders.{name}.": spec
+        "encoder." if name == UNNAMED_KEY else f"encoders.{name}.": spec
         for name, spec in encoders.items()
         if isinstance(spec, MllamaVision)
     }

@@ -1,1 +1,1 @@
-"""Architectures: one file each, named as it is registered."""
+"""Architectures: one file each, named as it is registered, and what they share."""

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
 from torchfuse.models.strategy import ModalityStrategy, check_rows, register_modality_strategy
 from torchfuse.models.types import (
+    CacheState,
     EncoderFeatures,
     EncoderInput,
     ModalityContext,
@@ -30,9 +31,9 @@ _EVERY: Final = 4
 
 
 class DeepFusionModel(FusedModel):
-    """A decoder whose layers attend to what the encoder saw.
+    """A decoder whose layers attend to the encoder's features.
 
-    Signature and methods are torchtune 0.6.1's; more than it had: several encoders, an adapter,
+    Signature and methods are torchtune 0.6.1's. Beyond it there are several encoders, an adapter,
     ``encode()`` and ``encoder_embeds=``, stand-ins for batches without images, and everything that a
     ``TransformerDecoder`` has. ``torchfuse.fuse`` builds one from a plain decoder.
 
@@ -41,11 +42,11 @@ class DeepFusionModel(FusedModel):
         encoder: a module that returns features ``[b, n, d_e]``, or several by name.
         decoder_trainable: whether the pretrained decoder trains.
         encoder_trainable: whether the encoder trains; also ``{name: bool}``.
-        fusion_trainable: whether what fusion added trains.
-        adapter: what maps features to the decoder's width. None: the encoder does.
+        fusion_trainable: whether fusion parameters train.
+        adapter: maps features to the decoder's width. None: the encoder does.
         on_missing: see ``FusedModel``.
         example_input: see ``FusedModel``.
-        strategy: options of the architecture, for the record; ``fuse`` gives them.
+        strategy: options of the architecture, for descriptions; ``fuse`` passes them.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class DeepFusionModel(FusedModel):
 @register_modality_strategy("cross_attention")
 @dataclass(frozen=True)
 class CrossAttentionStrategy(ModalityStrategy):
-    """Gated cross-attention layers at every k-th decoder layer read the features (Flamingo).
+    """Gated cross-attention layers at every k-th decoder layer attend to the features (Flamingo).
 
-    The sequence itself holds text only. Numbers left at None are the decoder layer's own.
+    The sequence itself holds text only. Sizes that are None are those of the decoder layer.
 
     Args:
-        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
-            which is every fourth unless it is.
+        layers: indices of the decoder layers to fuse. None: every k-th, by the ``every`` of ``fuse``,
+            which is 4 unless given.
         num_heads: heads of queries.
         num_kv_heads: heads of keys and values.
         hidden_dim: width inside the feed-forward.
@@ -117,7 +118,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         if not 0 < self.norm_eps < float("inf"):
             problems.append(f"norm_eps={self.norm_eps} must be a finite number greater than 0")
         if problems:
-            raise ModelError(f"cross_attention: {'; '.join(problems)}.")
+            raise ConfigError(f"cross_attention: {'; '.join(problems)}.")
 
     def plan(
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
@@ -136,15 +137,14 @@ class CrossAttentionStrategy(ModalityStrategy):
             num_heads, num_kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
         except AttributeError as error:
             raise ModelError(
-                f"It is a {type(layer).__name__} without what torchtune's decoder layers "
-                f"have ({error}). Wrap such layers in FusionLayer yourself and give the decoder to "
-                "DeepFusionModel."
+                f"It is a {type(layer).__name__}, which lacks what torchtune's decoder layers have "
+                f"({error}). Wrap such layers in FusionLayer and pass the decoder to DeepFusionModel."
             ) from error
         weight = next(p for p in layer.parameters() if p.is_floating_point())
         if self.num_heads is not None:
             width = num_heads * head_dim
             if width % self.num_heads:
-                raise ModelError(f"num_heads={self.num_heads} must divide the attention width {width}.")
+                raise ConfigError(f"num_heads={self.num_heads} must divide the attention width {width}.")
             num_heads, head_dim = self.num_heads, width // self.num_heads
         with weight.device:
             new = cross_attention_layer(
@@ -165,8 +165,8 @@ class CrossAttentionStrategy(ModalityStrategy):
         described = [_describe_layer(unwrap(layers[index])) for index in indices]
         if not described or any(options != described[0] for options in described):
             raise ModelError(
-                "cross_attention: fused layers that differ from each other cannot be described by one "
-                f"set of options: {described}."
+                "cross_attention: fused layers with different options cannot be described by one set "
+                f"of options: {described}."
             )
         return {"layers": indices, **described[0]}
 
@@ -180,14 +180,16 @@ class CrossAttentionStrategy(ModalityStrategy):
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         input_pos: Tensor | None,
     ) -> ModalityContext:
+        cached = model.caches_are_enabled()
         if not features:
-            seen = self._seen(model, tokens, encoder_mask) if model.caches_are_enabled() else None
-            return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=seen)
+            step_mask = self._mask_of_cached(model, tokens, encoder_mask) if cached else None
+            return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=step_mask)
         check_rows(tokens, features)
-        joined = _join_masks(tokens, features, always=model.caches_are_enabled())
-        if joined is not None and model.caches_are_enabled():
+        joined = _join_masks(tokens, features, always=cached)
+        state = None
+        if joined is not None and cached:
             joined = _pad_to_slots(joined, model)
-            model.cache_state = joined[:, -1:]
+            state = CacheState(encoder_mask=joined[:, -1:])
         return ModalityContext(
             tokens,
             mask=mask,
@@ -196,14 +198,15 @@ class CrossAttentionStrategy(ModalityStrategy):
                 [f.embeds.expand(tokens.shape[0], -1, -1) for f in features.values()], dim=1
             ),
             encoder_mask=joined,
+            cache_state=state,
         )
 
-    def _seen(
+    def _mask_of_cached(
         self, model: StrategyModel, tokens: Tensor, encoder_mask: Tensor | Mapping[str, Tensor] | None
     ) -> Tensor | None:
         """Which cached features each token may attend to, ``[b, s, slots]``."""
         if encoder_mask is None:
-            last: Tensor | None = model.cache_state
+            last = None if model.cache_state is None else model.cache_state.encoder_mask
             return None if last is None else last.expand(-1, tokens.shape[1], -1)
         if isinstance(encoder_mask, Mapping):
             given = [encoder_mask.get(name) for name in model.encoder_names]
@@ -211,7 +214,8 @@ class CrossAttentionStrategy(ModalityStrategy):
             if len(masks) < len(given):
                 raise ModelError(
                     "Once features are cached, an encoder_mask by name must hold a tensor for each of "
-                    f"{', '.join(model.encoder_names)}; without one, new tokens see what the last did."
+                    f"{', '.join(model.encoder_names)}; without an encoder_mask, new tokens attend to "
+                    "the features that the last token attended to."
                 )
             encoder_mask = torch.cat([_by_token(mask, tokens) for mask in masks], dim=-1)
         shapes = ([*tokens.shape], [1, tokens.shape[1]], [tokens.shape[0]])
@@ -224,7 +228,7 @@ class CrossAttentionStrategy(ModalityStrategy):
 
 
 def _describe_layer(layer: Any) -> dict[str, Any]:
-    """The options of a fused layer, read from its modules."""
+    """Read the options of a fused layer from its modules."""
     fusion = layer.fusion_layer
     try:
         norms = [fusion.ca_norm, fusion.mlp_norm, *_given(fusion.attn.q_norm, fusion.attn.k_norm)]
@@ -240,7 +244,7 @@ def _describe_layer(layer: Any) -> dict[str, Any]:
         }
     except AttributeError as error:
         raise ModelError(
-            f"cross_attention: a {type(fusion).__name__} is no cross-attention layer: it lacks {error}."
+            f"cross_attention: a {type(fusion).__name__} is no cross-attention layer: {error}."
         ) from error
     if len(eps) > 1:
         raise ModelError(f"cross_attention: norms of one layer differ in epsilon, {sorted(eps)}.")
@@ -254,7 +258,7 @@ def _given(*modules: Any) -> list[Any]:
 def _join_masks(
     tokens: Tensor, features: Mapping[str, EncoderFeatures], *, always: bool
 ) -> Tensor | None:
-    """One mask ``[b, s, n]`` over the features of all encoders; a stand-in is seen by nobody."""
+    """Join the masks of all encoders to ``[b, s, n]``; a stand-in is masked out."""
     if not always and all(f.present and f.mask is None for f in features.values()):
         return None
     joined = []
@@ -270,9 +274,9 @@ def _join_masks(
 
 
 def _pad_to_slots(mask: Tensor, model: StrategyModel) -> Tensor:
-    """As wide as the cache: slots behind the features are seen by nobody, whosever layers read them."""
+    """Widen a mask to the cache: slots after the features are masked out."""
     slots = model.encoder_max_cache_seq_len or model.max_seq_len
-    if mask.shape[-1] > slots:  # said before any layer has written to its cache
+    if mask.shape[-1] > slots:  # raised before any layer has written to its cache
         raise ModelError(
             f"The encoder cache holds up to {slots} encoder tokens, got {mask.shape[-1]}. Set up the "
             f"caches with encoder_max_seq_len of at least {mask.shape[-1]}."
@@ -281,5 +285,5 @@ def _pad_to_slots(mask: Tensor, model: StrategyModel) -> Tensor:
 
 
 def _by_token(mask: Tensor, tokens: Tensor) -> Tensor:
-    """A mask ``[b, s, n]`` from that or from ``[b, n]``."""
+    """Expand a mask ``[b, s, n]`` or ``[b, n]`` to ``[b, s, n]``."""
     return (mask if mask.dim() == 3 else mask[:, None]).expand(*tokens.shape, -1)

@@ -1,4 +1,4 @@
-"""Which layers of a decoder are fused, and how they are all exchanged or none."""
+"""Choosing the layers to fuse, and exchanging all of them or none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, FusionError
 
 __all__ = ["fuse_layers", "layers_to_fuse"]
 
@@ -15,16 +15,16 @@ __all__ = ["fuse_layers", "layers_to_fuse"]
 def layers_to_fuse(
     num_layers: int, layers: Sequence[int] | None, every: int | None, *, default: int = 1
 ) -> list[int]:
-    """Which layers of a decoder are fused, from the first to the last.
+    """Return the indices of the layers to fuse, in order.
 
     Args:
         num_layers: layers of the decoder.
-        layers: those that the caller names, counted from 0; None: as ``every`` says.
-        every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: as ``layers`` says.
-        default: ``every``, where neither is given.
+        layers: the indices that the caller names, counted from 0; None: by ``every``.
+        every: layer ``i`` is fused when ``(i + 1) % every == 0``. None: by ``layers``.
+        default: ``every``, if neither is given.
 
     Raises:
-        ModelError: if a named layer does not exist or is named twice, none would be fused, or both are
+        ConfigError: if a named layer does not exist or is named twice, none would be fused, or both are
             given.
 
     Examples:
@@ -32,21 +32,21 @@ def layers_to_fuse(
         ([2, 5], [0, 4])
     """
     if layers is not None and every is not None:
-        raise ModelError(
-            f"layers={list(layers)} and every={every} both say which layers are fused: give one of them."
+        raise ConfigError(
+            f"layers={list(layers)} and every={every} both choose the layers to fuse: give one of them."
         )
     if layers is not None:
         indices = sorted(set(layers))
-        known = bool(indices) and indices[0] >= 0 and indices[-1] < num_layers
-        if not known or len(indices) != len(layers):
-            raise ModelError(
+        exist = bool(indices) and indices[0] >= 0 and indices[-1] < num_layers
+        if not exist or len(indices) != len(layers):
+            raise ConfigError(
                 f"layers must name layers of this decoder, 0 to {num_layers - 1}, each once; got "
                 f"{list(layers)}."
             )
         return indices
     every = default if every is None else every
     if type(every) is not int or not 1 <= every <= num_layers:
-        raise ModelError(
+        raise ConfigError(
             f"every={every!r} fuses no layer of this decoder, which has {num_layers}: layer i is "
             f"fused when (i + 1) % every == 0. Choose every between 1 and {num_layers}."
         )
@@ -60,18 +60,18 @@ def fuse_layers(
 
     Args:
         layers: the decoder's.
-        indices: which are fused.
-        build: makes the fused layer of an index.
+        indices: of the layers to fuse.
+        build: builds the fused layer of an index.
 
     Raises:
-        ModelError: naming the layer that cannot be fused.
+        FusionError: of the kind that ``build`` raises, naming the layer.
     """
     fused = {}
     for index in indices:
         try:
             fused[index] = build(index)
-        except ValueError as error:
-            raise ModelError(f"Layer {index} cannot be fused. {error}") from error
+        except FusionError as error:
+            raise type(error)(f"Layer {index} cannot be fused. {error}") from error
 
     def put_in_place() -> None:
         for index, layer in fused.items():

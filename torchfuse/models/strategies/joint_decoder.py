@@ -1,6 +1,6 @@
-"""Early fusion: features stand in the decoder's own sequence, as if they were tokens.
+"""Early fusion: features are part of the decoder's own sequence, like embeddings of tokens.
 
-With a CLIP tower and a two-layer projector in place of a special token this is LLaVA
+With a CLIP tower and a two-layer projector in place of a placeholder token this is LLaVA
 (https://arxiv.org/abs/2304.08485).
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.models.base import FusedModel
+from torchfuse.models.encoding import encoder_names
 from torchfuse.models.strategies.sequence import Placement, SequenceStrategy
 from torchfuse.models.strategy import register_modality_strategy
 from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
@@ -21,43 +22,13 @@ from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, O
 __all__ = ["EarlyFusionModel", "JointDecoderStrategy"]
 
 
-@register_modality_strategy("joint_decoder")
-@dataclass(frozen=True)
-class JointDecoderStrategy(SequenceStrategy):
-    """Features stand in the sequence of a decoder whose layers are as they were.
-
-    Args:
-        placement: see ``SequenceStrategy``.
-        encoder_token: see ``SequenceStrategy``.
-    """
-
-    def wrap(
-        self,
-        decoder: nn.Module,
-        encoder: nn.Module | Mapping[str, nn.Module],
-        *,
-        adapter: nn.Module | Mapping[str, nn.Module] | None,
-        **flags: Any,
-    ) -> EarlyFusionModel:
-        flags["encoders_trainable"] = flags.pop("encoder_trainable", False)
-        return EarlyFusionModel(
-            decoder,
-            encoder,
-            self.encoder_token,
-            adapter=adapter,
-            placement=self.placement,
-            strict=True,
-            **flags,
-        )
-
-
 class EarlyFusionModel(FusedModel):
-    """A decoder in whose sequence the encoder's features stand.
+    """A decoder with the encoder's features in its sequence.
 
-    Signature and methods are torchtune 0.6.1's; more than it had: counts of tokens and features that
-    are checked, an encoder without a name, the prefix placement, an adapter, ``encode()`` and
-    ``encoder_embeds=``, stand-ins for batches without images, and everything that a
-    ``TransformerDecoder`` has. The decoder keeps its embeddings, so no key moves.
+    Signature and methods are torchtune 0.6.1's. Beyond it there are an encoder without a name, the
+    prefix placement, an adapter, ``encode()`` and ``encoder_embeds=``, stand-ins for batches without
+    images, and everything that a ``TransformerDecoder`` has. The decoder keeps its embeddings, so no key
+    changes.
 
     Args:
         decoder: a ``TransformerDecoder``.
@@ -65,17 +36,17 @@ class EarlyFusionModel(FusedModel):
         encoder_tokens: the id that each encoder's features replace; None for ``placement="prefix"``.
         decoder_trainable: whether the pretrained decoder trains.
         encoders_trainable: whether the encoders train; also ``{name: bool}``.
-        fusion_trainable: whether what fusion added trains.
-        adapter: what maps features to the decoder's width. None: the encoders do.
+        fusion_trainable: whether fusion parameters train.
+        adapter: maps features to the decoder's width. None: the encoders do.
         placement: ``"placeholder"`` or ``"prefix"``, see ``JointDecoderStrategy``.
         on_missing: see ``FusedModel``.
         example_input: see ``FusedModel``.
-        strict: whether features that no token takes, and an ``encoder_mask`` over another number of
+        strict: whether features without a placeholder, and an ``encoder_mask`` over another number of
             features than there are, are errors, as in models that ``fuse`` builds. torchtune ignores
             both.
 
     Raises:
-        ModelError: if the names of encoders, tokens and flags do not agree.
+        ConfigError: if the names of encoders, tokens and flags do not agree.
     """
 
     def __init__(
@@ -93,13 +64,12 @@ class EarlyFusionModel(FusedModel):
         example_input: EncoderInput | None = None,
         strict: bool = False,
     ) -> None:
-        if isinstance(encoders_trainable, Mapping):
-            names = list(encoders) if isinstance(encoders, Mapping) else ["encoder"]
-            if set(encoders_trainable) != set(names):
-                raise ModelError(
-                    f"encoders_trainable must have the names of the encoders, {', '.join(names)}; got "
-                    f"{', '.join(encoders_trainable) or 'none'}."
-                )
+        names = encoder_names(encoders)
+        if isinstance(encoders_trainable, Mapping) and set(encoders_trainable) != set(names):
+            raise ConfigError(
+                f"encoders_trainable must have the names of the encoders, {', '.join(names)}; got "
+                f"{', '.join(encoders_trainable) or 'none'}."
+            )
         super().__init__(
             decoder,
             encoders,
@@ -114,9 +84,37 @@ class EarlyFusionModel(FusedModel):
         self.encoder_tokens = encoder_tokens
         self.strict = strict
 
+    @classmethod
+    def build(
+        cls,
+        decoder: nn.Module,
+        encoder: nn.Module | Mapping[str, nn.Module],
+        *,
+        strategy: Any,
+        encoder_trainable: bool | Mapping[str, bool] = False,
+        **options: Any,
+    ) -> EarlyFusionModel:
+        return cls(
+            decoder,
+            encoder,
+            strategy.encoder_token,
+            encoders_trainable=encoder_trainable,
+            placement=strategy.placement,
+            strict=True,
+            **options,
+        )
+
+    @property
+    def encoders_trainable(self) -> dict[str, bool]:
+        """Whether each encoder has a parameter that trains."""
+        return {
+            name: any(p.requires_grad for p in self.get_encoder(name).parameters())
+            for name in self.encoder_names
+        }
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "decoder" and name in self._modules:
-            # As with torchtune, a decoder without embeddings gets those of the one before it.
+            # As in torchtune, a new decoder without embeddings gets those of the one before it.
             embeddings = self.tok_embeddings
             self._modules.pop("tok_embeddings", None)
             if not hasattr(value, "tok_embeddings"):
@@ -132,15 +130,18 @@ class EarlyFusionModel(FusedModel):
         self, tokens: Tensor, encoder_mask: EncoderMask | None, embeds: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         num_features = sum(e.shape[1] for e in embeds.values())
-        ignored = isinstance(encoder_mask, Tensor) and encoder_mask.shape[-1] != num_features
-        if ignored and not self.strict:
-            return {}
-        return super()._split_mask(tokens, encoder_mask, embeds)
+        fits = not isinstance(encoder_mask, Tensor) or encoder_mask.shape[-1] == num_features
+        return super()._split_mask(tokens, encoder_mask, embeds) if fits or self.strict else {}
 
-    @property
-    def encoders_trainable(self) -> dict[str, bool]:
-        """Whether each encoder has a parameter that trains."""
-        return {
-            name: any(p.requires_grad for p in self.get_encoder(name).parameters())
-            for name in self.encoder_names
-        }
+
+@register_modality_strategy("joint_decoder")
+@dataclass(frozen=True)
+class JointDecoderStrategy(SequenceStrategy):
+    """Features are part of the sequence, and the decoder's layers stay as they are.
+
+    Args:
+        placement: see ``SequenceStrategy``.
+        encoder_token: see ``SequenceStrategy``.
+    """
+
+    model_class = EarlyFusionModel

@@ -1,4 +1,4 @@
-"""Modality-aware experts: features stand in the sequence, and feed-forwards of their own read them.
+"""Mixture of modality-aware experts: features are part of the sequence, with experts of their own.
 
 Attention is the pretrained layer's for all tokens, see ``torchfuse.modules.experts.modality_experts``.
 """
@@ -12,44 +12,44 @@ from typing import Any, ClassVar, Final
 from torch import Tensor, nn
 
 from torchfuse.models.strategies.fused_layers import fuse_layers
-from torchfuse.models.strategies.layerwise import LayerStrategy
+from torchfuse.models.strategies.routed_layers import RoutedLayersStrategy
 from torchfuse.models.strategy import register_modality_strategy
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
-from torchfuse.modules.experts.modality_experts import MoMaLayer
+from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load
 from torchfuse.modules.experts.options import ExpertOptions
 
 __all__ = ["MoMaStrategy"]
 
-# How training goes is nothing that a model and what is loaded into it must have in common.
+# Options of training, in which a model and an artifact may differ.
 _OF_TRAINING: Final = ("start", "noise", "auxiliary_loss_weight", "pad_id")
 
 
 @register_modality_strategy("moma")
 @dataclass(frozen=True)
-class MoMaStrategy(LayerStrategy, ExpertOptions):
+class MoMaStrategy(RoutedLayersStrategy, ExpertOptions):
     """Each encoder's features run through experts of their own in the fused layers.
 
-    With ``placement="prefix"`` nobody reads what the last layer of the decoder makes of features, so
-    that layer stays as it is.
+    With ``placement="prefix"`` hidden states of features after the last layer of the decoder are unused,
+    so that layer is not fused.
 
     Args:
         placement: ``"prefix"``: features in front of the text; ``"placeholder"``: in place of the
             encoder's token. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``.
-        encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders.
-        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
-            which is all of them unless it is.
+        encoder_token: id of the placeholder, ``{name: id}`` for named encoders.
+        layers: indices of the decoder layers to fuse. None: every k-th, by the ``every`` of ``fuse``,
+            which is 1 unless given.
         num_experts: see ``ExpertOptions``, as for all that follow.
         num_text_experts: experts of text, the pretrained feed-forward among them.
         capacity: the share of its modality's tokens that an expert takes.
-        start: what new experts begin as.
+        start: first values of new experts.
         noise: whether noise is added to the routers' scores in training.
         auxiliary_router: whether the model will be able to generate, and to run in evaluation mode.
         auxiliary_dim: width inside auxiliary routers.
         auxiliary_loss_weight: of their loss, in every backward pass (see ``scale_auxiliary_losses``).
-        pad_id: id of padding, which no expert shall take in training. None: every token competes.
+        pad_id: id of padding, which no expert takes in training. None: every token competes.
 
     Raises:
-        ModelError: if an option is out of its range, or the last layer is named with ``"prefix"``.
+        ConfigError: if an option is out of its range, or the last layer is named with ``"prefix"``.
     """
 
     layer_type: ClassVar[type[nn.Module]] = MoMaLayer
@@ -57,11 +57,11 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        LayerStrategy.__post_init__(self)
+        RoutedLayersStrategy.__post_init__(self)
         ExpertOptions.__post_init__(self)
 
     def padding(self, model: StrategyModel, tokens: Tensor) -> Tensor | None:
-        # With caches too, so that a token of this id is the same in both.
+        # With caches too, so that a token of this id is scored the same with and without them.
         return None if self.pad_id is None else tokens == self.pad_id
 
     def prepare(
@@ -75,7 +75,7 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
     ) -> Callable[[], None]:
         layers: Any = decoder.layers
-        indices = self.layers_that_are_read(decoder, every)
+        indices = self.layers_with_gradient(decoder, every)
         return fuse_layers(layers, indices, lambda index: MoMaLayer(layers[index], encoders, self))
 
     def modalities_of(self, layer: Any) -> list[str]:
@@ -86,3 +86,12 @@ class MoMaStrategy(LayerStrategy, ExpertOptions):
 
     def describe(self, decoder: nn.Module) -> dict[str, Any]:
         return {**super().describe(decoder), **{name: getattr(self, name) for name in _OF_TRAINING}}
+
+    def statistics(self, model: nn.Module) -> dict[str, Any]:
+        """Return ``expert_load``: by layer and modality the share of tokens that each expert took."""
+        return {
+            "expert_load": {
+                layer: {name: [round(float(s), 3) for s in shares] for name, shares in load.items()}
+                for layer, load in expert_load(model).items()
+            }
+        }

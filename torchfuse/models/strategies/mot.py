@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
-from torchfuse.models.strategies.layerwise import LayerStrategy, misfit
+from torchfuse.models.strategies.routed_layers import RoutedLayersStrategy, modality_problems
 from torchfuse.models.strategy import register_modality_strategy
 from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm, Start
 from torchfuse.naming import unwrap
@@ -23,26 +23,26 @@ __all__ = ["MoTStrategy"]
 
 @register_modality_strategy("mot")
 @dataclass(frozen=True)
-class MoTStrategy(LayerStrategy):
+class MoTStrategy(RoutedLayersStrategy):
     """Each encoder's features run through weights of their own in the fused layers.
 
-    Layers that are not fused run the text's weights on all tokens. With ``placement="prefix"`` nobody
-    reads what the last layer of the decoder makes of features, so there they have keys and values only.
-    With ``"placeholder"`` the final norm is one for each encoder, too: what comes behind the last
-    feature is scored by its hidden state.
+    Layers that are not fused run the text's weights on all tokens. With ``placement="prefix"`` hidden
+    states of features after the last layer of the decoder are unused, so in that layer features have
+    keys and values only. With ``"placeholder"`` there is also a final norm for each encoder: the token
+    after the last feature is predicted from that feature's hidden state.
 
     Args:
         placement: ``"prefix"``: features in front of the text; ``"placeholder"``: in place of the
             encoder's token. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``.
-        encoder_token: the id in whose place features stand, ``{name: id}`` for named encoders. It may
-            lie outside the vocabulary, and is never generated. For ``"placeholder"`` only.
-        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told,
-            which is all of them unless it is.
+        encoder_token: id of the placeholder, ``{name: id}`` for named encoders. It may lie outside the
+            vocabulary, and is never generated. For ``"placeholder"`` only.
+        layers: indices of the decoder layers to fuse. None: every k-th, by the ``every`` of ``fuse``,
+            which is 1 unless given.
         start: first values of the new weights. ``"warm"``: copies of the text's. ``"zero"``: copies too,
-            but what a layer adds to features is nothing.
+            except that what a layer adds to features is zero.
 
     Raises:
-        ModelError: if the token is missing, or given with ``"prefix"``, or ``start`` is neither.
+        ConfigError: if the token is missing, or given with ``"prefix"``, or ``start`` is neither.
     """
 
     counts_by_modality: ClassVar[bool] = True
@@ -53,7 +53,7 @@ class MoTStrategy(LayerStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start not in ("warm", "zero"):
-            raise ModelError(f'start must be "warm" or "zero", got {self.start!r}.')
+            raise ConfigError(f'start must be "warm" or "zero", got {self.start!r}.')
 
     def plan(
         self, decoder: nn.Module, encoders: Sequence[str], *, every: int | None
@@ -64,8 +64,8 @@ class MoTStrategy(LayerStrategy):
         scores_features = self.placement == "placeholder"
 
         def build(index: int) -> nn.Module:
-            unread = index == len(layers) - 1 and not scores_features
-            return mot_layer(layers[index], encoders, start=self.start, keys_and_values_only=unread)
+            unused = index == len(layers) - 1 and not scores_features
+            return mot_layer(layers[index], encoders, start=self.start, keys_and_values_only=unused)
 
         fuse = fuse_layers(layers, layers_to_fuse(len(layers), self.layers, every), build)
         norm = MoTNorm(decoder.norm, encoders) if scores_features else None  # type: ignore[arg-type]
@@ -83,16 +83,16 @@ class MoTStrategy(LayerStrategy):
         if scores_features:
             norm = unwrap(decoder.norm) if hasattr(decoder, "norm") else None
             if isinstance(norm, MoTNorm):
-                problems += misfit("the final norm", list(norm.fusion_layer), encoders)
+                problems += modality_problems("the final norm", list(norm.fusion_layer), encoders)
             else:
                 problems.append("the final norm is no MoTNorm")
         return problems + [
-            f"layer {index} has keys and values only, but what it returns is read"
+            f"layer {index} has keys and values only, but its hidden states of features are used"
             for index, layer in fused.items()
             if layer.keys_and_values_only and (scores_features or index < len(decoder.layers) - 1)
         ]
 
     def options(self) -> dict[str, Any]:
         options = super().options()
-        del options["start"]  # how weights began is nothing that they must have in common
+        del options["start"]  # a model and an artifact may differ in it
         return options

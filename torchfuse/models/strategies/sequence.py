@@ -1,8 +1,8 @@
-"""Features in the decoder's sequence: what all architectures share whose features stand there.
+"""Features in the decoder's sequence: what all architectures share that put them there.
 
-``placeholder``: features replace the embeddings of the encoder's special token, row by row; the
-sequence keeps its length and its positions. ``prefix``: features stand in front of the text and are
-cut off again before the head; the tokens stay as they are.
+``placeholder``: features replace the embeddings of a placeholder token, row by row; the sequence keeps
+its length and its positions. ``prefix``: features go in front of the text and are cut off before the
+head; the tokens stay as they are.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from torchfuse.errors import ModelError
-from torchfuse.models.strategies.placement import (
-    Prefix,
-    by_row,
+from torchfuse.errors import ConfigError, ModelError
+from torchfuse.models.strategies.placeholder import (
     check_counts,
     is_flat,
     pick_features,
     positions_by_modality,
 )
+from torchfuse.models.strategies.prefix import Prefix, by_row
 from torchfuse.models.strategy import ModalityStrategy, check_rows
-from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
+from torchfuse.models.types import CacheState, EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
 
 __all__ = ["Placement", "SequenceStrategy"]
@@ -34,7 +33,7 @@ Placement = Literal["placeholder", "prefix"]
 
 @dataclass(frozen=True)
 class _Sequence:
-    """The sequence that a decoder runs on: the text's own where ``embeds`` is None."""
+    """The sequence that the decoder runs on; the text alone if ``embeds`` is None."""
 
     mask: Tensor | None
     input_pos: Tensor | None
@@ -42,34 +41,35 @@ class _Sequence:
     slots: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, Tensor] | None = None
     valid: Mapping[str, Tensor] = field(default_factory=dict)
+    state: CacheState | None = None
 
 
 @dataclass(frozen=True)
 class SequenceStrategy(ModalityStrategy):
-    """Features stand in the decoder's sequence.
+    """Features are part of the decoder's sequence.
+
+    With ``"placeholder"`` an encoder mask tells which features belong to a row, and nothing else: the
+    features are part of the sequence, whose ``mask`` tells what may attend to what.
 
     Args:
         placement: ``"placeholder"``: in place of the encoder's token; ``"prefix"``: in front of the
             text. None: ``"placeholder"`` if there is an ``encoder_token``, else ``"prefix"``; the
-            strategy has the one that was chosen.
-        encoder_token: the id whose embeddings are replaced, ``{name: id}`` for named encoders. It may
-            lie outside the vocabulary, and is never generated. For ``"placeholder"`` only.
-
-    With ``"placeholder"`` an encoder mask says which features belong to a row, and nothing else: the
-    features are part of the sequence, where ``mask`` says what may attend to what.
+            attribute holds the one that was chosen.
+        encoder_token: id of the placeholder, ``{name: id}`` for named encoders. It may lie outside the
+            vocabulary, and is never generated. For ``"placeholder"`` only.
 
     Raises:
-        ModelError: if the token is missing, or given with ``"prefix"``.
+        ConfigError: if the token is missing, or given with ``"prefix"``.
     """
 
     routes_tokens: ClassVar[bool] = False
-    """Whether layers are told which tokens are of which modality."""
+    """Whether layers get the modality of each token."""
 
-    keeps_features: ClassVar[bool] = False
-    """Whether they are handed the features, too."""
+    routes_features: ClassVar[bool] = False
+    """Whether they get the features, too."""
 
     counts_by_modality: ClassVar[bool] = False
-    """Whether text has the positions that it would have alone, and each encoder's features theirs."""
+    """Whether positions of text and of each encoder's features are counted separately."""
 
     placement: Placement | None = None
     encoder_token: int | Mapping[str, int] | None = None
@@ -79,12 +79,11 @@ class SequenceStrategy(ModalityStrategy):
             chosen = "prefix" if self.encoder_token is None else "placeholder"
             object.__setattr__(self, "placement", chosen)
         if self.placement not in ("placeholder", "prefix"):
-            raise ModelError(f'placement must be "placeholder" or "prefix", got {self.placement!r}.')
+            raise ConfigError(f'placement must be "placeholder" or "prefix", got {self.placement!r}.')
         if (self.placement == "placeholder") != (self.encoder_token is not None):
-            raise ModelError(
-                'placement="placeholder" needs encoder_token, the id in whose place features stand; '
-                f'"prefix" has no use for one. Got placement={self.placement!r}, '
-                f"encoder_token={self.encoder_token!r}."
+            raise ConfigError(
+                'placement="placeholder" needs encoder_token, the id of the placeholder, and "prefix" '
+                f"takes none. Got placement={self.placement!r}, encoder_token={self.encoder_token!r}."
             )
 
     def extra_tokens(self, num_features: int) -> int:
@@ -99,14 +98,14 @@ class SequenceStrategy(ModalityStrategy):
     def check_encoders(self, names: list[str]) -> None:
         if isinstance(self.encoder_token, Mapping):
             if set(self.encoder_token) != set(names):
-                raise ModelError(
+                raise ConfigError(
                     f"Encoder tokens must have the names of the encoders, {', '.join(names)}; got "
                     f"{', '.join(self.encoder_token) or 'none'}."
                 )
             if len(set(self.encoder_token.values())) != len(self.encoder_token):
-                raise ModelError(f"Encoders cannot share a token, got {dict(self.encoder_token)}.")
+                raise ConfigError(f"Encoders cannot share a token, got {dict(self.encoder_token)}.")
         elif self.encoder_token is not None and len(names) > 1:
-            raise ModelError(
+            raise ConfigError(
                 f"The encoders {', '.join(names)} need a token each: encoder_token={{name: id}}."
             )
 
@@ -119,7 +118,7 @@ class SequenceStrategy(ModalityStrategy):
         if self.placement != "placeholder" or encoder_mask is None:
             return
         if isinstance(encoder_mask, Tensor):
-            if len(names) > 1:  # which part of it is whose, only the features say
+            if len(names) > 1:  # how it is split is known with the features only
                 return
             encoder_mask = {names[0]: encoder_mask}
         for name, mask in encoder_mask.items():
@@ -129,7 +128,7 @@ class SequenceStrategy(ModalityStrategy):
                 check_counts(name, self._token(name), tokens == self._token(name), given)
 
     def padding(self, model: StrategyModel, tokens: Tensor) -> Tensor | None:
-        """Which tokens are padding, bool ``[b, s]``, for layers where tokens compete; None: none."""
+        """Return which tokens are padding, bool ``[b, s]``, for layers where tokens compete."""
         return None
 
     def prepare(
@@ -146,19 +145,21 @@ class SequenceStrategy(ModalityStrategy):
         sequence = place(model, tokens, features, mask, input_pos)
         stand_ins = {name: given.embeds for name, given in features.items() if not given.present}
         embeds, padding = sequence.embeds, self.padding(model, tokens)
+        if embeds is None and not stand_ins and padding is None:
+            return ModalityContext(
+                tokens, mask=sequence.mask, input_pos=sequence.input_pos, cache_state=sequence.state
+            )
         if embeds is None:
-            if not stand_ins and padding is None:
-                return ModalityContext(tokens, mask=sequence.mask, input_pos=sequence.input_pos)
             embeds = model.tok_embeddings(tokens)
         for stand_in in stand_ins.values():
             embeds = keep_in_graph(embeds, stand_in)
-        in_front = embeds.shape[1] - tokens.shape[1]
         routing = None
         if self.routes_tokens:
             text = None if padding is None else ~padding
             routing = Routing(sequence.slots, sequence.places, sequence.valid, text, stand_ins)
-            if self.keeps_features:
+            if self.routes_features:
                 routing.keep_features(embeds)
+        in_front = embeds.shape[1] - tokens.shape[1]
         return ModalityContext(
             tokens,
             embeds,
@@ -166,6 +167,7 @@ class SequenceStrategy(ModalityStrategy):
             input_pos=sequence.input_pos,
             output_slice=slice(in_front, None) if in_front else None,
             routing=routing,
+            cache_state=sequence.state,
         )
 
     def _token(self, name: str) -> int:
@@ -180,30 +182,32 @@ class SequenceStrategy(ModalityStrategy):
         mask: Tensor | None,
         input_pos: Tensor | None,
     ) -> _Sequence:
+        """Put features in place of placeholders."""
         places = {name: tokens == self._token(name) for name in model.encoder_names}
         for name, place in places.items():
             given = features.get(name)
             if given is not None and given.mask is not None and is_flat(given.embeds, tokens):
                 raise ModelError(
                     f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
-                    f"{tokens.shape[0]}, so an encoder_mask cannot say which belong to a row. Give "
+                    f"{tokens.shape[0]}, so an encoder_mask cannot tell which belong to a row. Give "
                     "features row by row, or no mask."
                 )
             check_counts(name, self._token(name), place, given, strict=model.strict)
         present = {name: given for name, given in features.items() if given.present}
         places = {name: places[name] for name in present}
+        state = None
         if self.counts_by_modality:
-            input_pos = self._count(model, tokens, places, input_pos)
+            input_pos, state = self._count(model, tokens, places, input_pos)
         if not present:
-            return _Sequence(mask, input_pos, places={})
-        # A special token may lie outside the table: look up any row, it is replaced.
+            return _Sequence(mask, input_pos, places={}, state=state)
+        # A placeholder may lie outside the table: look up row 0, which is replaced.
         anywhere = torch.stack(list(places.values())).any(dim=0)
         embeds = model.tok_embeddings(tokens.masked_fill(anywhere, 0))
         for name, given in present.items():
             picked = pick_features(given, places[name])
             embeds = torch.where(places[name].unsqueeze(-1), picked, embeds)
-        slots = {name: _most_in_a_row(given, tokens) for name, given in present.items()}
-        return _Sequence(mask, input_pos, embeds, slots, places)
+        slots = {name: _max_per_row(given, tokens) for name, given in present.items()}
+        return _Sequence(mask, input_pos, embeds, slots, places, state=state)
 
     def _count(
         self,
@@ -211,22 +215,21 @@ class SequenceStrategy(ModalityStrategy):
         tokens: Tensor,
         places: Mapping[str, Tensor],
         input_pos: Tensor | None,
-    ) -> Tensor | None:
-        """Positions by modality; with caches they go on where those of earlier calls ended."""
-        cached = model.caches_are_enabled()
-        earlier: dict[str, Tensor] | None = (model.cache_state or {}) if cached else None
+    ) -> tuple[Tensor | None, CacheState | None]:
+        """Positions by modality, and with caches the counts from which later calls continue."""
+        earlier: Mapping[str, Tensor] | None = None
+        if cached := model.caches_are_enabled():
+            earlier = {} if model.cache_state is None else model.cache_state.num_tokens
         if not places and not earlier:
-            return input_pos
+            return input_pos, None
         if input_pos is None:
             input_pos = torch.arange(tokens.shape[1], device=tokens.device)
         input_pos = by_row(input_pos, *tokens.shape)
-        # What came earlier counts for text, also where none of it comes now.
+        # Features of earlier calls shift the positions of text, also in a call without features.
         none = torch.zeros_like(tokens, dtype=torch.bool)
         everywhere = {name: places.get(name, none) for name in {**(earlier or {}), **places}}
         positions, counts = positions_by_modality(everywhere, input_pos, earlier)
-        if cached and places:
-            model.cache_state = counts
-        return positions
+        return positions, CacheState(num_tokens=counts) if cached and places else None
 
     def _prepend(
         self,
@@ -236,44 +239,44 @@ class SequenceStrategy(ModalityStrategy):
         mask: Tensor | None,
         input_pos: Tensor | None,
     ) -> _Sequence:
+        """Put features in front of the text."""
         check_rows(tokens, features)
         present = {name: given for name, given in features.items() if given.present}
         cached = model.caches_are_enabled()
-        earlier: Prefix | None = model.cache_state if cached else None
+        earlier = model.cache_state if cached else None
         if present and earlier is not None:
             raise ModelError(
-                "The caches hold a sequence already, and features can only stand in front of one. Call "
+                "The caches hold a sequence already, and a prefix can only be its start. Call "
                 'reset_caches() first, or fuse with placement="placeholder" for images in later turns.'
             )
         if not present:
-            if earlier is not None:
-                assert mask is not None
-                assert input_pos is not None
-                prefix = earlier.seen_by(tokens)
-                mask = prefix.text_mask(mask)[..., : mask.shape[-1]]
-                if not self.counts_by_modality:
-                    input_pos = prefix.text_positions(input_pos)
-            elif cached:
-                model.cache_state = Prefix.of_features(tokens, ()).last()
-            return _Sequence(mask, input_pos)
-        prefix = Prefix.of_features(tokens, list(present.values()))
+            if not cached:
+                return _Sequence(mask, input_pos)
+            if earlier is None:
+                return _Sequence(mask, input_pos, state=Prefix.from_features(tokens, ()).to_cache())
+            assert mask is not None
+            assert input_pos is not None
+            prefix = Prefix.from_cache(earlier, tokens)
+            if not self.counts_by_modality:
+                input_pos = prefix.text_positions(input_pos)
+            return _Sequence(prefix.text_mask(mask)[..., : mask.shape[-1]], input_pos)
+        prefix = Prefix.from_features(tokens, list(present.values()))
         slots = {name: given.embeds.shape[1] for name, given in present.items()}
-        plain = mask is None and input_pos is None and all(g.mask is None for g in present.values())
+        is_causal = mask is None and all(given.mask is None for given in present.values())
         if self.counts_by_modality:
             input_pos = prefix.positions_by_modality(input_pos, list(slots.values()))
-        elif not plain:
+        elif not is_causal or input_pos is not None:
             input_pos = prefix.full_positions(input_pos)
-        if not plain:  # otherwise causal, which is what None means
+        if not is_causal:
             mask = prefix.full_mask(mask, slots=mask.shape[-1] if cached and mask is not None else None)
-        if cached:
-            model.cache_state = prefix.last()
         embeds = [*(given.embeds for given in present.values()), model.tok_embeddings(tokens)]
         valid = prefix.valid.split(list(slots.values()), dim=1)
         by_name = {n: v for n, v in zip(slots, valid, strict=True) if present[n].mask is not None}
-        return _Sequence(mask, input_pos, torch.cat(embeds, dim=1), slots, valid=by_name)
+        state = prefix.to_cache() if cached else None
+        return _Sequence(mask, input_pos, torch.cat(embeds, dim=1), slots, valid=by_name, state=state)
 
 
-def _most_in_a_row(given: EncoderFeatures, tokens: Tensor) -> int:
-    """How many features a row can have at most."""
+def _max_per_row(given: EncoderFeatures, tokens: Tensor) -> int:
+    """The largest number of features that a row can have."""
     num = given.embeds.shape[:2].numel() if is_flat(given.embeds, tokens) else given.embeds.shape[1]
     return min(num, tokens.shape[1])

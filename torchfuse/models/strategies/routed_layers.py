@@ -1,7 +1,7 @@
-"""Features stand in the sequence, and fused layers of the decoder know which tokens they are.
+"""Features in the sequence, and fused layers that get the modality of each token.
 
-That is common to all architectures with weights of their own in the layers. Text alone is scored as by
-the decoder, to the bit.
+This is what ``mot``, ``moma`` and ``deepstack`` share: new weights inside decoder layers, for features
+alone. Text without features is scored as by the decoder, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.fused_layers import layers_to_fuse
 from torchfuse.models.strategies.sequence import SequenceStrategy
@@ -21,13 +21,13 @@ from torchfuse.models.types import ModalityContext
 from torchfuse.modules.experts.mixture_of_transformers import MoTNorm
 from torchfuse.naming import unwrap
 
-__all__ = ["LayerStrategy", "MixtureFusionModel", "misfit"]
+__all__ = ["MixtureFusionModel", "RoutedLayersStrategy", "modality_problems"]
 
 
 class MixtureFusionModel(FusedModel):
-    """A decoder in whose sequence features stand, with weights of their own; ``fuse`` builds one.
+    """A decoder with features in its sequence and new weights for them in its layers.
 
-    Arguments are those of ``FusedModel``.
+    ``fuse`` builds one. Arguments are those of ``FusedModel``.
     """
 
     def setup_caches(
@@ -38,10 +38,10 @@ class MixtureFusionModel(FusedModel):
         encoder_max_seq_len: int | None = None,
         decoder_max_seq_len: int | None = None,
     ) -> None:
-        for layer in self.layers:  # a layer that refuses does so before any has a cache
-            refuse = getattr(unwrap(layer), "check_caches", None)
-            if refuse is not None:
-                refuse()
+        for layer in self.layers:  # a layer that cannot have a cache raises before any layer has one
+            check = getattr(unwrap(layer), "check_caches", None)
+            if check is not None:
+                check()
         super().setup_caches(
             batch_size,
             dtype,
@@ -54,18 +54,18 @@ class MixtureFusionModel(FusedModel):
         if context.routing is None or not isinstance(unwrap(norm), MoTNorm):
             return super()._unembed(h, context)
         h = norm(h, routing=context.routing)
-        # The rest of the decoder's own unembed.
+        # The rest of TransformerDecoder.unembed.
         return self.chunked_output(h) if self.num_output_chunks > 0 else self.output(h).float()
 
 
 @dataclass(frozen=True)
-class LayerStrategy(SequenceStrategy):
-    """Features stand in the sequence, and fused layers are told where.
+class RoutedLayersStrategy(SequenceStrategy):
+    """Features are part of the sequence, and fused layers get the modality of each token.
 
     Args:
         placement: see ``SequenceStrategy``.
         encoder_token: see ``SequenceStrategy``.
-        layers: which decoder layers are fused, counted from 0. None: every k-th, as ``fuse`` is told.
+        layers: indices of the decoder layers to fuse. None: every k-th, by the ``every`` of ``fuse``.
     """
 
     routes_tokens: ClassVar[bool] = True
@@ -78,45 +78,45 @@ class LayerStrategy(SequenceStrategy):
     layers: Sequence[int] | None = None
 
     def modalities_of(self, layer: Any) -> list[str]:
-        """The modalities for which a fused layer has weights."""
+        """Return the modalities for which a fused layer has weights."""
         return list(layer.fusion_layer)
 
     def fused_layers(self, decoder: Any) -> dict[int, Any]:
-        """The fused layers of a decoder, by their indices."""
+        """Return the fused layers of a decoder by index."""
         layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
         return {i: layer for i, layer in enumerate(layers) if isinstance(layer, self.layer_type)}
 
-    def layers_that_are_read(self, decoder: Any, every: int | None) -> list[int]:
-        """Which layers to fuse where weights make nothing of features but their hidden states.
+    def layers_with_gradient(self, decoder: Any, every: int | None) -> list[int]:
+        """Choose the layers to fuse, for weights that act on hidden states of features alone.
 
-        With ``placement="prefix"`` nobody reads those behind the last layer: weights there would never
-        get a gradient. Counted by ``every``, that layer is left out.
+        With ``placement="prefix"`` hidden states of features after the last layer are unused, and
+        weights there would never get a gradient. Chosen by ``every``, that layer is left out.
 
         Args:
             decoder: a pretrained decoder.
             every: as in ``layers_to_fuse``.
 
         Raises:
-            ModelError: as ``layers_to_fuse``; also if that layer is named, or no other would be fused.
+            ConfigError: as ``layers_to_fuse``; also if that layer is named, or no other would be fused.
         """
         last = len(decoder.layers) - 1
         indices = layers_to_fuse(last + 1, self.layers, every)
         if self.placement == "placeholder" or last not in indices:
             return indices
         if self.layers is not None or indices == [last]:
-            raise ModelError(
-                f"Layer {last} is the last: where features stand in front of the text, nobody reads "
-                f"what new weights would make of them there. Fuse layers before it (now {indices}), or "
-                'choose placement="placeholder".'
+            raise ConfigError(
+                f"Layer {last} is the last: with features in front of the text, its hidden states of "
+                f"features are unused and new weights there would get no gradient. Fuse layers before "
+                f'it (now {indices}), or choose placement="placeholder".'
             )
         return indices[:-1]
 
     def decoder_problems(self, decoder: Any, encoders: Sequence[str]) -> list[str]:
-        """What a decoder lacks of what ``plan`` would have put in place, in words."""
+        """Return what a decoder lacks of what ``plan`` would have put in place."""
         fused = self.fused_layers(decoder)
         problems = [] if fused else [f"no layer is a {self.layer_type.__name__}"]
         for index, layer in fused.items():
-            problems += misfit(f"layer {index}", self.modalities_of(layer), encoders)
+            problems += modality_problems(f"layer {index}", self.modalities_of(layer), encoders)
         return problems
 
     def check_decoder(self, decoder: Any, encoders: Sequence[str]) -> None:
@@ -130,8 +130,9 @@ class LayerStrategy(SequenceStrategy):
         return {**self.options(), "layers": list(self.fused_layers(decoder))}
 
 
-def misfit(what: str, there: Sequence[str], encoders: Sequence[str]) -> list[str]:
-    """What is wrong where weights are for other encoders than the model has, in words."""
-    if set(there) == set(encoders):
+def modality_problems(what: str, modalities: Sequence[str], encoders: Sequence[str]) -> list[str]:
+    """Compare the modalities for which there are weights with the encoders of the model."""
+    if set(modalities) == set(encoders):
         return []
-    return [f"{what} has weights for {', '.join(there) or 'nobody'}, not for {', '.join(encoders)}"]
+    has = ", ".join(modalities) or "none"
+    return [f"{what} has weights for {has}, not for {', '.join(encoders)}"]

@@ -26,7 +26,7 @@ def attentions(model):
 def test_names_values_hooks_and_mode_stay():
     model, ran = make(decoder_trainable=True), []
     old, order = attentions(model), list(model.state_dict())
-    tensors = {name: p for name, p in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     for attn in old:
         attn.register_forward_hook(lambda *_: ran.append(1))
     expected = model(text(), encoder_input=inputs())
@@ -57,13 +57,17 @@ def test_replaced_projections_stay():
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
 )
 def test_a_copy_decodes_on_its_own(copied):
     model, call = make(), {"encoder_input": inputs(), "max_new_tokens": 3, "temperature": 0}
     said = generate(model, text(), **call)
     for attn in attentions(model):
-        attn._attention_call = None  # a local function of torchtune's, which no model of its layers pickles
+        attn._attention_call = (
+            None  # a local function of torchtune's, which no model of its layers pickles
+        )
     other = copied(model)
     assert {type(attn) for attn in attentions(other)} == {CachedAttention}
     with torch.no_grad():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchtune.models.llama3_2 import llama3_2
 
+# aot_eager traces what inductor compiles, without inductor's C++ compiler.
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
 VOCAB = 37
 WIDTH = 18
 LAYERS = 3

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from support import BACKENDS
 from torch import nn
 from torchtune.modules import MultiHeadAttention, RMSNorm, TransformerCrossAttentionLayer
 
@@ -310,22 +311,26 @@ def test_attention_alone():
     assert attn(x, y).shape == x.shape
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_compiles_to_one_graph(masked):
+def test_compiles_to_one_graph(masked, backend):
+    torch._dynamo.reset()
     layer = make()
     x, features = data()
     mask = torch.rand(B, S, N) < 0.5 if masked else None
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     expected = layer(x, encoder_input=features, encoder_mask=mask)
     torch.testing.assert_close(
         compiled(x, encoder_input=features, encoder_mask=mask), expected, rtol=1e-5, atol=1e-6
     )
 
 
-def test_cached_steps_compile_to_one_graph_without_recompiling():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cached_steps_compile_to_one_graph_without_recompiling(backend):
+    torch._dynamo.reset()
     layer = cached(make(), N + 2)
     x, features = data()
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     with torch.no_grad():
         compiled(x, encoder_input=features)
         compiled(x[:, :1])

@@ -5,7 +5,18 @@ import pytest
 import torch
 from contract import views
 from ranks import run_on_ranks
-from support import VOCAB, WIDTH, TinyEncoder, inputs, open_gates, same_state, state, text, tiny_decoder
+from support import (
+    BACKENDS,
+    VOCAB,
+    WIDTH,
+    TinyEncoder,
+    inputs,
+    open_gates,
+    same_state,
+    state,
+    text,
+    tiny_decoder,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torchtune.modules import TiedLinear
@@ -170,10 +181,13 @@ def test_copies(copied):
     assert torch.equal(holder["head"](x), tied(x))
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_to_one_graph(backend):
+    torch._dynamo.reset()
     x = torch.randn(3, DIM)
     for head in (make(True), tied_head()):
-        torch.testing.assert_close(torch.compile(head, fullgraph=True)(x), head(x))
+        compiled = torch.compile(head, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), head(x))
 
 
 def test_on_the_meta_device():

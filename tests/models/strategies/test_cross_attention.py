@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import FEATURES, TinyEncoder, inputs, open_gates, text, tiny_decoder
+from support import BACKENDS, FEATURES, TinyEncoder, inputs, open_gates, text, tiny_decoder
 from torch import nn
 from torchtune.models.llama3_2_vision import llama3_2_vision_decoder, llama3_2_vision_encoder
 from torchtune.modules import MultiHeadAttention, TransformerCrossAttentionLayer
@@ -196,17 +196,17 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask", [False, True])
-def test_compiles_to_one_graph(mask):
+def test_compiles_to_one_graph(mask, backend):
     torch._dynamo.reset()
     model = make()
     given = {"encoder_input": inputs()}
     if mask:
         given["encoder_mask"] = torch.rand(2, 13, FEATURES) < 0.5
     expected = model(text(), **given)
-    torch.testing.assert_close(
-        torch.compile(model, fullgraph=True)(text(), **given), expected, rtol=1e-4, atol=1e-5
-    )
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(text(), **given), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fusion_behind_the_layer():

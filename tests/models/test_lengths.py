@@ -10,7 +10,7 @@ def pool(**options):
     return build_adapter("avgpool", 3, 5, window=2, **options)
 
 
-def test_defect_9_features_and_text_are_counted():
+def test_features_and_text_are_counted():
     assert check_lengths(max_seq_len=56, text_len=20, num_tokens=9, num_frames=4) == 56
     assert (
         check_lengths(max_seq_len=29, text_len=20, num_tokens=81, adapter=pool(), in_sequence=False)

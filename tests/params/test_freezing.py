@@ -146,7 +146,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS[1:], ids=lambda w: w.__name__)
-def test_defect_3_specs_did_nothing_under_compile_or_checkpointing(wrap):
+def test_specs_apply_under_compile_and_checkpointing(wrap):
     plain, wrapped = make(), wrap(make())
     for model in (plain, wrapped):
         apply_freeze_specs(model, SPECS)
@@ -181,7 +181,7 @@ def modes(model):
     return {n for n, m in model.encoder.named_modules() if m.training}
 
 
-def test_defect_3_train_undid_eval_of_what_is_frozen():
+def test_train_keeps_frozen_modules_in_eval():
     model = make(dropout=0.5)
     everything = {n for n, _ in model.encoder.named_modules()}
     model.train()

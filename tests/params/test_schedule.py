@@ -120,7 +120,7 @@ def test_each_stage_is_applied_exactly_at_its_step():
     assert seen == [(step in (0, BEGIN), step >= BEGIN) for step in range(6)]
 
 
-def test_defect_3_a_stage_on_a_skipped_step_was_lost():
+def test_a_stage_on_a_skipped_step_applies_at_the_next_one():
     model, schedule = make(), FreezeSchedule(TWO_STAGES)
     schedule.apply(model, BEGIN - 1)
     assert not encoder_trains(model)
@@ -134,7 +134,7 @@ def test_defect_3_a_stage_on_a_skipped_step_was_lost():
     assert not any(n.startswith("adapter.") for n in trains(other))
 
 
-def test_defect_3_start_step_zero_was_never_applied():
+def test_a_stage_at_step_zero_applies():
     model = make(encoder_trainable=True)
     assert FreezeSchedule([FreezeStage(0, (OFF,))]).apply(model, 0)
     assert not encoder_trains(model)
@@ -172,7 +172,7 @@ def test_a_schedule_without_stages_changes_nothing():
 
 
 @pytest.mark.parametrize("order", [(OFF, TOP), (TOP, OFF)], ids=["top-last", "top-first"])
-def test_defect_3_overlapping_patterns_gave_another_mask_after_a_resume(order):
+def test_overlapping_patterns_give_the_same_mask_after_a_resume(order):
     """Live, the stages come one by one; resumed, all at once, from what the record says."""
     stages = [
         FreezeStage(0, (ON,)),
@@ -196,7 +196,7 @@ def test_defect_3_overlapping_patterns_gave_another_mask_after_a_resume(order):
     assert canonical_freeze_meta(order) != canonical_freeze_meta(reversed(order))
 
 
-def test_defect_3_bad_patterns_were_refused_after_the_first_step():
+def test_bad_patterns_are_refused_before_the_first_step():
     """Every stage is held against the model at the first step, and all problems are one error."""
     stages = [
         FreezeStage(0, (OFF,)),

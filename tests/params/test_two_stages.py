@@ -97,7 +97,7 @@ def test_a_resumed_run_ends_bit_equal_to_one_without_interruption(tmp_path, wrap
 # --- the optimizer -------------------------------------------------------------------------------
 
 
-def test_defect_3_what_was_frozen_at_first_never_trained():
+def test_a_later_stage_trains_what_was_frozen_at_first():
     """All that some stage trains is in the groups from the start: named, disjoint and complete."""
     model, schedule = make(), FreezeSchedule(TWO_STAGES)
     schedule.apply(model, 0)
@@ -148,7 +148,7 @@ def test_what_a_stage_freezes_amid_a_run_stands_still():
     assert {p: int(optimizer.state[p]["step"]) for p in counts} == counts
 
 
-def test_defect_3_what_is_frozen_inflated_the_clip_norm():
+def test_frozen_parameters_do_not_count_in_the_clip_norm():
     model, schedule = make().train(), FreezeSchedule(TWO_STAGES)
     optimizer = adamw(model, schedule)
     schedule.apply(model, 0)
@@ -232,7 +232,7 @@ def partly_frozen(rank):
 
 
 @pytest.mark.distributed
-def test_defect_3_a_partly_frozen_encoder_drifted_apart():
+def test_ranks_agree_on_a_partly_frozen_encoder():
     run_on_ranks(partly_frozen)
 
 

@@ -42,7 +42,7 @@ def learned():
 @pytest.mark.format(
     "fusion-only artifact", "in and out", "every tensor to the bit; nothing else is in it"
 )
-def test_defect_10_only_what_fusion_added_and_all_of_it(tmp_path):
+def test_an_artifact_holds_the_fusion_tensors_and_nothing_else(tmp_path):
     model = learned()
     save_fusion(model, tmp_path / "deep" / "er")
     file = tmp_path / "deep" / "er" / "fusion.safetensors"

@@ -424,7 +424,7 @@ def left_out_runs(folder, prepare):
     return model, optimizer, trained
 
 
-def test_defect_10_what_never_trains_is_in_no_checkpoint(tmp_path):
+def test_a_checkpoint_leaves_out_what_never_trains(tmp_path):
     model, optimizer, trained = left_out_runs(tmp_path, lambda model: model)
     stored = {n for n in stored_names(tmp_path / "step_2") if not n.startswith("optimizer.")}
     assert stored == {*get_fusion_params(model), *trained}

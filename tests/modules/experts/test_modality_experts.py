@@ -214,7 +214,7 @@ def test_the_dtype_is_the_layers():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_defect_6_no_pad_competes(layout, training):
+def test_padding_takes_no_place_at_an_expert(layout, training):
     layer, routing = moma().train(training), LAYOUTS[layout]()
     counted = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     for places in members(routing).values():
@@ -237,7 +237,7 @@ def test_defect_6_no_pad_competes(layout, training):
     assert changed.grad[counted].any()
 
 
-def test_defect_6_evaluation_sees_no_neighbour_and_no_future():
+def test_in_evaluation_experts_choose_token_by_token():
     layer, x = moma().eval(), hidden()
     both = layer(x, routing=prefix(pads=False))
     assert any(0 < share < 1 for load in expert_load(layer)[""].values() for share in load)

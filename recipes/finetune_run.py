@@ -30,7 +30,6 @@ from torchfuse.data.questions import (
 from torchfuse.data.steps import count_tokens, optimizer_steps
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.io.atomic import write_text
-from torchfuse.modules.experts.modality_experts import scale_auxiliary_losses
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.evaluation import (
     accuracy,
@@ -173,7 +172,6 @@ class _Training:
         self.device, _ = device_and_dtype(config.device, config.dtype)
         self.world_size, self.rank = get_world_size_and_rank()
         self.step, self.record = 0, TrainingRecord()
-        scale_auxiliary_losses(model, 1 / config.train.gradient_accumulation_steps)
         self.trained = stages.trained_ever(model)
         stages.apply(model, 0)
         self.num_steps, _ = self._steps()

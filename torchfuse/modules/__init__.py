@@ -12,6 +12,7 @@ from torchfuse.modules.adapters import (
 )
 from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
 from torchfuse.modules.deepstack import DeepStackLayer
+from torchfuse.modules.experts.auxiliary_loss import mark_main_loss
 from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm
 from torchfuse.modules.experts.modality_experts import MoMaLayer, expert_load, scale_auxiliary_losses
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
@@ -43,6 +44,7 @@ __all__ = [
     "build_adapter",
     "expert_load",
     "keep_in_graph",
+    "mark_main_loss",
     "register_adapter",
     "scale_auxiliary_losses",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchfuse.modules.experts.auxiliary_loss import mark_main_loss
+
 __all__ = ["next_token_loss"]
 
 
@@ -13,7 +15,8 @@ def next_token_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
 
     Logits at position ``t`` score the label at ``t + 1``: the shift happens here, once. Divide the sum
     by the number of tokens of the whole optimizer step, over micro-batches and ranks, so that every
-    token weighs the same.
+    token weighs the same. Auxiliary losses of the model's layers are scaled with the sum (see
+    ``torchfuse.modules.mark_main_loss``).
 
     Args:
         logits: ``[b, s, v]``.
@@ -33,4 +36,5 @@ def next_token_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
     targets = labels[:, 1:].flatten()
     scores = logits[:, :-1].flatten(0, 1).float()
     total = F.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="sum")
-    return total, (targets != ignore_index).sum()
+    count = (targets != ignore_index).sum()
+    return mark_main_loss(total, count), count

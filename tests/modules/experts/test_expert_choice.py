@@ -8,7 +8,6 @@ from torch import nn
 from torchfuse.modules.experts.expert_choice import (
     ExpertChoiceRouter,
     ModalityExperts,
-    add_loss,
     logistic_noise,
     num_taken,
 )
@@ -238,15 +237,6 @@ def test_scaled_by_the_number_of_batches_the_auxiliary_loss_is_their_mean(num):
         added = sum(gradients[name] for gradients in alone)
         assert added.any(), name
         torch.testing.assert_close(p.grad, added / num if "auxiliary" in name else added, msg=name)
-
-
-def test_a_loss_added_backward_leaves_the_value():
-    y, w = torch.randn(3, dtype=torch.bfloat16), torch.tensor(3.0, requires_grad=True)
-    out = add_loss(y, w.square(), weight=0.25)
-    assert torch.equal(out, y)
-    assert out.dtype == y.dtype
-    out.float().mul(100).sum().backward()
-    assert w.grad.item() == pytest.approx(0.25 * 6)
 
 
 def test_stand_ins_leave_the_rest_alone():

@@ -45,7 +45,7 @@ class MoMaStrategy(RoutedLayersStrategy, ExpertOptions):
         noise: whether noise is added to the routers' scores in training.
         auxiliary_router: whether the model will be able to generate, and to run in evaluation mode.
         auxiliary_dim: width inside auxiliary routers.
-        auxiliary_loss_weight: of their loss, in every backward pass (see ``scale_auxiliary_losses``).
+        auxiliary_loss_weight: of their loss, relative to the main loss (see ``mark_main_loss``).
         pad_id: id of padding, which no expert takes in training. None: every token competes.
 
     Raises:

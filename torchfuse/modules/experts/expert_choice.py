@@ -16,19 +16,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.modules.experts.auxiliary_loss import add_loss
 from torchfuse.modules.experts.routing import keep_in_graph
 
 __all__ = [
     "Dispatch",
     "ExpertChoiceRouter",
     "ModalityExperts",
-    "add_loss",
     "logistic_noise",
     "num_taken",
 ]
@@ -52,38 +52,6 @@ def num_taken(num_tokens: _Count, capacity: Fraction) -> _Count:
 def logistic_noise(like: Tensor) -> Tensor:
     """Independent draws of one Gumbel(0, 1) variable minus another, which is a logistic one."""
     return torch.rand_like(like).logit(eps=torch.finfo(like.dtype).eps / 2)
-
-
-class _AddLoss(torch.autograd.Function):
-    """The identity in its first argument; backward, the loss has the weight as its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.save_for_backward(loss)
-        ctx.weight = weight
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        (loss,) = ctx.saved_tensors
-        return grads[0], torch.full_like(loss, ctx.weight), None
-
-
-def add_loss(y: Tensor, loss: Tensor, weight: float = 1.0) -> Tensor:
-    """``y`` as it is; whatever is differentiated through it later, ``weight * loss`` is added to that.
-
-    Args:
-        y: any tensor on the way to the loss that is trained.
-        loss: a scalar.
-        weight: what the loss is multiplied by.
-
-    Examples:
-        >>> w = torch.tensor(3.0, requires_grad=True)
-        >>> add_loss(torch.ones(2), w.square(), weight=0.5).sum().backward()
-        >>> w.grad
-        tensor(3.)
-    """
-    return _AddLoss.apply(y, loss, weight)
 
 
 class Dispatch(NamedTuple):
@@ -229,11 +197,12 @@ class ModalityExperts(nn.Module):
     Args:
         experts: feed-forwards, ``d -> d``, by modality.
         routers: what they choose by, under the same names.
-        auxiliary_loss_weight: what the loss of the auxiliary routers is multiplied by.
+        auxiliary_loss_weight: what the loss of the auxiliary routers is multiplied by, relative to the
+            main loss.
 
     Attributes:
-        auxiliary_loss_scale: what it is multiplied by, too: a training loop's share, see
-            ``torchfuse.modules.experts.modality_experts.scale_auxiliary_losses``.
+        auxiliary_loss_scale: what it is multiplied by too if the main loss is not marked (see
+            ``torchfuse.modules.experts.auxiliary_loss``).
     """
 
     def __init__(
@@ -276,7 +245,7 @@ class ModalityExperts(nn.Module):
         y, loss = self._run(name, x, valid)
         if loss is None:
             return y
-        return add_loss(y, loss, self.auxiliary_loss_weight * self.auxiliary_loss_scale)
+        return add_loss(y, loss, self.auxiliary_loss_weight, self.auxiliary_loss_scale)
 
     def keep_in_graph(self, name: str, stand_in: Tensor, y: Tensor) -> Tensor:
         """``y`` to the bit, as a function of a modality's weights too, whose gradient is zero."""

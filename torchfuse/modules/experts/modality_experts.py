@@ -228,11 +228,11 @@ def expert_load(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def scale_auxiliary_losses(model: nn.Module, scale: float) -> None:
-    """Multiply the losses of auxiliary routers by a number, from now on.
+    """Set what the losses of auxiliary routers are multiplied by if the main loss is not marked.
 
-    Each is a mean over a batch and joins every backward pass. A loop that adds up gradients over ``k``
-    batches for one step gives ``1 / k``, so that their weight in a step does not depend on ``k``, nor
-    does what is clipped. Ranks whose gradients are averaged need nothing more.
+    They follow a marked main loss (``mark_main_loss``, ``next_token_loss``) without this. Otherwise each
+    is a mean over a batch that joins every backward pass: a loop that adds up the gradients of ``k``
+    batches for one step gives ``1 / k``. Ranks whose gradients are averaged need nothing more.
 
     Args:
         model: any model; one without auxiliary routers has nothing to scale.

@@ -28,8 +28,8 @@ class ExpertOptions:
         auxiliary_router: whether small routers learn to foretell the choice, so that the model can
             generate, and be evaluated without a look at other tokens.
         auxiliary_dim: width inside them. None: the decoder's.
-        auxiliary_loss_weight: what their loss, the mean over a batch, is multiplied by. It joins every
-            backward pass: where several make a step, see ``scale_auxiliary_losses``.
+        auxiliary_loss_weight: what their loss, the mean over a batch, is multiplied by, relative to the
+            main loss (see ``mark_main_loss``).
 
     Raises:
         ConfigError: naming every number that is out of its range.

@@ -132,7 +132,7 @@ def _is_correct(record: dict[str, Any]) -> bool:
 
 
 def _text(record: dict[str, Any]) -> str:
-    """Return what the model answered; runs of earlier versions call it "said"."""
+    """Return the text of a prediction; earlier versions wrote it under "said"."""
     return record["text"] if "text" in record else record["said"]
 
 

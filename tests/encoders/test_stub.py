@@ -164,7 +164,7 @@ def test_names_groups_and_the_table(name):
     ):
         set_trainable(model, encoder=True)
     assert [p.requires_grad for p in model.parameters()] == before
-    with pytest.raises(ValueError, match="encoder has no layer that int8_weight_only can hold"):
+    with pytest.raises(ValueError, match="encoder has no layer that int8_weight_only can quantize"):
         quantize(model, "int8_weight_only", parts="encoder")
     assert not any(key.startswith("encoder") for key in model.state_dict())
     assert list(get_model_state_dict(model)) == list(model.state_dict())

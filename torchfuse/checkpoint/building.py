@@ -212,7 +212,7 @@ def _build_on_meta(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn
     Args:
         spec: the settings.
         checkpoint: the checkpoint that they are from.
-        dtype: of the parameters; buffers, such as rotary tables, keep theirs.
+        dtype: of the parameters; buffers, such as rotary tables, keep their own.
 
     Raises:
         CheckpointError: if the settings cannot be built, or have more layers than there are tensors.

@@ -1,8 +1,8 @@
 """A checkpointer for torchtune's own recipes.
 
-torchtune's recipes load one state dict that holds every parameter of the model and save one that does.
-This checkpointer makes the first from two pretrained directories and, of the second, keeps what was
-trained: usually the fusion-only artifact alone.
+torchtune's recipes load one state dict with every parameter of the model, and save one. This
+checkpointer makes the first from two pretrained directories; of the second it saves what was trained,
+usually the fusion-only artifact alone.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _RECIPE_STATE: Final = "recipe_state.pt"
 
 
 class FusionCheckpointer:
-    """Pretrained directories in, the fusion-only artifact out, for torchtune's own recipes.
+    """Checkpointer for torchtune's own recipes: reads pretrained directories, writes artifacts.
 
-    In a configuration, ``model: ${model}`` hands it the recipe's own model section.
+    In a configuration, ``model: ${model}`` passes the recipe's own model section to it.
 
     Each epoch is saved in ``<output_dir>/epoch_<n>``: the artifact, the trained tensors of pretrained
     parts if any train, and the recipe's state while more epochs follow.
@@ -44,12 +44,12 @@ class FusionCheckpointer:
         decoder: directory of the pretrained decoder.
         encoder: directory of the pretrained encoder; by name for named encoders.
         fusion: an artifact to start from; None: fusion starts fresh.
-        should_load_recipe_state: continue after the last epoch in ``output_dir`` that has a recipe
-            state, which the last epoch of a finished run has not.
-        model_type: torchtune's recipes ask for it; it has no effect here.
+        should_load_recipe_state: resume after the last epoch in ``output_dir`` that has a recipe state;
+            the last epoch of a finished run has none.
+        model_type: an argument that torchtune's recipes pass; it has no effect.
 
     Raises:
-        CheckpointError: if a run is to be continued that saved no recipe state.
+        CheckpointError: if no epoch in ``output_dir`` has a recipe state to resume from.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class FusionCheckpointer:
         return epochs[max(epochs)]
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Every parameter of the model, and the recipe's state if a run is continued."""
+        """Return every parameter of the model, and the recipe's state if a run is resumed."""
         from torchtune import config
 
         model: nn.Module = config.instantiate(self._model)
@@ -111,7 +111,7 @@ class FusionCheckpointer:
         """Save an epoch.
 
         Args:
-            state_dict: what the recipe wants saved; its model state has every parameter.
+            state_dict: the recipe's state; its model state has every parameter.
             epoch: number of the epoch.
             intermediate_checkpoint: whether more epochs follow, so that the recipe's state is kept.
             adapter_only: has no effect: only what was trained is saved in any case.

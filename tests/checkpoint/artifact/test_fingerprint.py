@@ -25,29 +25,29 @@ def values(tensor):
     return fingerprint({"x": tensor})["x"].values
 
 
-def test_every_value_of_a_small_tensor_counts():
+def test_every_value_of_a_small_tensor_changes_its_fingerprint():
     x = torch.randn(5, 11)
-    seen = {values(x)}
+    found = {values(x)}
     for index in range(x.numel()):
         other = x.clone()
         other.view(-1)[index] += 1
-        seen.add(values(other))
-    assert len(seen) == 1 + x.numel()
+        found.add(values(other))
+    assert len(found) == 1 + x.numel()
 
 
 def test_a_big_tensor_is_sampled_from_the_first_value_to_the_last():
     x = torch.randn(101, 103)
-    seen = {values(x)}
+    found = {values(x)}
     for part in (slice(0, 1), slice(-1, None), slice(0, 503), slice(5003, 5303)):
         other = x.clone()
         other.view(-1)[part] += 1
-        seen.add(values(other))
-    assert len(seen) == 5
+        found.add(values(other))
+    assert len(found) == 5
     assert len({values(torch.arange(n).float()) for n in (63, 64, 65, 67, 997)}) == 5
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (3, 5, 7), (71, 3)], ids=str)
-def test_layout_in_memory_does_not_count(shape):
+def test_layout_in_memory_makes_no_difference(shape):
     x = torch.randn(shape)
     strided = torch.stack([x, x + 1], dim=-1)[..., 0]
     assert values(strided) == values(x) is not None
@@ -55,47 +55,47 @@ def test_layout_in_memory_does_not_count(shape):
         assert values(x.permute(2, 0, 1).contiguous().permute(1, 2, 0)) == values(x)
 
 
-def prints(tensor):
+def fingerprint_of(tensor):
     return fingerprint({"x": tensor})
 
 
 def test_the_same_values_in_other_dtypes():
     x = torch.randn(7, 13)
-    whole = prints(x)
+    whole = fingerprint_of(x)
     assert whole["x"] == TensorFingerprint([7, 13], "float32", values(x))
-    assert compare_fingerprints(whole, prints(x.bfloat16())) == {}
-    assert compare_fingerprints(prints(x.bfloat16()), prints(x.bfloat16().float())) == {}
-    assert compare_fingerprints(whole, prints(x.bfloat16() + 1)) == {
+    assert compare_fingerprints(whole, fingerprint_of(x.bfloat16())) == {}
+    assert compare_fingerprints(fingerprint_of(x.bfloat16()), fingerprint_of(x.bfloat16().float())) == {}
+    assert compare_fingerprints(whole, fingerprint_of(x.bfloat16() + 1)) == {
         "x": "float32 [7, 13] in the saved base, bfloat16 [7, 13] with other values here"
     }
     # fp16 rounds elsewhere on the way to bf16: compared with itself, not with the others.
     assert (
-        compare_fingerprints(prints(x.half()), prints(x))
-        == compare_fingerprints(prints(x.half() + 1), prints(x))
+        compare_fingerprints(fingerprint_of(x.half()), fingerprint_of(x))
+        == compare_fingerprints(fingerprint_of(x.half() + 1), fingerprint_of(x))
         == {}
     )
-    assert list(compare_fingerprints(prints(x.half()), prints(x.half() + 1))) == ["x"]
+    assert list(compare_fingerprints(fingerprint_of(x.half()), fingerprint_of(x.half() + 1))) == ["x"]
 
 
-def test_what_cannot_be_read_is_known_by_name_and_shape():
+def test_unreadable_values_leave_name_and_shape():
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     linear = nn.Linear(7, 13, bias=False)
-    whole = prints(linear.weight)
+    whole = fingerprint_of(linear.weight)
     quantize_(linear, Int8WeightOnlyConfig(version=2))
     for unread in (linear.weight, torch.empty(13, 7, device="meta"), torch.ones(13, 7).int()):
-        given = prints(unread)
+        given = fingerprint_of(unread)
         assert given["x"].values is None
         assert compare_fingerprints(whole, given) == compare_fingerprints(given, whole) == {}
-        assert list(compare_fingerprints(given, prints(torch.ones(7, 13)))) == ["x"]
+        assert list(compare_fingerprints(given, fingerprint_of(torch.ones(7, 13)))) == ["x"]
 
 
-def test_differences_in_words_and_only_the_first_few_of_them():
+def test_differences_are_formatted_and_only_the_first_few_listed():
     ones = {f"x{i}": torch.ones(3, 5) for i in range(13)}
-    theirs, ours = fingerprint(ones), fingerprint({n: x + 1 for n, x in ones.items()})
-    del ours["x0"], theirs["x1"]
-    ours["x2"] = prints(torch.ones(5, 3))["x"]
-    found = compare_fingerprints(theirs, ours)
+    saved, own = fingerprint(ones), fingerprint({n: x + 1 for n, x in ones.items()})
+    del own["x0"], saved["x1"]
+    own["x2"] = fingerprint_of(torch.ones(5, 3))["x"]
+    found = compare_fingerprints(saved, own)
     assert len(found) == 13
     assert found["x0"] == "float32 [3, 5] in the saved base, missing here"
     assert found["x1"] == "not in the saved base, float32 [3, 5] here"
@@ -110,7 +110,7 @@ def test_differences_in_words_and_only_the_first_few_of_them():
     ]
 
 
-def test_through_json():
+def test_round_trip_through_json():
     there = fingerprint({"x": torch.randn(3, 5), "y": torch.ones(2).int()})
     text_ = json.dumps({name: tensor._asdict() for name, tensor in there.items()})
     assert read_fingerprint(json.loads(text_)) == there
@@ -125,7 +125,7 @@ class Normed(TinyEncoder):
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
 
-def test_everything_that_fusion_did_not_add():
+def test_pretrained_tensors_are_all_that_fusion_did_not_add():
     model = fuse(tiny_decoder(), Normed(), every=2, fusion_vocab_size=2, fusion_head=True)
     added = fusion_state_dict(model)
     tensors = pretrained_tensors(model)
@@ -164,7 +164,7 @@ def _sharded(rank, file):
 
 
 @pytest.mark.distributed
-def test_sharded_models_have_the_fingerprint_of_whole_ones(tmp_path):
+def test_sharded_models_have_the_fingerprint_of_full_ones(tmp_path):
     file = tmp_path / "base.json"
     model = make()
     assert get_fusion_params(model)

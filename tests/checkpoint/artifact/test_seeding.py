@@ -1,4 +1,4 @@
-"""A text-only checkpoint begins all architectures, and what one's adapter has learned begins the others'."""
+"""All architectures start from a text-only checkpoint, and from the trained adapter of another one."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def pretrained(tmp_path_factory):
 
 
 def make(arch, **options):
-    """With other weights at each call: none of them are those that are loaded."""
+    """A model with new random weights at each call."""
     return fused_model(arch=arch, **{"every": None, **ARCHS[arch], **options}).eval()
 
 
@@ -53,7 +53,7 @@ def loaded(arch, pretrained, **options):
 
 
 def trained(pretrained, **options):
-    """A joint decoder whose adapter has moved."""
+    """A joint decoder whose adapter has changed."""
     model = loaded("joint_decoder", pretrained, **options)
     with torch.no_grad():
         for parameter in get_fusion_params(model).values():
@@ -97,11 +97,11 @@ def test_a_text_only_checkpoint_warm_starts_every_architecture(arch, pretrained)
     assert torch.equal(both.eval()(tokens()), expected)
     out = both(tokens(), encoder_input=images())
     assert out.isfinite().all()
-    assert torch.equal(out, expected) == (arch == "cross_attention")  # whose gates are shut
+    assert torch.equal(out, expected) == (arch == "cross_attention")  # whose gates start at zero
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_wrapper_of_configurations_is_filled_from_directories(arch, pretrained, tmp_path):
+def test_a_wrapper_built_from_configurations_is_loaded_from_directories(arch, pretrained, tmp_path):
     numbers = {
         "vocab_size": LLAMA["vocab_size"],
         "num_layers": LLAMA["num_hidden_layers"],
@@ -127,7 +127,7 @@ def test_a_wrapper_of_configurations_is_filled_from_directories(arch, pretrained
 
 
 @pytest.mark.parametrize("arch", OTHERS)
-def test_an_adapter_of_a_joint_decoder_begins_every_other(arch, pretrained, tmp_path):
+def test_an_adapter_of_a_joint_decoder_seeds_every_other(arch, pretrained, tmp_path):
     source = trained(pretrained)
     save_fusion(source, tmp_path)
     model = loaded(arch, pretrained)
@@ -150,12 +150,12 @@ def test_adapters_of_named_encoders_go_by_their_names(tmp_path):
     assert names == [n for n in get_fusion_params(model) if n.startswith("adapters.")]
     assert {name.split(".")[1] for name in names} == {"eye", "ear"}
     given = {"eye": inputs(), "ear": inputs(num=3)}
-    ours, theirs = model.encode(given), source.encode(given)
-    assert all(torch.equal(ours[name], theirs[name]) for name in given)
+    got, expected = model.encode(given), source.encode(given)
+    assert all(torch.equal(got[name], expected[name]) for name in given)
 
 
-def test_a_seeded_deepstack_is_the_joint_decoder_it_came_from(pretrained, tmp_path):
-    """Its maps begin at nothing, so that what was learned works at once."""
+def test_a_seeded_deepstack_equals_its_joint_decoder(pretrained, tmp_path):
+    """Its new layers start at zero, so that the adapter works at once."""
     source = trained(pretrained)
     save_fusion(source, tmp_path)
     model = loaded("deepstack", pretrained)
@@ -235,7 +235,7 @@ def test_an_artifact_without_an_adapter_is_named(pretrained, tmp_path):
         seed_adapters(other, tmp_path)
 
 
-def test_another_base_is_refused_unless_asked_for(pretrained, tmp_path):
+def test_another_base_is_refused_if_strict(pretrained, tmp_path):
     save_fusion(trained(pretrained), tmp_path)
     model = loaded("mot", pretrained)
     with torch.no_grad():

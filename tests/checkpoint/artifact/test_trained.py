@@ -27,7 +27,7 @@ def make(**trainable):
 
 @torch.no_grad()
 def move(model):
-    """As training would: everything that trains changes, nothing else."""
+    """Change every parameter that trains, and nothing else."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter))
@@ -56,7 +56,7 @@ def test_what_trained_is_saved_and_loaded(tmp_path, trainable):
     assert torch.equal(fresh(text(), encoder_input=inputs()), model(text(), encoder_input=inputs()))
 
 
-def test_running_means_of_what_trained_are_saved_with_it(tmp_path):
+def test_running_means_of_trained_modules_are_saved(tmp_path):
     def with_norm():
         encoder = TinyEncoder()
         encoder.norm = nn.BatchNorm1d(3)
@@ -71,7 +71,7 @@ def test_running_means_of_what_trained_are_saved_with_it(tmp_path):
     assert same_state(state(model), fresh)
 
 
-def test_what_was_trained_and_no_longer_trains_is_saved_when_named(tmp_path):
+def test_parameters_of_earlier_stages_are_saved_by_name(tmp_path):
     stages = [
         FreezeStage(3, (FreezeSpec("*", True), FreezeSpec("adapter", False))),
         FreezeSpec("encoder.layers.0.weight", False),
@@ -95,7 +95,7 @@ def test_what_was_trained_and_no_longer_trains_is_saved_when_named(tmp_path):
         save_trained(model, tmp_path, trained=["nose"])
 
 
-def test_the_order_of_freeze_specs_stands_in_the_artifact(tmp_path):
+def test_the_order_of_freeze_specs_is_recorded(tmp_path):
     order = [FreezeSpec("encoder", True), FreezeSpec("encoder.layers.0", False)]
     found = []
     for specs in (order, order[::-1]):
@@ -117,7 +117,7 @@ def test_only_fusion_trained_is_the_artifact_alone(tmp_path):
     assert same_state(state(model), fresh)
 
 
-def test_files_of_two_saves_are_not_taken_for_one(tmp_path):
+def test_files_of_two_saves_are_not_loaded_together(tmp_path):
     save_trained(move(make(decoder=True)), tmp_path)
     save_fusion(move(make()), tmp_path)
     refused(tmp_path, r"trained\.safetensors does not belong to the fusion\.safetensors beside it")
@@ -140,7 +140,7 @@ def test_the_base_is_what_did_not_train(tmp_path):
     described = json.loads((tmp_path / "fusion.json").read_text())
     assert {name.split(".")[0] for name in described["base"]} == {"decoder"}
     assert described["trainable"] == {"decoder": False, "encoder": True, "fusion": True}
-    # The encoder's own values are about to be replaced; the decoder's are not.
+    # The encoder's own values are overwritten; the decoder's are compared.
     other = fuse(tiny_decoder(), TinyEncoder(seed=9), every=2)
     load_trained(other, tmp_path)
     assert same_state(state(model), other)
@@ -149,7 +149,7 @@ def test_the_base_is_what_did_not_train(tmp_path):
     refused(tmp_path, r"base: 1 pretrained tensor differs.*\n.*decoder\.norm\.scale", decoder)
 
 
-def test_fusion_without_what_trained_with_it_is_refused(tmp_path):
+def test_fusion_without_the_pretrained_tensors_trained_with_it_is_refused(tmp_path):
     save_trained(move(make(encoder=True)), tmp_path)
     model = make()
     before = state(model)

@@ -84,7 +84,7 @@ def copy_fusion_tensors(
     base: dict[str, str],
     options: list[str],
 ) -> FusionMismatch:
-    """Load a state dict of which more is known.
+    """Load a state dict, given the other differences between its model and this one.
 
     Args:
         model: as for ``load_fusion_state_dict``.

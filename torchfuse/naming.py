@@ -190,8 +190,7 @@ class TransparentWrapper(nn.Module):
         module is registered under a private name.
 
         Raises:
-            ModelError: if a member of the module has a name that the wrapper uses itself, so that
-                the name could not be kept.
+            ModelError: if a member of the module has a name that the wrapper uses itself.
         """
         members = _members(unwrap(module))
         own = self._modules.keys() | self._parameters.keys() | self._buffers.keys()
@@ -245,8 +244,8 @@ class TransparentWrapper(nn.Module):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As ``nn.Module.named_children``; children of the wrapped module are the wrapper's own."""
-        # Torch's policies for activation checkpointing and FSDP assign what they make of a child to its
-        # name, and must reach the wrapped module for that. Nothing but the caller tells them apart.
+        # Torch's policies for activation checkpointing and FSDP replace children by name (setattr), and
+        # must find the wrapped module among them. Only the calling module identifies these policies.
         if sys._getframe(1).f_globals.get("__name__", "").startswith(_REGISTERED_CHILDREN_FOR):
             return super().named_children()
         own = {name: module for name, module in super().named_children() if name != self._wrapped_child}
@@ -270,7 +269,7 @@ class TransparentWrapper(nn.Module):
             return getattr(modules[child], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Replacing a part of the wrapped module by its name must replace it there, not beside it.
+        # Assigning a member of the wrapped module replaces it there.
         child = self.__dict__.get("_wrapped_child")
         if child is not None and name not in _members(self):
             wrapped = self.__dict__["_modules"][child]
@@ -296,7 +295,7 @@ class TransparentWrapper(nn.Module):
 def _remove_child_from_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    """After ``state_dict()``: rename our keys, and put all of them back in their order."""
+    """After ``state_dict()``: remove the child's name from keys, and keep their order."""
     assert isinstance(module, TransparentWrapper)
     inner = f"{prefix}{module._wrapped_child}."
     for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -314,23 +313,23 @@ def _add_child_to_keys(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Before ``load_state_dict()``: whatever is not a child of the wrapper is the wrapped module's."""
+    """Before ``load_state_dict()``: add the child's name to keys of the wrapped module."""
     assert isinstance(module, TransparentWrapper)
-    beside = _members(module) - {module._wrapped_child}
+    own = _members(module) - {module._wrapped_child}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         local = key.removeprefix(prefix)
-        if local.split(".", 1)[0] not in beside:
+        if local.split(".", 1)[0] not in own:
             state_dict[f"{prefix}{module._wrapped_child}.{local}"] = state_dict.pop(key)
-    # The hook after loading is told neither of these.
+    # The hook after loading is passed neither of these.
     module.__dict__["_loading"] = (prefix, error_msgs)
 
 
 def _remove_child_from_messages(module: nn.Module, incompatible_keys: Any) -> None:
-    """After ``load_state_dict()``: missing, unexpected and mismatched keys by the names users know."""
+    """After ``load_state_dict()``: remove the child's name from missing and other reported keys."""
     assert isinstance(module, TransparentWrapper)
     prefix, error_msgs = module.__dict__.pop("_loading")
     inner = f"{prefix}{module._wrapped_child}."
     for names in (incompatible_keys.missing_keys, incompatible_keys.unexpected_keys):
         names[:] = [prefix + n.removeprefix(inner) if n.startswith(inner) else n for n in names]
-    whole = re.compile(rf"(?<![\w.]){re.escape(inner)}")
-    error_msgs[:] = [whole.sub(lambda _: prefix, message) for message in error_msgs]
+    pattern = re.compile(rf"(?<![\w.]){re.escape(inner)}")
+    error_msgs[:] = [pattern.sub(lambda _: prefix, message) for message in error_msgs]

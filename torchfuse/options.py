@@ -1,7 +1,8 @@
-"""Options by name: what a class or function takes, and a clear word about what it does not.
+"""Options by name, checked against the signature of the class or function that takes them.
 
-A signature says it all: names, what must be given and, by its annotations, what values fit. So what
-comes from a user or a YAML is compared with the signature before anything is called.
+``inspect.Signature.bind`` stops at the first problem and ignores annotations, and OmegaConf checks
+structured configs, not signatures. Here all problems of all options are one error, before anything is
+called.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = ["call_with_options", "check_fields", "passes_options_to"]
 _Result = TypeVar("_Result")
 _Params = ParamSpec("_Params")
 
-# What YAML can say. Anything else comes from Python, where a type checker looks at it.
+# Types that YAML has. Other values come from Python, where a type checker checks them.
 _PLAIN: Final = (NoneType, bool, int, float, str, list, dict)
 _WORDS: Final[dict[Any, str]] = {
     bool: "true or false",
@@ -52,15 +53,15 @@ _WORDS: Final[dict[Any, str]] = {
 def call_with_options(
     target: Callable[..., _Result], *args: Any, what: str, options: Mapping[str, Any]
 ) -> _Result:
-    """Call ``target(*args, **options)`` after its signature has agreed.
+    """Call ``target(*args, **options)`` after a check of the options against its signature.
 
     Args:
         target: a class or function.
-        *args: positional arguments that the caller is sure of.
+        *args: positional arguments, which are not checked.
         what: what the options belong to, for the message.
-        options: keywords from a user or a configuration. Values that YAML can say must fit their
-            annotations, where an integer is a number, a list a tuple and a string a path; values that it
-            cannot say pass, and so do annotations that are no classes.
+        options: keywords from a user or a configuration. Values of YAML's types must fit the
+            annotations, where an integer is a number, a list a tuple and a string a path; other values
+            pass, and so does any value of an annotation that is not a class.
 
     Raises:
         ConfigError: naming every option that ``target`` does not take, every one it lacks, and those
@@ -102,11 +103,11 @@ def call_with_options(
 
 
 def check_fields(config: Any, what: str) -> None:
-    """Hold the values of a dataclass against its annotations, as ``call_with_options`` would.
+    """Check the values of a dataclass against its annotations, as ``call_with_options`` does.
 
     Args:
-        config: one that was just made, by whoever may have made it.
-        what: what it is, for the message.
+        config: an instance of the dataclass.
+        what: its name in the message.
 
     Raises:
         ConfigError: naming every field whose value does not fit, the value, and what would.
@@ -133,14 +134,15 @@ def check_fields(config: Any, what: str) -> None:
 def passes_options_to(
     target: Callable[..., Any], **fixed: Any
 ) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
-    """Say of a function to whom its ``**options`` go, so that they are checked when it is called.
+    """Check the ``**options`` of a function against the function that it passes them to.
 
-    The function's signature gets the keywords of ``target`` in place of ``**options``.
+    The function's signature gets the keywords of ``target`` in place of ``**options``, which
+    ``functools.wraps`` and ``ParamSpec`` cannot express, and is checked at each call.
 
     Args:
         target: what the function calls with its ``**options``, and with positional arguments that it
             makes itself.
-        **fixed: keywords that the function gives ``target`` itself: nobody else can.
+        **fixed: keywords that the function passes to ``target`` itself, and callers cannot.
 
     Examples:
         >>> @passes_options_to(sorted, reverse=True)
@@ -175,7 +177,7 @@ def passes_options_to(
 def _signature(target: Any, what: str) -> Signature:
     try:
         signature = inspect.signature(target, eval_str=True)
-    except Exception:  # evaluating a foreign annotation can raise anything; unread, it fits everything
+    except Exception:  # evaluating an annotation can raise anything; unevaluated, it fits any value
         try:
             signature = inspect.signature(target)
         except (TypeError, ValueError) as error:
@@ -193,7 +195,7 @@ def _signature(target: Any, what: str) -> Signature:
 
 
 def _field_types(cls: Any) -> dict[str, Any]:
-    """What the fields of a dataclass hold. An inherited one is annotated in its own module's words."""
+    """Return the types of a dataclass's fields, each evaluated in the module that annotates it."""
     try:
         hints = get_type_hints(cls, include_extras=True)
     except Exception:  # as in _signature
@@ -206,7 +208,7 @@ def _problems(name: str, value: Any, expected: Any) -> list[str]:
 
 
 def _fits(value: Any, expected: Any) -> bool:
-    """Whether a value may stand where a type is expected; what cannot be told, may."""
+    """Whether a value fits a type; True where that cannot be decided."""
     origin, members = get_origin(expected), get_args(expected)
     if expected is Parameter.empty or origin is Annotated or not isinstance(value, _PLAIN):
         return True
@@ -232,7 +234,7 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 def _words(expected: Any) -> str:
-    """A type as whoever writes YAML would say it."""
+    """Return the name of a type in the terms of YAML."""
     origin, members = get_origin(expected), get_args(expected)
     if origin in (Union, UnionType, Literal):
         *others, last = [repr(m) if origin is Literal else _words(m) for m in members]

@@ -132,35 +132,35 @@ def test_attentional_pool_is_multi_head_attention_in_every_window(window):
     side = 6
     adapter = AttentionalPoolAdapter(WIDE, OUT, window=window, num_heads=HEADS).double()
     x = torch.randn(B, side * side, WIDE, dtype=torch.float64)
-    ours = adapter.attention
-    projections = (ours.q_proj, ours.k_proj, ours.v_proj)
-    theirs = nn.MultiheadAttention(WIDE, HEADS, batch_first=True, dtype=torch.float64)
-    theirs.load_state_dict(
+    attention = adapter.attention
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    torch_attention = nn.MultiheadAttention(WIDE, HEADS, batch_first=True, dtype=torch.float64)
+    torch_attention.load_state_dict(
         {
             "in_proj_weight": torch.cat([p.weight for p in projections]),
             "in_proj_bias": torch.cat([p.bias for p in projections]),
-            "out_proj.weight": ours.output_proj.weight,
-            "out_proj.bias": ours.output_proj.bias,
+            "out_proj.weight": attention.output_proj.weight,
+            "out_proj.bias": attention.output_proj.bias,
         }
     )
     out = [
-        theirs(cells.mean(dim=1, keepdim=True), cells, cells, need_weights=False)[0]
+        torch_attention(cells.mean(dim=1, keepdim=True), cells, cells, need_weights=False)[0]
         for cells in windows_of(x.view(B, side, side, WIDE), window)
     ]
     expected = adapter.linear(torch.cat(out, dim=1))
     torch.testing.assert_close(adapter(x), expected, rtol=1e-12, atol=1e-12)
     # and as the equation says
     by_head = (B, side * side, HEADS, WIDE // HEADS)
-    k, v = (p(x).view(by_head) for p in (ours.k_proj, ours.v_proj))
+    k, v = (p(x).view(by_head) for p in (attention.k_proj, attention.v_proj))
     index = torch.arange(side * side).view(1, side, side, 1)
     for m, cells in enumerate(windows_of(index, window)):
         at = cells.flatten()
-        q = ours.q_proj(x[:, at].mean(dim=1)).view(B, HEADS, -1)
+        q = attention.q_proj(x[:, at].mean(dim=1)).view(B, HEADS, -1)
         scores = torch.einsum("bhe,bche->bhc", q, k[:, at])
         weights = (scores / math.sqrt(WIDE // HEADS)).softmax(-1)
         one = torch.einsum("bhc,bche->bhe", weights, v[:, at]).flatten(1)
         torch.testing.assert_close(
-            adapter(x)[:, m], adapter.linear(ours.output_proj(one)), rtol=1e-10, atol=1e-12
+            adapter(x)[:, m], adapter.linear(attention.output_proj(one)), rtol=1e-10, atol=1e-12
         )
 
 

@@ -92,7 +92,7 @@ def torchtune_twin(layer):
         is_causal=False,
     )
     twin = make()
-    theirs = TransformerCrossAttentionLayer(
+    torchtunes = TransformerCrossAttentionLayer(
         attn=attn,
         mlp=twin.mlp,
         ca_norm=twin.ca_norm,
@@ -100,21 +100,21 @@ def torchtune_twin(layer):
         ca_scale=twin.ca_scale,
         mlp_scale=twin.mlp_scale,
     )
-    theirs.load_state_dict(layer.state_dict())  # the same names
-    return theirs
+    torchtunes.load_state_dict(layer.state_dict())  # the same names
+    return torchtunes
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_torchtunes_layer(masked):
     layer = make()
-    theirs = torchtune_twin(layer)
+    torchtunes = torchtune_twin(layer)
     x, features = data()
     mask = torch.rand(B, S, N) < 0.5 if masked else None
     if masked:
         mask[0, 2] = False
-    ours = layer(x, encoder_input=features, encoder_mask=mask)
-    expected = theirs(x, encoder_input=features, encoder_mask=mask)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    out = layer(x, encoder_input=features, encoder_mask=mask)
+    expected = torchtunes(x, encoder_input=features, encoder_mask=mask)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_zero_gates_are_the_identity_to_the_bit():

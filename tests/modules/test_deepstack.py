@@ -83,9 +83,9 @@ def test_equals_a_loop_over_tokens(layout):
     assert not torch.allclose(out, layer.wrapped(x))
     learned = [x, first, *layer.parameters()]
     sought = hidden(seed=1)
-    ours = torch.autograd.grad((out * sought).sum(), learned, retain_graph=True)
-    theirs = torch.autograd.grad((expected * sought).sum(), learned)
-    for gradient, wanted in zip(ours, theirs, strict=True):
+    gradients = torch.autograd.grad((out * sought).sum(), learned, retain_graph=True)
+    expected_gradients = torch.autograd.grad((expected * sought).sum(), learned)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert wanted.any()
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
 
@@ -156,8 +156,8 @@ def test_activation_checkpointing_equals_eager(around):
         out.square().sum().backward()
         results.append([out, x.grad, first.grad, *(p.grad for p in one.parameters())])
     assert len(ran) == 2  # forward, and again for backward
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+    for gradients, expected_gradients in zip(*results, strict=True):
+        assert torch.equal(gradients, expected_gradients)
 
 
 def test_names_agree_in_every_view():

@@ -43,16 +43,16 @@ def test_gradients_are_those_of_one_table():
 
 
 def test_equals_torchtune_and_loads_its_checkpoint():
-    theirs = TorchtuneFusionEmbedding(OLD, NEW, DIM)
-    ours = FusionEmbedding(OLD, NEW, DIM)
-    ours.load_state_dict(theirs.state_dict())
+    torchtunes = TorchtuneFusionEmbedding(OLD, NEW, DIM)
+    fused = FusionEmbedding(OLD, NEW, DIM)
+    fused.load_state_dict(torchtunes.state_dict())
     ids = torch.randint(0, OLD + NEW, (3, 11))
-    assert torch.equal(ours(ids), theirs(ids))
-    theirs.load_state_dict(ours.state_dict())
-    assert (ours.dim, ours.num_embeddings) == (theirs.dim, theirs.num_embeddings)
-    assert ours.fusion_params() == theirs.fusion_params()
-    assert ours.embedding.weight is ours.weight
-    assert ours.embedding.num_embeddings == theirs.embedding.num_embeddings == OLD
+    assert torch.equal(fused(ids), torchtunes(ids))
+    torchtunes.load_state_dict(fused.state_dict())
+    assert (fused.dim, fused.num_embeddings) == (torchtunes.dim, torchtunes.num_embeddings)
+    assert fused.fusion_params() == torchtunes.fusion_params()
+    assert fused.embedding.weight is fused.weight
+    assert fused.embedding.num_embeddings == torchtunes.embedding.num_embeddings == OLD
 
 
 def test_a_plain_checkpoint_fits_and_partial_ones_do_not_break():

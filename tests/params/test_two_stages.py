@@ -185,17 +185,17 @@ def sharded_run(folder):
             save_checkpoint(folder, model, optimizer, step=number + 1)
     assert still_until_its_stage([*seen, values(model, "encoder.")])
     alone, _ = two_stage_run()  # both ranks see what this one sees
-    ours, theirs = values(model), values(alone)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    sharded, single = values(model), values(alone)
+    assert sharded.keys() == single.keys()
+    for name, value in sharded.items():
+        torch.testing.assert_close(value, single[name], rtol=1e-4, atol=1e-5, msg=name)
 
     fresh, schedule = make(seed=5).train(), FreezeSchedule(TWO_STAGES)
     shard(fresh)
     optimizer = adamw(fresh, schedule)
     at = load_checkpoint(folder, fresh, optimizer).step
     run(fresh, optimizer, schedule, range(at, 6))
-    assert equal(values(fresh), ours)
+    assert equal(values(fresh), sharded)
     assert trains(fresh) == trains(alone)
 
 
@@ -220,13 +220,13 @@ def partly_frozen(rank):
         for each in (optimizer, reference):
             each.step()
             each.zero_grad()
-    ours, theirs = values(model), values(alone)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+    sharded, single = values(model), values(alone)
+    for name, value in sharded.items():
+        torch.testing.assert_close(value, single[name], rtol=1e-5, atol=1e-6, msg=name)
         both = [torch.empty_like(value) for _ in range(2)]
         distributed.all_gather(both, value)
         assert torch.equal(*both), name
-    moved = [n for n, value in values(make()).items() if not torch.equal(value, ours[n])]
+    moved = [n for n, value in values(make()).items() if not torch.equal(value, sharded[n])]
     assert any(n.startswith("encoder.layers.1.") for n in moved)
     assert not any(n.startswith("encoder.layers.0.") for n in moved)
 
@@ -264,9 +264,9 @@ def of_two_dtypes():
     reference = adamw(alone, schedule)
     for each, its in ((model, optimizer), (alone, reference)):
         run(each, its, FreezeSchedule(schedule), range(3))
-    ours, theirs = values(model), values(alone)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    sharded, single = values(model), values(alone)
+    for name, value in sharded.items():
+        torch.testing.assert_close(value, single[name], rtol=1e-4, atol=1e-5, msg=name)
     both = make(encoder_trainable=True).train()
     both.encoder.double()
     shard(both)

@@ -204,7 +204,7 @@ class GatedCrossAttentionLayer(nn.Module):
         ca_scale: nn.Module,
         mlp_scale: nn.Module,
     ) -> None:
-        # Also for subclasses with torchtune's layer behind this one, which wants arguments.
+        # Not super(): a subclass has torchtune's layer next in line, whose __init__ takes arguments.
         nn.Module.__init__(self)
         self.attn = attn
         self.mlp = mlp
@@ -227,7 +227,7 @@ class GatedCrossAttentionLayer(nn.Module):
             batch_size: rows.
             dtype: dtype of the cache.
             encoder_max_seq_len: slots for encoder tokens.
-            decoder_max_seq_len: of no use to this layer.
+            decoder_max_seq_len: not used.
 
         Raises:
             ModelError: if ``encoder_max_seq_len`` is None.
@@ -248,7 +248,7 @@ class GatedCrossAttentionLayer(nn.Module):
         return self.attn.cache_enabled
 
     def reset_cache(self) -> None:
-        """Empty the cache without giving its memory back."""
+        """Empty the cache and keep its memory."""
         self.attn.reset_cache()
 
     def forward(
@@ -259,7 +259,7 @@ class GatedCrossAttentionLayer(nn.Module):
         encoder_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Let text look at the encoder's features.
+        """Attend from text to the encoder's features.
 
         Args:
             x: hidden states of text, ``[b, s, d]``.
@@ -268,7 +268,7 @@ class GatedCrossAttentionLayer(nn.Module):
             encoder_mask: bool ``[b, s, n]``, True where text position ``s`` may attend to feature
                 ``n``; with a cache, up to as wide as that. A position with no True comes back unchanged.
                 None: all may attend to all.
-            **kwargs: what the decoder hands to every layer and this one has no use for.
+            **kwargs: what the decoder passes to every layer, not used here.
 
         Returns:
             ``[b, s, d]``.

@@ -1,8 +1,9 @@
-"""Features added to hidden states where they stand, again and again in early layers.
+"""Features added to the hidden states at their positions, after several early layers.
 
-DeepStack (https://arxiv.org/abs/2406.04334), as Qwen3-VL has it: features enter a decoder not only as
-its first hidden states; behind chosen early layers, maps of their own add them to the hidden states of
-the positions where they stand. Those maps begin at zero, so that a model begins as it would be without.
+DeepStack (https://arxiv.org/abs/2406.04334), as in Qwen3-VL: features enter a decoder not only as its
+first hidden states; after chosen early layers, a map for each layer adds them to the hidden states at
+their positions. The maps are initialized to zero, so that the first output is that of the decoder
+without them.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class FeatureMap(nn.Module):
 
 
 class DeepStackLayer(FusionWrapper):
-    """A pretrained decoder layer behind which features are added where they stand.
+    """A pretrained decoder layer after which features are added at their positions.
 
-    Names are the pretrained layer's (see ``torchfuse.naming.TransparentWrapper``); new parameters stand
+    Names are the pretrained layer's (see ``torchfuse.naming.TransparentWrapper``); new parameters are
     under ``fusion_layer.<modality>.`` and are what ``fusion_params`` names.
 
     Args:
         layer: the pretrained layer, called as ``layer(x, **kwargs)``.
-        modalities: names of the modalities beside text.
+        modalities: names of the modalities other than text.
         dim: width of the decoder.
         hidden_dim: width inside the maps; ``dim`` unless given.
 
@@ -73,12 +74,12 @@ class DeepStackLayer(FusionWrapper):
         self.wrap(layer, child="layer")
 
     def forward(self, x: Tensor, *, routing: Routing | None = None, **kwargs: Any) -> Tensor:
-        """Run the layer, and add the features that stand in the sequence to its hidden states.
+        """Run the layer, and add the features of the sequence to its hidden states.
 
         Args:
             x: hidden states, ``[b, t, d]``.
             routing: which tokens are of which modality, with their features. None: all are text.
-            **kwargs: handed to the layer as they are.
+            **kwargs: passed to the layer.
 
         Returns:
             Hidden states, ``[b, t, d]``.

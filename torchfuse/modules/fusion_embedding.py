@@ -1,4 +1,4 @@
-"""New tokens in a table of their own, beside a pretrained table that nothing touches.
+"""An embedding of new tokens, in a parameter separate from the pretrained table.
 
 Training the new rows of one big table means masking the gradients of the old rows, which drift under
 weight decay all the same and cannot be sharded. Here the pretrained table *is* the module (an
@@ -93,7 +93,7 @@ class FusionEmbedding(nn.Embedding):
     def from_pretrained(  # type: ignore[override]  # nn.Embedding's takes a bare tensor
         cls, embedding: nn.Embedding, num_new: int, init: RowInit = "mean"
     ) -> FusionEmbedding:
-        """Put new tokens beside a pretrained embedding, which keeps its parameter object.
+        """Add new tokens to a pretrained embedding, which keeps its parameter object.
 
         Args:
             embedding: the pretrained table, ``[v, d]``.
@@ -126,7 +126,7 @@ class FusionEmbedding(nn.Embedding):
         return fused.train(embedding.training)
 
     def expand(self, num_new: int, init: RowInit = "mean") -> FusionEmbedding:
-        """Add more new tokens behind those there are, in place.
+        """Append more new tokens in place.
 
         The new table becomes a new parameter, so build the optimizer afterwards.
 
@@ -181,7 +181,7 @@ class FusionEmbedding(nn.Embedding):
             input: integer ids of any shape, in ``[0, vocab_size + fusion_vocab_size)``.
 
         Returns:
-            Embeddings, the shape of ``input`` and ``d`` behind it, in the pretrained table's dtype.
+            Embeddings, ``[*input.shape, d]``, in the pretrained table's dtype.
 
         Raises:
             ModelError: for an id outside both tables, on the CPU. On an accelerator the check would

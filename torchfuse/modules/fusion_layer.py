@@ -1,8 +1,8 @@
-"""A new layer beside a pretrained one, under the pretrained one's names.
+"""A new layer next to a pretrained one, under the pretrained one's names.
 
 Flamingo (https://arxiv.org/abs/2204.14198) puts a gated cross-attention layer in front of every k-th
-layer of a frozen language model. ``FusionLayer`` is that seam: it runs the two layers one after
-the other and leaves every name of the pretrained one as it was, so that its checkpoint still fits.
+layer of a frozen language model. ``FusionLayer`` runs the two layers one after
+the other and keeps every name of the pretrained one, so that its checkpoint still fits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class FusionLayer(FusionWrapper):
     """Runs a new layer before or after a pretrained layer; names are the pretrained layer's.
 
     A parameter ``attn.q_proj.weight`` of ``layer`` is ``attn.q_proj.weight`` here too, in every view
-    (see ``torchfuse.naming.TransparentWrapper``). The parameters of the new layer stand beside
-    it under ``fusion_layer.`` and are what ``fusion_params`` names.
+    (see ``torchfuse.naming.TransparentWrapper``). The parameters of the new layer are
+    registered under ``fusion_layer.`` and are what ``fusion_params`` names.
 
     Signature, attributes and key names are those of torchtune 0.6.1's ``FusionLayer``.
 
@@ -58,7 +58,7 @@ class FusionLayer(FusionWrapper):
 
         Args:
             x: hidden states, ``[b, s, d]``.
-            **kwargs: handed to both layers as they are.
+            **kwargs: passed to both layers.
 
         Returns:
             Hidden states, ``[b, s, d]``.
@@ -125,7 +125,7 @@ class FusionLayer(FusionWrapper):
         return self.caches_are_enabled()
 
     def reset_cache(self) -> None:
-        """Empty the caches of both layers without giving their memory back."""
+        """Empty the caches of both layers and keep their memory."""
         for reset in [self._cache_method(m, "reset_cache", "reset_caches") for m in self._both()]:
             reset()
 
@@ -133,9 +133,9 @@ class FusionLayer(FusionWrapper):
         """The decoder's spelling of ``reset_cache``."""
         self.reset_cache()
 
-    def _cache_state(self, question: str) -> bool:
-        ask = getattr(self.wrapped, question, None)
-        return bool(ask() if callable(ask) else getattr(self.wrapped, "cache_enabled", False))
+    def _cache_state(self, name: str) -> bool:
+        method = getattr(self.wrapped, name, None)
+        return bool(method() if callable(method) else getattr(self.wrapped, "cache_enabled", False))
 
     def _both(self) -> tuple[nn.Module, nn.Module]:
         return self.wrapped, self.fusion_layer

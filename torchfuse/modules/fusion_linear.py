@@ -1,9 +1,9 @@
-"""Scores of new tokens from rows of their own, beside a pretrained head that nothing touches.
+"""An output head for new tokens, in parameters separate from those of the pretrained head.
 
-The mirror image of ``FusionEmbedding``: the pretrained head *is* the module (an ``nn.Linear`` whose
-keys are ``weight`` and ``bias``, as before), and the rows of the new tokens are a second, small head
-below it, ``fusion_linear.weight``. Both score the same input and their logits stand side by side, so
-the pretrained tokens' logits are the same to the bit, and the two tables are never copied together.
+The counterpart of ``FusionEmbedding``: the pretrained head *is* the module (an ``nn.Linear`` with the
+keys ``weight`` and ``bias``, as before), and the rows of the new tokens are a second, small head below
+it, ``fusion_linear.weight``. The logits of both are concatenated, so the pretrained tokens' logits are
+bit-identical, and the two tables are never copied together.
 
 A head that is tied to the embedding has no parameters: ``TiedFusionLinear`` reads both tables of a
 ``FusionEmbedding`` at each call.
@@ -34,8 +34,8 @@ __all__ = ["FusionLinear", "TiedFusionLinear"]
 class FusionLinear(nn.Linear):
     """A pretrained output head and a small trainable one for new tokens; a drop-in for ``nn.Linear``.
 
-    Logits of the pretrained tokens come first, from ``weight`` ``[v, d]``, those of the new ones behind
-    them, from ``fusion_linear.weight`` ``[n, d]``. ``out_features`` is the width of the logits,
+    Logits of the pretrained tokens come first, from ``weight`` ``[v, d]``, then those of the new ones,
+    from ``fusion_linear.weight`` ``[n, d]``. ``out_features`` is the width of the logits,
     ``vocab_size + fusion_vocab_size``.
 
     Args:
@@ -91,7 +91,7 @@ class FusionLinear(nn.Linear):
 
     @classmethod
     def from_pretrained(cls, linear: nn.Linear, num_new: int, init: RowInit = "mean") -> FusionLinear:
-        """Put new tokens beside a pretrained head, which keeps its parameter objects.
+        """Add new tokens to a pretrained head, which keeps its parameter objects.
 
         Args:
             linear: the pretrained head, ``[v, d]``, with or without bias.
@@ -99,7 +99,7 @@ class FusionLinear(nn.Linear):
             init: first values of their rows. ``"mean"``: each the mean of the pretrained rows, so that a
                 new token's logit is the mean of the pretrained logits. ``"normal"``: drawn per column
                 with the mean and the deviation of the pretrained rows. A tensor ``[num_new, d]``: these
-                values. A bias goes along; beside given rows it is the mean.
+                values. A bias is initialized likewise; with given rows it is the mean.
 
         Raises:
             ModelError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
@@ -126,7 +126,7 @@ class FusionLinear(nn.Linear):
         return fused.train(linear.training)
 
     def expand(self, num_new: int, init: RowInit = "mean") -> FusionLinear:
-        """Add more new tokens behind those there are, in place.
+        """Append more new tokens in place.
 
         The new rows become a new parameter, so build the optimizer afterwards.
 

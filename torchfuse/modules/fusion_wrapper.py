@@ -1,4 +1,4 @@
-"""New weights beside a pretrained module, under one name of their own."""
+"""A wrapper that adds new weights to a pretrained module, under one name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FusionWrapper"]
 
 
 class FusionWrapper(TransparentWrapper):
-    """A wrapper whose new parameters stand under ``fusion_layer.`` and are all that fusion added."""
+    """A wrapper whose new parameters are under ``fusion_layer.`` and are all that fusion added."""
 
     fusion_layer: nn.Module
 

@@ -1,7 +1,7 @@
 """Scaled dot-product attention where several heads of queries share one of keys and values.
 
 The obvious ways copy keys and values to every head of queries, which a step that generates one token
-pays for with most of its time. Here the queries that share keys and values stand side by side as if
+pays for with most of its time. Here the queries that share keys and values are arranged as if
 they were positions, so that nothing is copied, on any backend.
 """
 

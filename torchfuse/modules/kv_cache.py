@@ -1,9 +1,9 @@
 """Caches of keys and values, for inference only.
 
-``KVCache`` is that of a sequence, which grows with every step. ``EncoderKVCache`` is that of what the
-sequence sees of the encoder: it is filled once, when the features arrive, and read at every step after
-that. It knows how much of it is filled: slots behind the features are never attended to, so it may be
-larger than the features without changing a result.
+``KVCache`` is for a sequence, which grows with every step. ``EncoderKVCache`` is for encoder features:
+it is filled once, when the features arrive, and read at every later step. It records how much of it is
+filled: slots after the features are never attended to, so it may be larger than the features without
+changing a result.
 
 Neither ever allocates, branches on a value or waits for the device once it is set up.
 """
@@ -58,14 +58,14 @@ class KVCache(nn.Module):
 
     @property
     def size(self) -> int:
-        """How many slots hold a token; asking waits for the device."""
+        """Number of slots that hold a token; reading it synchronises with the device."""
         return int(self.cache_pos[0])
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys and values of the next tokens.
 
         Args:
-            keys: ``[b, h, s, d]``; there must be ``s`` empty slots, which only the caller can know.
+            keys: ``[b, h, s, d]``; there must be ``s`` empty slots, which is not checked.
             values: as ``keys``.
 
         Returns:
@@ -88,7 +88,7 @@ class KVCache(nn.Module):
         return self.k_cache, self.v_cache
 
     def reset(self) -> None:
-        """Empty the cache without giving its memory back."""
+        """Empty the cache and keep its memory."""
         self.cache_pos.sub_(self.cache_pos[:1].clone())
 
 
@@ -146,7 +146,8 @@ class EncoderKVCache(nn.Module):
             values: as ``keys``.
 
         Returns:
-            All keys and all values, ``[b, h, max_seq_len, d]``; ``valid`` says which slots count.
+            All keys and all values, ``[b, h, max_seq_len, d]``; ``valid`` marks the slots that are
+            filled.
 
         Raises:
             ModelError: if the batch or the length does not fit; the cache is as it was then.
@@ -166,6 +167,6 @@ class EncoderKVCache(nn.Module):
         return self.k_cache, self.v_cache
 
     def reset(self) -> None:
-        """Empty the cache without giving its memory back."""
+        """Empty the cache and keep its memory."""
         self.valid.fill_(False)
         self.is_filled = False

@@ -1,8 +1,8 @@
-"""Rows of new tokens beside a pretrained table: how they start, start anew, grow and are merged.
+"""Rows of new tokens of a pretrained table: initializing, resetting, appending and merging them.
 
 ``FusionEmbedding`` and ``FusionLinear`` both are a pretrained module with a small one of the same kind
-below it. What happens to the rows of the small one is the same for both, and stands here: a row is
-what each parameter holds for one token, a column of ``weight`` for each feature and, where there is a
+below it. Functions on the rows of the small one are shared and in this file: a row is the values of each
+parameter for one token, a column of ``weight`` for each feature and, where there is a
 ``bias``, one more.
 """
 
@@ -63,7 +63,7 @@ def first_rows(pretrained: nn.Module, num_new: int, init: RowInit) -> dict[str, 
         num_new: number of new tokens.
         init: ``"mean"``: each row the mean of the pretrained rows. ``"normal"``: drawn per column with
             the mean and the deviation of the pretrained rows. A tensor ``[num_new, d]``: these values,
-            and a bias beside them is the mean.
+            and a bias is the mean.
 
     Returns:
         ``weight`` ``[num_new, d]`` and, if there is a bias, ``bias`` ``[num_new]``, in the dtypes of
@@ -88,7 +88,7 @@ def first_rows(pretrained: nn.Module, num_new: int, init: RowInit) -> dict[str, 
 
 @torch.no_grad()
 def append_rows(pretrained: nn.Module, new: nn.Module, num_new: int, init: RowInit) -> None:
-    """Put more new rows behind those there are; they become new parameters of ``new``.
+    """Append more new rows; all new rows become new parameters of ``new``.
 
     Args:
         pretrained: as in ``first_rows``.
@@ -107,7 +107,7 @@ def append_rows(pretrained: nn.Module, new: nn.Module, num_new: int, init: RowIn
 
 @torch.no_grad()
 def reset_rows(pretrained: nn.Module, new: nn.Module, init: RowInit) -> None:
-    """Give new rows their first values anew, in place.
+    """Reset new rows to their first values, in place.
 
     Args:
         pretrained: as in ``first_rows``.

@@ -1,10 +1,9 @@
-"""What trains, said by name: specs in an order, where a later one overrides an earlier one.
+"""Freezing by name: an ordered list of specs, where a later one overrides an earlier one.
 
-A spec names a part, a module or a parameter as it is called without any wrapper, so that it means the
-same on a model that is compiled, activation-checkpointed or sharded. What fusion added inside a
-pretrained module is not part of what that module's name stands for: ``"decoder"``,
-``"decoder.layers.3"`` and ``"decoder.layers.*"`` are the pretrained decoder and layers, and
-``"decoder.layers.3.fusion_layer"`` is what stands beside one.
+A spec names a part, a module or a parameter by its canonical name, so that it means the same on a model
+that is compiled, activation-checkpointed or sharded. The name of a pretrained module does not include
+what fusion added inside it: ``"decoder"``, ``"decoder.layers.3"`` and ``"decoder.layers.*"`` are the
+pretrained decoder and layers, and ``"decoder.layers.3.fusion_layer"`` is the new layer.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ class FreezeSpec:
             ``"adapter.<name>"``, ``"fusion"``), or the canonical name of a module or parameter
             (``"encoder.layers.11"``, also ``"encoder.<name>.layers.11"``), or such a name with the
             wildcards of ``fnmatch``: ``*`` for anything, dots too, ``?`` and ``[...]``. A module
-            stands for all in it, but for what fusion added if it has pretrained parameters too.
+            includes everything in it, except what fusion added if it has pretrained parameters too.
         frozen: True freezes, False lets train.
 
     Raises:
-        ConfigError: if ``module`` can be no name and no pattern, or ``frozen`` is no bool.
+        ConfigError: if ``module`` is not a valid name or pattern, or ``frozen`` not a bool.
 
     Examples:
         >>> FreezeSpec("encoder.layers.*.norm", frozen=True)
@@ -99,9 +98,9 @@ def freeze_params(model: nn.Module, *modules: str, frozen: bool = True) -> None:
 
 
 def apply_freeze_specs(model: nn.Module, specs: Iterable[FreezeSpec]) -> None:
-    """Freeze and unfreeze as specs say, in their order; what none of them names stays as it is.
+    """Apply specs in their order; parameters that no spec matches stay as they are.
 
-    A parameter that is frozen loses its gradient, so an optimizer passes over it. Apply between two
+    The gradient of a frozen parameter is set to None, so an optimizer skips it. Apply between two
     optimizer steps, not between two micro-batches of one.
 
     Args:
@@ -109,8 +108,8 @@ def apply_freeze_specs(model: nn.Module, specs: Iterable[FreezeSpec]) -> None:
         specs: a later one overrides an earlier one.
 
     Raises:
-        ConfigError: naming each spec that matches no parameter and what there was to match, and what is
-            to train but cannot; nothing has changed then.
+        ConfigError: naming each spec that matches no parameter with the names there are, and each
+            parameter that cannot train; nothing has changed then.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
@@ -125,7 +124,7 @@ def apply_freeze_specs(model: nn.Module, specs: Iterable[FreezeSpec]) -> None:
 
 
 def freeze_mask(model: nn.Module, specs: Iterable[FreezeSpec]) -> tuple[dict[str, bool], list[str]]:
-    """What specs make of each parameter that they name.
+    """Return whether each parameter that specs match trains.
 
     Args:
         model: as for ``apply_freeze_specs``.
@@ -158,7 +157,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 
 class _Names:
-    """All names of all parameters: canonical ones, and those that begin with a part."""
+    """All names of all parameters: canonical names, and names that begin with a part."""
 
     def __init__(self, model: nn.Module) -> None:
         inner = unwrap_model(model)
@@ -170,7 +169,7 @@ class _Names:
         self._paths: dict[str, list[list[str]]] = {name: [] for name in self.parameters}
         self._fusion = {by_id[i] for i in fusion_ids(model)}
         self._parts = list(parts_of(model))
-        # One parameter may stand in several places, and each place may have two names.
+        # One parameter may be registered in several places, and each place may have two names.
         for prefix, module in [("", inner), *((f"{p}.", m) for p, m in parts_of(model).items())]:
             for name, parameter in unwrap(module).named_parameters(remove_duplicate=False):
                 full = prefix + canonical_name(name)
@@ -185,7 +184,7 @@ class _Names:
         }
 
     def matched(self, pattern: str) -> list[str]:
-        """The canonical names of the parameters that a pattern means."""
+        """Return the canonical names of the parameters that a pattern matches."""
         hits = {path for path in self._all if fnmatchcase(path, pattern)}
         all_fusion = fnmatchcase(_FUSION, pattern)
         return [
@@ -202,7 +201,7 @@ class _Names:
         return name not in self._fusion or outermost not in self._pretrained
 
     def near(self, pattern: str) -> str:
-        """What there is where the pattern looks for something."""
+        """List the names that exist next to a pattern that matches nothing."""
         above = pattern.split(".")
         while above and (_WILDCARDS.search(".".join(above)) or ".".join(above) not in self._all):
             above.pop()

@@ -24,15 +24,15 @@ def param_groups(
     weight_decay: float | Mapping[str, float] = 0.0,
     stages: Iterable[FreezeSpec | FreezeStage] = (),
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of all parameters that train, ever: named, disjoint and complete.
+    """Return named, disjoint and complete optimizer groups of all parameters that train at any time.
 
     Args:
         model: a fused model.
         lr: one learning rate, or one for each trainable part by its name (``"decoder"``,
             ``"encoder"``, ``"encoder.<name>"``, ``"fusion"``).
         weight_decay: likewise; a part left out of a mapping has none.
-        stages: freeze stages, or a ``FreezeSchedule``. What any of them trains is in the groups too;
-            while it is frozen it has no gradient, and an optimizer passes over it.
+        stages: freeze stages, or a ``FreezeSchedule``. Parameters that any of them trains are in the
+            groups too; while frozen they have no gradient, and an optimizer skips them.
 
     Returns:
         ``{"name", "params", "param_names", "lr", "weight_decay"}`` for each part that trains.

@@ -1,4 +1,4 @@
-"""What trains when: stages of freeze specs, applied to a model as training reaches them."""
+"""Freeze stages, applied to a model when training reaches their steps."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _InForce = tuple[tuple[FreezeSpec, ...], dict[str, bool]]
 class FreezeSchedule:
     """Stages of freeze specs, applied as training reaches them.
 
-    Call ``apply(model, step)`` before every optimizer step; it acts where a stage begins. Whatever any
-    stage trains is in the optimizer from the start: ``param_groups(model, lr=..., stages=schedule)``.
-    While frozen it has no gradient, so the optimizer neither reads nor decays it.
+    Call ``apply(model, step)`` before every optimizer step; it changes the model where a stage begins.
+    Parameters that any stage trains are in the optimizer from the start
+    (``param_groups(model, lr=..., stages=schedule)``). While frozen they have no gradient, so the
+    optimizer neither updates nor decays them.
 
-    To resume, build model, schedule and optimizer as for a fresh start, load the checkpoint into them,
-    and go on calling ``apply`` with the number of steps taken.
+    To resume, build model, schedule and optimizer as for a new run, load the checkpoint into them, and
+    continue to call ``apply`` with the number of steps taken.
 
     Args:
         stages: in any order; a spec outside of any stage is in force from the start. None: nothing is
@@ -49,14 +50,14 @@ class FreezeSchedule:
 
     def __init__(self, stages: Iterable[FreezeSpec | FreezeStage] = ()) -> None:
         self.stages = in_order(stages)
-        # Only so that a step inside a stage is cheap: what was in force, and what it made of the model.
+        # A cache that makes a step inside a stage cheap: the specs in force, and the mask they gave.
         self._last: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
 
     def __iter__(self) -> Iterator[FreezeStage]:
         return iter(self.stages)
 
     def check(self, model: nn.Module) -> None:
-        """Hold every stage against a model, so that nothing of a later one is refused later.
+        """Check every stage against a model, later ones too.
 
         Args:
             model: a fused model, or any module.
@@ -73,17 +74,17 @@ class FreezeSchedule:
             raise ConfigError(f"The freeze stages do not fit the model: {'; '.join(problems)}.")
 
     def apply(self, model: nn.Module, step: int) -> bool:
-        """Let train what is to train at a step; call it between optimizer steps, before each.
+        """Apply the specs in force at a step; call it before each optimizer step.
 
-        A stage that began at a step which was jumped over is applied too. What no stage has named so
-        far stays as it is.
+        A stage whose first step was skipped is applied too. Parameters that no stage has matched so far
+        stay as they are.
 
         Args:
             model: a fused model, or any module.
             step: how many optimizer steps have been taken.
 
         Returns:
-            Whether any parameter began or ceased to train.
+            Whether any parameter started or stopped training.
 
         Raises:
             ConfigError: if any stage, later ones too, does not fit the model; nothing has changed then.
@@ -102,9 +103,9 @@ class FreezeSchedule:
         return any(now[name] != trains for name, trains in mask.items())
 
     def trained_ever(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that train now or in some stage, in ``named_parameters`` order.
+        """Return the names of the parameters that train now or in some stage.
 
-        Ask before the first ``apply``, or after one at step 0, of a model as it was built.
+        Call it before the first ``apply``, or after one at step 0, on a model as it was built.
 
         Args:
             model: a fused model, or any module.

@@ -1,8 +1,9 @@
 """Freeze specs with the step from which they are in force, and a record of them.
 
-Stages add up. The specs in force at a step are those of all stages that have begun, one behind the
-other, so that what trains is a function of the step alone: a run that resumes in a later stage, or jumps
-over the step of an earlier one, trains what the uninterrupted run trains.
+Stages add up. The specs in force at a step are those of all stages that have begun, in order, so that
+what trains is a function of the step
+alone: a run that resumes in a later stage, or jumps over the step of an earlier one, trains what the
+    uninterrupted run trains.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def effective_freeze(stages: Iterable[FreezeSpec | FreezeStage], step: int) -> t
 def canonical_freeze_meta(stages: Iterable[FreezeSpec | FreezeStage]) -> list[dict[str, Any]]:
     """A record of stages in JSON's types, equal for equal schedules; ``read_freeze_meta`` reads it.
 
-    Stages are in the order of their steps and specs in their own, which says what overrides what.
+    Stages are ordered by step; specs keep their order, in which a later one overrides an earlier one.
 
     Args:
         stages: as for ``effective_freeze``.

@@ -35,7 +35,7 @@ def quantized_dtype(tensor: Any) -> str | None:
     inner = tensor
     while hasattr(inner, "__tensor_flatten__"):
         if type(inner).__name__ == "NF4Tensor":
-            return "nf4"  # two to a byte; what holds them says less
+            return "nf4"  # two values a byte; the dtype of the storage does not show it
         held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
         inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.numel())
     return None if inner.dtype == tensor.dtype else dtype_name(inner)

@@ -1,4 +1,4 @@
-"""A model in numbers: what it is made of, and what of it trains."""
+"""A table of a model's parts: tensors, parameters, what trains, dtype and device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class Description:
-    """What a model is made of and what of it trains; prints as a table."""
+    """The parts of a model in numbers; prints as a table."""
 
     parts: tuple[PartSummary, ...]
 
@@ -56,7 +56,7 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """A table of the parts of a model: tensors, parameters, what trains, dtype and device.
+    """Return a table of the parts of a model: tensors, parameters, what trains, dtype and device.
 
     Args:
         model: a fused model.

@@ -1,9 +1,9 @@
 """Which parameters fusion added.
 
-A module says what fusion added by a method ``fusion_params()`` that names parameters relative to
-itself; ``register_fusion_module`` gives any module that method. Everything here goes by the
-identity of parameters and reports canonical names, so that it says the same before and after
-``torch.compile``, activation checkpointing and sharding.
+A module names the parameters that fusion added, relative to itself, by a method ``fusion_params()``;
+``register_fusion_module`` gives any module that method. Parameters are compared by identity and reported
+by canonical name, so that results are the same before and after ``torch.compile``, activation
+checkpointing and sharding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def register_fusion_module(module: nn.Module) -> None:
     The module can still be pickled, copied, compiled, checkpointed and sharded.
 
     Args:
-        module: a layer or a whole model, for example a projection behind an encoder.
+        module: a layer or a whole model, for example a projection of encoder features.
 
     Examples:
         >>> projection = nn.Linear(3, 5)
@@ -42,7 +42,7 @@ def _all_parameter_names(module: nn.Module) -> list[str]:
 
 
 def get_fusion_params(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that fusion added, by canonical name, in the order of ``named_parameters``.
+    """Return the parameters that fusion added, by canonical name, in the order of ``named_parameters``.
 
     Args:
         model: any module with parts that have ``fusion_params()``.
@@ -55,7 +55,7 @@ def get_fusion_params(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fusion_ids(model: nn.Module) -> set[int]:
-    """The ``id`` of every parameter that fusion added.
+    """Return the ``id`` of every parameter that fusion added.
 
     Args:
         model: any module with parts that have ``fusion_params()``.
@@ -86,7 +86,7 @@ def _owns_fusion_params(module: nn.Module) -> bool:
 
 
 def fusion_buffers(model: nn.Module) -> dict[str, Any]:
-    """Persistent buffers of modules whose parameters were all added by fusion, by canonical name."""
+    """Return persistent buffers of modules with only fusion parameters, by canonical name."""
     fusion = fusion_ids(model)
     model = unwrap_model(model)
     inside: set[int] = set()

@@ -1,9 +1,8 @@
-"""Choosing what trains: by part, and parameter by parameter.
+"""Choosing what trains, by part and by parameter.
 
-Whether a parameter trains is its ``requires_grad`` and nothing else. A parameter that stops training
-loses its gradient too: an optimizer passes over what has none, so that what is frozen is neither read
-nor decayed, and a norm of gradients is of what trains. A module with only frozen parameters stays in
-evaluation mode.
+Whether a parameter trains is its ``requires_grad`` and nothing else. When a parameter is frozen its
+gradient is set to None: an optimizer skips it, neither updating nor decaying it, and it is not in the
+norm of gradients. A module with only frozen parameters stays in evaluation mode.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def set_trainable(
         decoder: whether the pretrained decoder trains.
         encoder: whether the pretrained encoders train; for named encoders also ``{name: bool}``,
             where a name left out is frozen.
-        fusion: whether what fusion added trains, wherever it stands.
+        fusion: whether what fusion added trains, inside pretrained parts too.
 
     Raises:
         ModelError: if something is to train that the model does not have, or that is quantized; nothing
@@ -73,7 +72,7 @@ def set_trainable(
 
 
 def set_requires_grad(model: nn.Module, trains: Mapping[str, bool]) -> None:
-    """Let parameters train or not, by their canonical names; the others stay as they are.
+    """Set ``requires_grad`` of parameters by their canonical names; the others stay as they are.
 
     Args:
         model: any module.
@@ -92,10 +91,10 @@ def set_requires_grad(model: nn.Module, trains: Mapping[str, bool]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the sharded parameters of an FSDP2 model back in their place.
+    """Reshard an FSDP2 model.
 
-    After a forward pass without a backward pass the model shows whole copies of some of them, which no
-    optimizer may hold and whose ``requires_grad`` does not last.
+    After a forward pass without a backward pass some of its parameters are unsharded copies, which must
+    not be given to an optimizer and lose their ``requires_grad`` later.
 
     Args:
         model: any module; one that is not sharded stays as it is.

@@ -1,7 +1,7 @@
 """What an adapter is, and the registry by which adapters have names.
 
-An adapter maps features ``[b, n, d_e]`` to ``[b, n', d]`` and says with ``output_num_tokens(n)`` what
-``n'`` will be, so that placeholders can be counted before anything runs. All of its parameters are
+An adapter maps features ``[b, n, d_e]`` to ``[b, n', d]``, and ``output_num_tokens(n)`` returns ``n'``,
+so that placeholders can be counted before anything runs. All of its parameters are
 fusion parameters. Those that come with the package are in ``adapters``, which has these names too.
 """
 
@@ -33,7 +33,7 @@ class Adapter(nn.Module, ABC):
     """
 
     name: ClassVar[str | None] = None
-    """The name under which ``build_adapter`` knows the class."""
+    """The name under which the class is registered."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Adapter(nn.Module, ABC):
             given: the options that the caller has chosen.
 
         Raises:
-            ConfigError: if the adapter cannot be had for such an encoder.
+            ConfigError: if the adapter does not fit such an encoder.
         """
         return {}
 
@@ -90,7 +90,7 @@ def register_adapter(name: str) -> Callable[[_AdapterType], _AdapterType]:
 
 
 def adapter_names() -> list[str]:
-    """The names that ``build_adapter`` knows."""
+    """Return the names of the registered adapters."""
     return sorted(_REGISTRY)
 
 
@@ -104,7 +104,7 @@ def build_adapter(
             ``register_adapter`` added.
         in_dim: width of the encoder's features.
         out_dim: width of the decoder.
-        num_tokens: features of one image, as the encoder says. Adapters with a grid take its side from
+        num_tokens: the encoder's features of one image. Adapters with a grid take its side from
             it, unless ``grid`` is given, and then take clips and several images a row.
         **options: what else the adapter takes.
 

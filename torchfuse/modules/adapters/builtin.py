@@ -110,7 +110,7 @@ class MLP2LayerAdapter(Adapter):
 class _GridAdapter(Adapter):
     """Windows of each frame's grid, pooled, then one linear map.
 
-    What the options mean is said by the subclasses.
+    Subclasses describe the options.
     """
 
     def __init__(
@@ -191,8 +191,8 @@ class AvgPoolAdapter(_GridAdapter):
     """The mean of each window of a square grid of tokens, then one linear map.
 
     A grid of ``g`` x ``g`` leaves ``ceil(g / window) ** 2`` tokens, row by row; a window at the edge
-    averages the cells that it has. Frames of a clip, and several images a row, stand one behind the
-    other and are pooled each by itself.
+    averages the cells that it has. Frames of a clip, and several images a row, come one after the
+    other and are pooled separately.
 
     Args:
         in_dim: width of the encoder's features.
@@ -202,7 +202,7 @@ class AvgPoolAdapter(_GridAdapter):
             its tokens; to be given for clips and for several images a row.
         num_prefix_tokens: tokens in front of each frame's cells that are no cells, such as CLIP's class
             token (576 patches come as 577 with ``keep_cls=True``).
-        keep_prefix: True: these pass by the pooling, in front of their frame's windows; False: they are
+        keep_prefix: True: these are kept unpooled, in front of their frame's windows; False: they are
             dropped.
 
     Raises:

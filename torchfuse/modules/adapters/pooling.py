@@ -1,9 +1,9 @@
-"""Tokens that stand for the cells of a square grid, and windows over them.
+"""Tokens as the cells of a square grid, and windows over them.
 
 A vision tower gives the patches of an image row by row, with special tokens (class, registers) in front
-or none, and a clip as its frames one behind the other. So ``n`` tokens are ``f`` times ``p + g * g``.
+or none, and a clip as its frames one after the other. So ``n`` tokens are ``f`` times ``p + g * g``.
 With the side ``g`` given, the number of frames follows from ``n``; without it there is one frame, since
-nothing tells four grids of 5 x 5 from one of 10 x 10.
+four grids of 5 x 5 have as many tokens as one of 10 x 10.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class WindowAttention(nn.Module):
     def forward(self, cells: Tensor) -> Tensor:
         """Pool the windows of grids ``[b, g, g, d]`` to ``[b, m, d]``, row by row."""
         means = window_means(cells, self.window)
-        # Windows stand beside heads: as rows of a batch they could be more than a kernel's grid holds.
+        # Windows share an axis with heads: as rows of a batch they could exceed a kernel's grid.
         q = (
             self.q_proj(means).unflatten(-1, (self.num_heads, 1, -1)).flatten(1, 2)
         )  # [b, m * heads, 1, h]

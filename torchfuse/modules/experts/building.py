@@ -24,11 +24,11 @@ _PARTS: Final = ("sa_norm", "attn", "sa_scale", "mlp_norm", "mlp", "mlp_scale")
 def build_experts(
     layer: nn.Module, modalities: Sequence[str], options: ExpertOptions
 ) -> ModalityExperts:
-    """Experts of each modality, as a layer's feed-forward or beside it.
+    """Build the experts of each modality for a layer's feed-forward.
 
     Args:
         layer: a decoder layer as torchtune's, without wrappers.
-        modalities: names of the modalities beside text.
+        modalities: names of the modalities other than text.
         options: how many experts there are, and how they choose.
 
     Raises:
@@ -104,7 +104,7 @@ def _problems_of_layer(layer: nn.Module, options: ExpertOptions) -> list[str]:
 
 
 def _fraction(capacity: float) -> Fraction:
-    # What was meant, not the binary number next to it, so that 0.07 of 100 tokens are 7 and not 8.
+    # The decimal number, not the nearest binary one, so that 0.07 of 100 tokens are 7 and not 8.
     return Fraction(capacity).limit_denominator(1_000_000)
 
 

@@ -1,11 +1,11 @@
 """Experts choose tokens: the routing of Mixture of Modality-Aware Experts.
 
 The paper (https://arxiv.org/abs/2407.21770, sections 2.2 to 2.4) lets each expert take the ``k`` tokens
-that score highest with it, so that every expert has the same load without a loss for balance. To know
-its best tokens an expert must see all of them, those of other rows and those to come, so that is
-for training only. Beside it an auxiliary router learns to say from a token alone whether each expert
-would take it, and that decides in evaluation. Its loss joins the backward pass where the experts'
-answer leaves, so any training loop trains it, and detached inputs keep its gradient to itself.
+that score highest with it, so that every expert has the same load without a loss for balance. The choice
+depends on all tokens, those of other rows and later ones too, so it is for training only. An auxiliary
+router learns to predict from a token alone whether each expert would take it, and decides in evaluation.
+Its loss joins the backward pass at the experts' output, so any training loop trains it, and its inputs
+are detached, so its gradient reaches nothing else.
 
 Shapes never depend on values: ``k`` places are filled from the static number of tokens, and what was
 taken beyond the ``k`` of those that count has weight zero.
@@ -68,7 +68,7 @@ class Dispatch(NamedTuple):
     loss: Tensor | None
 
     def combine(self, x: Tensor, experts: nn.ModuleList) -> Tensor:
-        """Run the experts on their tokens of ``x``, ``[n, d]``, and add up what each says of a token."""
+        """Run the experts on their tokens of ``x``, ``[n, d]``, and sum their outputs for each token."""
         y = torch.zeros_like(x)
         for index, expert in enumerate(experts):
             weight = self.weights[index].unsqueeze(-1)
@@ -82,7 +82,7 @@ class Dispatch(NamedTuple):
 
 
 class ExpertChoiceRouter(nn.Module):
-    """Scores tokens for experts, ``sigmoid(x W)``, and says which expert takes which.
+    """Score tokens for experts, ``sigmoid(x W)``, and choose which expert takes which.
 
     In training, and without an auxiliary router in evaluation too, each expert takes its best tokens of
     all. In evaluation an expert takes the tokens that the auxiliary router, two linear maps with SiLU
@@ -128,7 +128,7 @@ class ExpertChoiceRouter(nn.Module):
                     w2=nn.Linear(auxiliary_dim, num_experts),
                 )
             )
-        # No checkpoint holds counts, so they have memory even where weights are still to get theirs.
+        # Counts are in no checkpoint, so they have memory even if weights are on the meta device.
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         counts = torch.zeros(num_experts, dtype=torch.long, device=device)
         self.register_buffer("taken", counts, persistent=False)
@@ -140,7 +140,7 @@ class ExpertChoiceRouter(nn.Module):
         return self.auxiliary is None and self.capacity < 1
 
     def forward(self, x: Tensor, valid: Tensor | None = None, *, stand_in: bool = False) -> Dispatch:
-        """Say which expert takes which tokens.
+        """Choose which expert takes which tokens.
 
         Args:
             x: tokens, ``[n, d]``, of the whole batch.
@@ -229,7 +229,7 @@ class ModalityExperts(nn.Module):
         return router
 
     def forward(self, name: str, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """What the experts of a modality say of its tokens; zero for a token that none of them took.
+        """Return the experts' output for a modality's tokens; zero for a token that none of them took.
 
         In evaluation with auxiliary routers every expert runs on every token, and what it did not take
         is multiplied by zero: as costly as that many feed-forwards, and exact for any batch.
@@ -248,9 +248,9 @@ class ModalityExperts(nn.Module):
         return add_loss(y, loss, self.auxiliary_loss_weight, self.auxiliary_loss_scale)
 
     def keep_in_graph(self, name: str, stand_in: Tensor, y: Tensor) -> Tensor:
-        """``y`` to the bit, as a function of a modality's weights too, whose gradient is zero."""
-        said, loss = self._run(name, stand_in, None, stand_in=True)
-        return keep_in_graph(y, said.sum() if loss is None else said.sum() + loss)
+        """Return ``y`` bit-identical, as a function of a modality's weights with a zero gradient."""
+        output, loss = self._run(name, stand_in, None, stand_in=True)
+        return keep_in_graph(y, output.sum() if loss is None else output.sum() + loss)
 
     def _run(
         self, name: str, x: Tensor, valid: Tensor | None, *, stand_in: bool = False

@@ -1,13 +1,13 @@
-"""Mixture-of-Transformers: each modality has its own weights, and one attention sees all tokens.
+"""Mixture-of-Transformers: each modality has its own weights, and attention is over all tokens.
 
 Algorithm 1 of Liang et al. (https://arxiv.org/abs/2411.04996): norms, projections and feed-forward of a
 layer are chosen token by token by modality; attention is over the whole sequence. Here the pretrained
-layer is the text's set of weights, under its own names, and those of every other modality stand beside
-it, so that text alone runs through the pretrained layer itself.
+layer has the text's weights, under its own names, and every other modality has new weights, so that text
+alone runs through the pretrained layer itself.
 
-Behind the last layer of a model nobody reads the other modalities' hidden states where they stand in
-front of the text. There all that counts of them is keys and values, and weights for more would never
-get a gradient: ``keys_and_values_only``.
+After the last layer of a model the hidden states of modalities in front of the text are not used. There
+only keys and values of them matter, and other weights would never get a gradient:
+``keys_and_values_only``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Experts(FusionWrapper):
 
         ``start="warm"`` copies them all. ``start="zero"`` does too, except that the last map of
         attention and of feed-forward is zero: the other modalities pass through a layer unchanged, and
-        text sees them all the same.
+        text attends to them as before.
         """
         for parameter, value in self._first_values():
             parameter.copy_(value)
@@ -66,14 +66,14 @@ class _Experts(FusionWrapper):
 
 
 class MoTLayer(_Experts):
-    """A pretrained decoder layer for text, and beside it weights for each other modality.
+    """A pretrained decoder layer for text, with new weights for each other modality.
 
     Names of the pretrained layer are its own here too (see ``torchfuse.naming.TransparentWrapper``);
-    the new weights stand under ``fusion_layer.<modality>.`` and are what ``fusion_params`` names.
+    the new weights are under ``fusion_layer.<modality>.`` and are what ``fusion_params`` names.
 
     Args:
         layer: the pretrained layer, with the children of torchtune's ``TransformerSelfAttentionLayer``
-            and ``MultiHeadAttention``. Rotary embedding, caches and dropout are its own for everybody.
+            and ``MultiHeadAttention``. Its rotary embedding, caches and dropout serve all modalities.
         experts: the other modalities' weights, by name.
         start: what ``reset_experts`` starts from, see there.
 
@@ -103,14 +103,14 @@ class MoTLayer(_Experts):
         start: Start = "warm",
         keys_and_values_only: bool = False,
     ) -> MoTLayer:
-        """Put an expert of each modality beside a pretrained layer, which keeps its parameters.
+        """Add an expert of each modality to a pretrained layer, which keeps its parameters.
 
         Args:
             layer: as for the class.
             names: the modalities.
             start: first values, see ``reset_experts``.
-            keys_and_values_only: whether the hidden states of the modalities are read by nobody behind
-                this layer.
+            keys_and_values_only: whether the hidden states of the modalities are not used after this
+                layer.
 
         Raises:
             ModelError: as the class, or if ``start="zero"`` and the feed-forward has no ``w2``.
@@ -136,9 +136,9 @@ class MoTLayer(_Experts):
             x: hidden states, ``[b, t, d]``.
             mask: bool ``[b, t, t]`` (``[b, t, slots]`` with a cache), True: may attend. None: causal.
             input_pos: positions, ``[b, t]`` or ``[t]``. None: ``0 .. t - 1``.
-            routing: which tokens are whose. None: all are text, and the pretrained layer is called as
-                it is.
-            **kwargs: handed to the pretrained layer where it is called.
+            routing: the modality of each token. None: all are text, and the pretrained layer is called
+                as it is.
+            **kwargs: passed to the pretrained layer where it is called.
 
         Returns:
             Hidden states, ``[b, t, d]``.
@@ -165,20 +165,20 @@ class MoTLayer(_Experts):
         return self._mix(x, mask, input_pos, routing)
 
     def _mix(self, x: Tensor, mask: Tensor | None, input_pos: Tensor | None, routing: Routing) -> Tensor:
-        """Algorithm 1, and behind it what stands in for modalities that are not there."""
+        """Algorithm 1, then the stand-ins of modalities that the batch lacks."""
         b, t, _ = x.shape
         at = torch.arange(t, device=x.device) if input_pos is None else input_pos
         at = at.view(-1, t).expand(b, -1)[:, :, None]
         text, parts = routing.text(x), {name: routing.take(name, x) for name in routing.slots}
         experts = {name: self.fusion_layer[name] for name in parts}
         queries, keys, values = self._project(self.wrapped, text, routing.text(at))
-        theirs = {n: self._project(experts[n], parts[n], routing.take(n, at)) for n in parts}
-        keys = routing.merge(keys, {name: k for name, (_, k, _) in theirs.items()})
-        values = routing.merge(values, {name: v for name, (_, _, v) in theirs.items()})
+        projected = {n: self._project(experts[n], parts[n], routing.take(n, at)) for n in parts}
+        keys = routing.merge(keys, {name: k for name, (_, k, _) in projected.items()})
+        values = routing.merge(values, {name: v for name, (_, _, v) in projected.items()})
         if self.keys_and_values_only:
             text = _finish(self.wrapped, text, self._attend(queries, keys, values, mask))
             return self._keep_in_graph(routing.merge(text, parts), routing.stand_ins)
-        queries = routing.merge(queries, {name: q for name, (q, _, _) in theirs.items()})
+        queries = routing.merge(queries, {name: q for name, (q, _, _) in projected.items()})
         attended = self._attend(queries, keys, values, mask)
         parts = {n: _finish(experts[n], parts[n], routing.take(n, attended)) for n in parts}
         text = _finish(self.wrapped, text, routing.text(attended))
@@ -228,9 +228,9 @@ class MoTLayer(_Experts):
 
 
 class MoTNorm(_Experts):
-    """The final norm of a model, with one for each modality beside the pretrained one.
+    """The final norm of a model: the pretrained one for text, and a new one for each modality.
 
-    Only needed where a modality's hidden states are scored: those that stand among the text.
+    Only needed where a modality's hidden states are scored, that is, between tokens of text.
 
     Args:
         norm: the pretrained norm.
@@ -257,7 +257,7 @@ class MoTNorm(_Experts):
 
         Args:
             x: hidden states, ``[b, t, d]``.
-            routing: which tokens are whose. None: all are text.
+            routing: the modality of each token. None: all are text.
         """
         if routing is None:
             return self.wrapped(x)
@@ -269,7 +269,7 @@ class MoTNorm(_Experts):
 
 
 def _finish(part: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """What comes behind attention in a layer: ``[b, s, d]``."""
+    """Run the part of a layer after attention: ``[b, s, d]``."""
     x = x + _scaled(part.sa_scale, part.attn.output_proj(attended))
     return x + _scaled(part.mlp_scale, part.mlp(part.mlp_norm(x)))
 

@@ -43,7 +43,7 @@ class MoMaLayer(FusionWrapper):
     ``x + attn(norm(x))`` is the pretrained layer's. What is added to that is the pretrained
     feed-forward's for text, the new experts' for other modalities, and both for text with more than one
     expert. Names are the pretrained layer's (see ``torchfuse.naming.TransparentWrapper``); new
-    parameters stand under ``fusion_layer.experts.<modality>.<i>.`` and
+    parameters are under ``fusion_layer.experts.<modality>.<i>.`` and
     ``fusion_layer.routers.<modality>.`` and are what ``fusion_params`` names. Whatever else the
     pretrained layer has, its cache too, is reached here as it is there. Without auxiliary routers other
     tokens decide over a token in evaluation, too; a fused model refuses to run then, see ``check_mode``.
@@ -51,7 +51,7 @@ class MoMaLayer(FusionWrapper):
     Args:
         layer: a decoder layer with torchtune's parts: ``sa_norm``, ``attn``, ``sa_scale``,
             ``mlp_norm``, ``mlp`` and ``mlp_scale``. The new experts are copies of its ``mlp``.
-        modalities: the names of the modalities beside text.
+        modalities: the names of the modalities other than text.
         options: how many experts there are, and how they choose. None: four of each, and no new one of
             text.
 
@@ -105,7 +105,7 @@ class MoMaLayer(FusionWrapper):
             mask: bool ``[b, t, t]`` (``[b, t, slots]`` with a cache), True: may attend. None: causal.
             input_pos: positions, ``[b, t]`` or ``[t]``.
             routing: which tokens are of which modality. None: all are text.
-            **kwargs: what the decoder hands to every layer and this one has no use for.
+            **kwargs: what the decoder passes to every layer, not used here.
 
         Returns:
             Hidden states, ``[b, t, d]``.
@@ -152,8 +152,8 @@ class MoMaLayer(FusionWrapper):
         """Raise a ``ModelError`` if other tokens would decide over one where that makes answers wrong.
 
         Args:
-            training: whether the model is in training mode. The layer cannot say: while it is frozen, it
-                is in evaluation mode in training, too.
+            training: whether the model is in training mode. The layer's own mode does not show it: a
+                frozen layer is in evaluation mode in training, too.
             cached: whether caches are read and written.
         """
         if not training and self.fusion_layer.looks_ahead:
@@ -170,7 +170,7 @@ class MoMaLayer(FusionWrapper):
 
     @property
     def modalities(self) -> list[str]:
-        """The names of the modalities beside text."""
+        """The names of the modalities other than text."""
         return [name for name in self.fusion_layer.experts if name != TEXT]
 
     def _run(self, x: Tensor, mask: Any, input_pos: Tensor | None, routing: Routing | None) -> Tensor:
@@ -197,7 +197,7 @@ class MoMaLayer(FusionWrapper):
 
 
 def expert_load(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """How much of its modality each new expert took when it last ran.
+    """Return the share of its modality that each new expert took when it last ran.
 
     The numbers stay on the device until a caller reads them, and are this rank's.
 

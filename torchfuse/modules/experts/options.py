@@ -25,8 +25,8 @@ class ExpertOptions:
         start: what experts of other modalities begin as: ``"warm"``, copies of the pretrained
             feed-forward; ``"zero"``, such copies with an output of zero.
         noise: whether noise is added to the routers' scores in training.
-        auxiliary_router: whether small routers learn to foretell the choice, so that the model can
-            generate, and be evaluated without a look at other tokens.
+        auxiliary_router: whether small routers learn to predict the choice, so that the model can
+            generate, and be evaluated token by token.
         auxiliary_dim: width inside them. None: the decoder's.
         auxiliary_loss_weight: what their loss, the mean over a batch, is multiplied by, relative to the
             main loss (see ``mark_main_loss``).

@@ -1,10 +1,10 @@
 """Which tokens of a sequence belong to which modality, for layers with weights of their own for each.
 
-Text has the pretrained weights, every other modality (an encoder, by name) weights beside them. Layers
+Text has the pretrained weights, every other modality (an encoder, by name) its own new weights. Layers
 take a modality's tokens out, run its weights on them, and put the results back. In a prefix layout that
-is slicing. Where modalities alternate it is a gather to as many slots as there are features, whatever
-stands where, so that shapes never depend on values; text's weights run on every position then. What to
-gather is computed once, for all layers.
+is slicing. Where modalities alternate it is a gather to as many slots as there are features, wherever
+they are, so that shapes never depend on values; text's weights run on every position then. The indices
+are computed once, for all layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Routing", "keep_in_graph"]
 
 
 def keep_in_graph(x: Tensor, stand_in: Tensor) -> Tensor:
-    """``x`` to the bit, as a function of the stand-in too, whose gradient is zero."""
+    """Return ``x`` bit-identical, as a function of the stand-in too, whose gradient is zero."""
     never = torch.zeros((), dtype=torch.bool, device=x.device)
     return torch.where(never, stand_in.sum().to(x.dtype), x)
 
@@ -32,7 +32,7 @@ class Routing:
         slots: how many slots each modality but text has, by name, in the order of the prefix. Where
             modalities alternate: at least as many as it has tokens in a row, and at most ``t``.
         places: where modalities alternate: the positions of each, bool ``[b, t]``, by name. None: they
-            stand one behind the other in front of the text.
+            come one after the other in front of the text.
         valid: which slots hold a token, bool ``[b, slots]``, by name; all where there is no entry.
         valid_text: which tokens of text are no padding, bool ``[b, text]``; None: all.
         stand_ins: features ``[1, n, d]`` of modalities that this batch lacks but whose weights must take
@@ -40,7 +40,7 @@ class Routing:
         features: what ``keep_features`` kept, ``[b, slots, d]``, by name.
         positions: where modalities alternate, the positions of each one's tokens, ``[b, slots]``, by
             name; computed unless given.
-        ranks: likewise, which of its slots would stand at each position, ``[b, t]``.
+        ranks: likewise, which of its slots belongs to each position, ``[b, t]``.
 
     Examples:
         >>> x = torch.arange(5.0).view(1, 5, 1)
@@ -71,7 +71,7 @@ class Routing:
                 self.ranks[name] = rank.clamp(min=0, max=self.slots[name] - 1)
 
     def keep_features(self, embeds: Tensor) -> None:
-        """Remember what stands in the slots of ``embeds`` ``[b, t, d]``, for layers to use again."""
+        """Keep the values in the slots of ``embeds`` ``[b, t, d]``, for layers to use again."""
         self.features.update({name: self.take(name, embeds) for name in self.slots})
 
     def text(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights that one modality has in a transformer layer, beside a pretrained one's.
+"""The weights of one modality in a transformer layer, copied from a pretrained layer.
 
 They have the pretrained layer's shapes, and start from its values. What pretrained maps carry besides
 (adapters of low rank, weights in fewer bits) stays the text's: an expert's maps are plain and train.
@@ -114,7 +114,7 @@ class TransformerExpert(nn.Module):
 
     @property
     def keys_and_values_only(self) -> bool:
-        """Whether this modality is only looked at, and its own hidden states stay as they are."""
+        """Whether this modality is only attended to, and its own hidden states stay as they are."""
         return self.mlp is None
 
 
@@ -162,9 +162,9 @@ def first_values(
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Each parameter of an expert and the values that it starts with."""
     named = unwrap(pretrained).named_parameters(remove_duplicate=False)
-    theirs: dict[str, Any] = {canonical_name(name): parameter for name, parameter in named}
+    source: dict[str, Any] = {canonical_name(name): parameter for name, parameter in named}
     for name, parameter in expert.named_parameters():
-        value = theirs[canonical_name(name)]
+        value = source[canonical_name(name)]
         if name.startswith(zeros):
             value = torch.zeros_like(parameter)
         elif hasattr(value, "get_original_weight"):  # NF4

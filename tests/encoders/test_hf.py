@@ -438,7 +438,7 @@ def test_anything_but_a_directory_or_a_configuration_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         hf_encoder(tmp_path)
     for content, message in (
-        ("{", "is no JSON that can be used: Expecting"),
+        ("{", "is no valid JSON: Expecting"),
         ("[3]", "must hold a JSON object, got a list"),
     ):
         (tmp_path / "config.json").write_text(content)

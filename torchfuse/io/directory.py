@@ -1,12 +1,12 @@
-"""Pretrained checkpoints as tables of tensors, read without trust.
+"""Strict reader for untrusted pretrained checkpoints.
 
-A checkpoint comes from somewhere else, so nothing in it is believed before it is checked, and only
-regular files of its own directory are opened. Only headers are read at first: names, shapes and dtypes
-of everything are known before a single value is. Tensors are then read one by one, mapped from the file.
+Only regular files of the checkpoint's own directory are opened, and at first only their headers are
+read: names, shapes and dtypes of all tensors are checked before a value is read. Tensors are then mapped
+from the file one by one.
 
 safetensors itself refuses headers whose sizes, offsets and shapes contradict each other or the file. It
-takes names that stand twice (the last counts), kinds of numbers that torch lacks and empty tensors of
-impossible shapes; those are refused here.
+accepts a name twice (and uses the last one), dtypes that torch lacks and empty tensors of impossible
+shapes; these are refused here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +27,11 @@ from torch import Tensor
 from torchfuse.errors import CheckpointError
 from torchfuse.io.strict_json import parse, read_json, regular_file
 
-__all__ = ["Checkpoint", "CheckpointDirectory"]
+__all__ = ["PICKLE_SUFFIXES", "Checkpoint", "CheckpointDirectory"]
 
 _ONE_FILE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
-_PICKLES: Final = (".bin", ".pt", ".pth")
+PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth")
 
 _DTYPES: Final = {
     "BOOL": torch.bool,
@@ -57,13 +57,13 @@ _DTYPES: Final = {
 
 
 class Checkpoint(Mapping[str, tuple[int, ...]]):
-    """The tensors of a checkpoint by name: their shapes at once, their values on demand.
+    """The tensors of a checkpoint by name: a mapping to their shapes; values are read on demand.
 
-    Use it as a context manager, which closes the files.
+    As a context manager it closes the files.
 
     Attributes:
-        path: where it is.
-        config: its configuration, as the JSON beside it has it.
+        path: the directory or file.
+        config: the configuration in the JSON file beside the tensors.
     """
 
     path: Path
@@ -73,18 +73,18 @@ class Checkpoint(Mapping[str, tuple[int, ...]]):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The values of one tensor, on the CPU, mapped from the file: do not write to them."""
+        """Return one tensor on the CPU, mapped from the file: do not write to it."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the files; tensors that were read stay valid."""
+        """Close the files; tensors that were read stay valid."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor."""
+        """Return the dtype of one tensor."""
         return self._dtypes[name]
 
     def nbytes(self, name: str) -> int:
-        """How many bytes the values of one tensor take."""
+        """Return the size of one tensor in bytes."""
         return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class Checkpoint(Mapping[str, tuple[int, ...]]):
         size = sum(map(self.nbytes, self))
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} tensors, {size:,} bytes)"
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -113,17 +113,17 @@ class Checkpoint(Mapping[str, tuple[int, ...]]):
 
 
 class CheckpointDirectory(Checkpoint):
-    """A Hugging Face directory as one table of tensors, whether it is one file or many.
+    """A Hugging Face directory, of one file or several.
 
-    An index counts if it is there. If it does not name ``model.safetensors`` although that is there too,
-    the directory is refused: transformers would read the one file and pass over the index.
+    If there is an index, the files that it names are read. If ``model.safetensors`` exists and is not
+    among them, the directory is refused: transformers would read that file and ignore the index.
 
     Args:
         path: a directory with ``config.json`` and ``model.safetensors``, or several files and
             ``model.safetensors.index.json``.
 
     Raises:
-        CheckpointError: if it is no such directory, naming what is wrong with it.
+        CheckpointError: if it is no such directory, with all that is wrong with it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -147,15 +147,15 @@ class CheckpointDirectory(Checkpoint):
             raise
 
     def _layout(self) -> dict[str, list[str] | None]:
-        """The files, and for each what the index says is in it (None: whatever is)."""
+        """Return the names of tensors that the index puts into each file; None without an index."""
         index = self.path / _INDEX
         one_file = os.path.lexists(self.path / _ONE_FILE)
         if not os.path.lexists(index):
             if one_file:
                 return {_ONE_FILE: None}
-            others = sorted(p.name for p in self.path.iterdir() if p.suffix in _PICKLES)
+            others = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLE_SUFFIXES)
             hint = (
-                f" {others[0]} is a pickle, which can run code when it is read; save it anew with "
+                f" {others[0]} is a pickle, which can run code when it is read; save it again with "
                 "transformers (save_pretrained), which writes safetensors."
                 if others
                 else ""
@@ -183,14 +183,14 @@ class CheckpointDirectory(Checkpoint):
         if not problems and one_file and _ONE_FILE not in layout:
             problems = [
                 f"{self.path} has both {_ONE_FILE} and {_INDEX}, which does not name it, and readers "
-                "differ about which counts: remove the one that is out of date."
+                "differ in which one they use: remove the one that is out of date."
             ]
         if problems:
             raise CheckpointError(_listed(problems))
         return layout
 
     def _open(self, file: str, names: list[str] | None) -> list[str]:
-        """Take what one file holds; what is wrong with that."""
+        """Open a file and add its tensors; return what is wrong with it."""
         path = self.path / file
         real = regular_file(self.path, file)
         try:
@@ -198,18 +198,18 @@ class CheckpointDirectory(Checkpoint):
             _check_header(real)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}.") from error
-        held = sorted(reader.keys())
-        if names is not None and set(held) != set(names):
-            wrong = sorted(set(held) ^ set(names))
+        found = sorted(reader.keys())
+        if names is not None and set(found) != set(names):
+            wrong = sorted(set(found) ^ set(names))
             return [f"{path} and {_INDEX} disagree about {len(wrong)} tensors, such as {wrong[0]}."]
         problems = []
-        for name in held:
+        for name in found:
             entry = reader.get_slice(name)
             shape, kind = tuple(entry.get_shape()), entry.get_dtype()
             if kind not in _DTYPES:
-                problems.append(f"{path} holds {name} as {kind}, which torch cannot compute with.")
+                problems.append(f"{path} has {name} in {kind}, a dtype that torch lacks.")
             elif math.prod(max(size, 1) for size in shape) > torch.iinfo(torch.int64).max:
-                problems.append(f"{path} holds {name} in the shape {list(shape)}, which cannot be.")
+                problems.append(f"{path} has {name} in the impossible shape {list(shape)}.")
             else:
                 self._shapes[name], self._dtypes[name] = shape, _DTYPES[kind]
                 self._readers[name] = reader
@@ -221,9 +221,6 @@ class CheckpointDirectory(Checkpoint):
     def close(self) -> None:
         self._files.close()
 
-    def __enter__(self) -> CheckpointDirectory:
-        return self
-
 
 def _listed(problems: list[str]) -> str:
     more = [f"... and {len(problems) - 8} more."] if len(problems) > 8 else []
@@ -231,11 +228,11 @@ def _listed(problems: list[str]) -> str:
 
 
 def _is_plain_name(file: Any) -> bool:
-    """Whether an entry of an index is the name of something in the directory itself."""
+    """Whether an entry of an index is the name of a file in the same directory."""
     return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a header, of a file that safetensors took, in which a name stands twice."""
+    """Refuse a header with a name twice, in a file that safetensors accepted."""
     with path.open("rb") as file:
         parse(file.read(int.from_bytes(file.read(8), "little")))

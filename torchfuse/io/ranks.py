@@ -1,6 +1,6 @@
-"""Ranks that act as one: what happens on rank zero, and what fails on any, is known to all.
+"""Results of rank zero, and errors of any rank, on every rank.
 
-Without a process group a process is its own rank zero, and nothing is sent.
+Without a process group the process is rank zero, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _coordination: tuple[Any, Any] = (None, None)
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes for all."""
+    """Whether this process is rank zero, which writes files."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def coordination_group() -> Any:
-    """A group of all ranks that only checkpoints use, on the CPU; None without a process group."""
-    # Training goes on while a checkpoint is written: in one group their messages would be mixed up.
+    """Return a group of all ranks on the CPU for checkpoints only; None without a process group.
+
+    Training continues while a checkpoint is written: in one group their messages would be mixed up.
+    """
     global _coordination
     if not distributed.is_initialized():
         return None
@@ -37,11 +39,11 @@ def coordination_group() -> Any:
 
 
 def from_rank_zero(group: Any, make: Callable[[], _T]) -> _T:
-    """What ``make`` returns on rank zero, or the exception that it raises there, on every rank.
+    """Return on every rank what ``make`` returns on rank zero, or raise what it raises there.
 
     Args:
         group: what ``coordination_group`` returned.
-        make: called on rank zero alone; its result is sent, so it must be small.
+        make: called on rank zero only; its result is sent to all, so it must be small.
     """
     box: list[Any] = [None, None]
     if is_rank_zero():
@@ -57,11 +59,11 @@ def from_rank_zero(group: Any, make: Callable[[], _T]) -> _T:
 
 
 def agree(group: Any, problems: list[str], headline: str, same: Any = None) -> None:
-    """One error on every rank if there is a problem on any.
+    """Raise one error on every rank if there is a problem on any.
 
     Args:
         group: what ``coordination_group`` returned.
-        problems: what is wrong on this rank.
+        problems: the problems of this rank.
         headline: first line of the error.
         same: a value that must be equal on all ranks.
 
@@ -75,6 +77,6 @@ def agree(group: Any, problems: list[str], headline: str, same: Any = None) -> N
     if any(other != everywhere[0][1] for _, other in everywhere):
         problems = [f"the ranks disagree: {', '.join(repr(other) for _, other in everywhere)}"]
         everywhere.append((problems, None))
-    collected = dict.fromkeys(problem for theirs, _ in everywhere for problem in theirs)
+    collected = dict.fromkeys(problem for listed, _ in everywhere for problem in listed)
     if collected:
         raise CheckpointError("\n  ".join([headline, *collected]))

@@ -216,8 +216,16 @@ def entry(dtype: str = "F32", shape: str = "[2]", offsets: str = "[0,8]") -> str
         (f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{entry()}}}', 8, ["the key 'x' is twice"]),
         (f'{{"a":{entry("F4", "[16]")}}}', 8, ["has a in F4"]),
         (f'{{"a":{entry("F6_E2M3", "[8]", "[0,6]")}}}', 6, ["has a in F6_E2M3"]),
-        (f'{{"a":{entry("F32", "[0,9223372036854775808]", "[0,0]")}}}', 0, ["has a in the impossible shape"]),
-        (f'{{"a":{entry("F32", "[0,4294967296,4294967296]", "[0,0]")}}}', 0, ["has a in the impossible shape"]),
+        (
+            f'{{"a":{entry("F32", "[0,9223372036854775808]", "[0,0]")}}}',
+            0,
+            ["has a in the impossible shape"],
+        ),
+        (
+            f'{{"a":{entry("F32", "[0,4294967296,4294967296]", "[0,0]")}}}',
+            0,
+            ["has a in the impossible shape"],
+        ),
         # refused by safetensors, on which the table relies
         (f'{{"a":{entry("X", "[2]")}}}', 8, ["is damaged"]),
         (f'{{"a":{entry(shape="[3]")}}}', 8, ["is damaged"]),

@@ -58,7 +58,9 @@ class Source:
         shape, dtype = self.checkpoint[self.key], self.checkpoint.dtype(self.key)
         try:
             values = self._to_target(torch.empty(shape, dtype=dtype, device="meta"))
-            fits = values.flatten(0, max(0, values.dim() - self.target.dim())).shape == self.target.shape
+            if self.layout is not None:
+                values = values.flatten(0, max(0, values.dim() - self.target.dim()))
+            fits = values.shape == self.target.shape
         except (RuntimeError, IndexError, ValueError):
             fits = False
         problems = []

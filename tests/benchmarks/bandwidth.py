@@ -21,18 +21,18 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def bytes_per_second(device):
-    """Return what the machine reads: the best of summing and of copying, of eight rounds."""
-    gigabyte = torch.ones(1 << 28, device=device)
+def bytes_per_second(device, numel=1 << 28):
+    """Return what the machine reads: the best of summing and of copying a gigabyte, of eight rounds."""
+    source = torch.ones(numel, device=device)
     best = 0.0
-    target = torch.empty_like(gigabyte)
+    target = torch.empty_like(source)
     for _ in range(8):
-        for work, moved in ((gigabyte.sum, 1), (lambda: target.copy_(gigabyte), 2)):
+        for work, moved in ((source.sum, 1), (lambda: target.copy_(source), 2)):
             synchronize(device)
             start = time.perf_counter()
             work()
             synchronize(device)
-            best = max(best, moved * gigabyte.nbytes / (time.perf_counter() - start))
+            best = max(best, moved * source.nbytes / (time.perf_counter() - start))
     return best
 
 

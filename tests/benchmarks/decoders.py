@@ -9,7 +9,7 @@ from torchfuse import from_pretrained, generate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "image_size": 112}
 SIZES = {
-    "tiny": ({"width": 48, "heads": 6, "kv": 2, "hidden": 96, "layers": 4, "every": 2, "vocab": 97}),
+    "tiny": ({"width": 48, "heads": 6, "kv": 2, "hidden": 96, "layers": 2, "every": 2, "vocab": 97}),
     "27M": {"width": 512, "heads": 8, "kv": 4, "hidden": 1376, "layers": 5, "every": 5, "vocab": 8192},
     "200M": {"width": 1024, "heads": 16, "kv": 8, "hidden": 2816, "layers": 12, "every": 6, "vocab": 16384},
     "11B": {"width": 4096, "heads": 32, "kv": 8, "hidden": 14336, "layers": 32, "every": 4, "vocab": 128256},

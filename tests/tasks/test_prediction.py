@@ -56,6 +56,16 @@ def test_batches_give_the_answers_of_single_questions(tmp_path, layout, sampling
     assert predict_texts(model, settings, [], batch_size=3) == []
 
 
+def test_a_model_inside_another_module_answers(tmp_path):
+    model, settings, questions = model_for("all"), make_settings(tmp_path, "all"), mixed(tmp_path)
+    expected = predict(model, settings, questions, batch_size=3)
+    outer = torch.nn.ModuleDict({"model": model}).train()
+    assert settings.problems(outer) == []
+    assert predict(outer, settings, questions, batch_size=3) == expected
+    with Conversation(outer.eval(), settings, max_tokens=60, max_images=3) as conversation:
+        assert conversation.ask(questions[0]) == expected[0].text
+
+
 def test_questions_that_do_not_fit_are_named_before_any_is_answered(tmp_path):
     model, settings = model_for("all", max_seq_len=31), make_settings(tmp_path, "all", max_new_tokens=7)
     questions = [*mixed(tmp_path), Question("w4 " * 24), Question("w4 " * 23), Question("w4 " * 29)]

@@ -16,7 +16,6 @@ __all__ = [
     "answer_problems",
     "input_id_problems",
     "num_embeddings",
-    "num_features",
     "special_tokens",
     "stop_table",
     "stop_token_problems",
@@ -84,14 +83,6 @@ def stop_token_problems(model: nn.Module, stop_tokens: Sequence[int]) -> list[st
     vocab = vocab_size(model)
     outside = [i for i in stop_tokens if not 0 <= i < vocab]
     return [f"stop_tokens {outside} must lie in [0, {vocab}), what the head scores"] if outside else []
-
-
-def num_features(embeds: Tensor | Mapping[str, Tensor] | None) -> int:
-    """Return the number of features of a row, over all encoders."""
-    if embeds is None:
-        return 0
-    parts = [embeds] if isinstance(embeds, Tensor) else list(embeds.values())
-    return sum(part.shape[-2] for part in parts)
 
 
 def num_embeddings(model: nn.Module) -> int:

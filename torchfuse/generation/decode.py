@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
 from torchfuse.generation.caches import num_extra_tokens, num_slots
-from torchfuse.generation.checks import Scores, answer_problems, input_id_problems, num_features
+from torchfuse.generation.checks import Scores, answer_problems, input_id_problems
+from torchfuse.generation.features import num_features
 from torchfuse.generation.sampling import Generators, Sampling
 from torchfuse.generation.session import Session
 from torchfuse.generation.steps import bucket

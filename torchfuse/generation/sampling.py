@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Generators", "Sampling", "sample"]
+__all__ = ["Generators", "Sampling", "SeenTokens", "sample"]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -42,6 +42,39 @@ class Sampling:
         if not 0 < self.repetition_penalty < float("inf"):
             problems.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         return problems
+
+
+class SeenTokens:
+    """Which tokens each row of a batch holds, for the repetition penalty.
+
+    Args:
+        batch_size: rows.
+        vocab_size: tokens that the head scores.
+        device: where the table is, which is made when tokens are added first.
+    """
+
+    def __init__(self, batch_size: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (batch_size, vocab_size), device
+        self._table: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Bool ``[b, v]``, True where a row holds a token; None before any was added."""
+        return None if self._table is None else self._table[:, :-1]
+
+    def add(self, tokens: Tensor, counts: Tensor | None = None) -> None:
+        """Add tokens ``[b, s]``, those that ``counts`` does not mask out."""
+        batch_size, vocab_size = self._shape
+        if self._table is None:
+            self._table = torch.zeros(batch_size, vocab_size + 1, dtype=torch.bool, device=self._device)
+        # Padding and tokens that the head does not score share the last column.
+        dropped = (tokens >= vocab_size) | (tokens < 0)
+        dropped = dropped if counts is None else dropped | ~counts
+        self._table.scatter_(1, tokens.masked_fill(dropped, vocab_size), True)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._table = None
 
 
 def sample(

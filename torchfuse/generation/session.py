@@ -23,12 +23,12 @@ from torchfuse.generation.checks import (
     Scores,
     answer_problems,
     input_id_problems,
-    num_features,
     special_tokens,
     stop_table,
     vocab_size,
 )
-from torchfuse.generation.sampling import Generators, Sampling, sample
+from torchfuse.generation.features import detach, extend_mask, num_features
+from torchfuse.generation.sampling import Generators, Sampling, SeenTokens, sample
 from torchfuse.generation.steps import bucket, compiled, next_logits, run_prompt
 from torchfuse.models.types import CacheState
 from torchfuse.naming import find_model, unwrap
@@ -104,7 +104,7 @@ class Session:
             torch._dynamo.mark_static_address(state, guard=False)
         # The last token of an answer, which is in no cache yet, and whether it counts.
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._seen: Tensor | None = None
+        self._seen = SeenTokens(batch_size, vocab_size(fused), self._count.device)
         self.length = 0
 
     @property
@@ -118,7 +118,8 @@ class Session:
         self.model.reset_caches()
         for state in (self._valid, self._count, self._column):
             state.zero_()
-        self._pending = self._seen = None
+        self._pending = None
+        self._seen.reset()
         self.length = 0
 
     @torch.no_grad()
@@ -171,19 +172,34 @@ class Session:
         logits = self._prefill(tokens, padding, encoder_embeds, encoder_mask, sampling)
         if on_prefill is not None:
             on_prefill()
-        finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        return self._decode(logits, max_new_tokens, sampling, stop, generator, stream, scores)
+
+    def _decode(
+        self,
+        logits: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Tensor,
+        generator: Generators,
+        stream: Callable[[Tensor], None] | None,
+        scores: Scores,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Generate tokens until all rows are finished, from the logits of the first."""
+        finished = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
         new: list[Tensor] = []
         kept: list[Tensor] = []
         alive: list[Tensor] = []
-        always = stream is not None or tokens.device.type == "cpu"
+        penalized = sampling.repetition_penalty != 1
+        always = stream is not None or logits.device.type == "cpu"
         while True:
             if scores is not None:
                 kept.append(logits.log_softmax(-1) if scores == "log_probs" else logits.clone())
-            seen = None if self._seen is None else self._seen[:, :-1]
+            seen = self._seen.mask if penalized else None
             chosen = sample(logits, **vars(sampling), seen=seen, generator=generator)
-            chosen = chosen.to(tokens.dtype).masked_fill(finished, self.pad_id)
+            chosen = chosen.to(stop.dtype).masked_fill(finished, self.pad_id)
             new.append(chosen)
-            self._remember(chosen, sampling)
+            if penalized:
+                self._seen.add(chosen[:, None])
             if stream is not None:
                 stream(chosen)
             counts = ~finished
@@ -240,8 +256,8 @@ class Session:
         valid = torch.cat([front_valid, torch.zeros_like(pads, dtype=torch.bool), valid], dim=1)
         given: dict[str, Any] = {}
         if embeds is not None:
-            mask = _widen(encoder_mask, tokens.shape[1])
-            given = {"encoder_embeds": _detached(embeds), "encoder_mask": mask}
+            mask = extend_mask(encoder_mask, tokens.shape[1])
+            given = {"encoder_embeds": detach(embeds), "encoder_mask": mask}
         run: Callable[..., Tensor] = run_prompt
         if self.compile:
             run = compiled(run_prompt, tokens.device.type)
@@ -255,7 +271,7 @@ class Session:
             self.model.cache_state = state.clone()
         # The model may raise; nothing of the turn is recorded before it has run.
         if sampling.repetition_penalty != 1:
-            self._remember_all(tokens, valid)
+            self._seen.add(tokens, valid)
         self._pending = None
         self.length += tokens.shape[1]
         return logits
@@ -269,18 +285,6 @@ class Session:
         logits = run(self.model, token, counts, self._valid, self._count, self._column, self._special)
         self.length += 1
         return logits
-
-    def _remember_all(self, tokens: Tensor, valid: Tensor) -> None:
-        """Record which tokens rows hold; those that the head does not score share a column."""
-        vocab = vocab_size(self.model)
-        if self._seen is None:
-            self._seen = torch.zeros(tokens.shape[0], vocab + 1, dtype=torch.bool, device=tokens.device)
-        elsewhere = ~valid | (tokens >= vocab) | (tokens < 0)
-        self._seen.scatter_(1, tokens.masked_fill(elsewhere, vocab), True)
-
-    def _remember(self, chosen: Tensor, sampling: Sampling) -> None:
-        if sampling.repetition_penalty != 1:
-            self._remember_all(chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))
 
     def close(self) -> None:
         """Give the caches back: the model's own are emptied, those that were set up are removed."""
@@ -296,19 +300,3 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _detached(embeds: Tensor | Mapping[str, Tensor]) -> Any:
-    if isinstance(embeds, Mapping):
-        return {name: part.detach() for name, part in embeds.items()}
-    return embeds.detach()
-
-
-def _widen(mask: Tensor | Mapping[str, Tensor] | None, length: int) -> Any:
-    """Extend a mask by token to what is put in front of the prompt, which gets its first row."""
-    if isinstance(mask, Mapping):
-        return {name: _widen(part, length) for name, part in mask.items()}
-    if mask is None or mask.dim() == 2 or mask.shape[1] == length:
-        return mask
-    front = mask[:, :1].expand(-1, length - mask.shape[1], -1)
-    return torch.cat([front, mask], dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchfuse.data.questions import Question
 from torchfuse.errors import DataError
 from torchfuse.generation.session import Session
-from torchfuse.naming import unwrap
+from torchfuse.naming import find_model, unwrap
 from torchfuse.tasks.image_inputs import encode_images
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.prompts import encode_turn
@@ -52,7 +52,7 @@ class Conversation:
         system: str | None = None,
         report: Report | None = None,
     ) -> None:
-        self.model: Any = model
+        self.model: Any = find_model(model)
         self.settings = settings
         self.max_tokens, self.max_images = max_tokens, max_images
         self.report = report or Report()

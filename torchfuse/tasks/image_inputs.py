@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.naming import unwrap
+from torchfuse.naming import find_model, unwrap
 
 __all__ = ["encode_images", "fit_to_encoder"]
 
@@ -63,6 +63,6 @@ def _tokens_per_tile(model: nn.Module) -> int | None:
 
 
 def _encoder(model: nn.Module) -> Any:
-    owner: Any = unwrap(model)
+    owner: Any = unwrap(find_model(model))
     names = getattr(owner, "encoder_names", [])
     return unwrap(owner.get_encoder(names[0])) if names else None

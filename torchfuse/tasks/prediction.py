@@ -20,6 +20,7 @@ from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.questions import Question
 from torchfuse.generation.decode import evaluation_mode
 from torchfuse.generation.session import Session
+from torchfuse.naming import find_model
 from torchfuse.tasks.image_inputs import encode_images
 from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.report import Report
@@ -70,7 +71,7 @@ def predict(
     """
     if not questions:
         return []
-    transform = settings.transform
+    model, transform = find_model(model), settings.transform
     filled = [replace(q, question=settings.template.fill(q.question)) for q in questions]
     encoded = [transform.encode(question, with_answer=False)[0] for question in filled]
     most_images = max(len(question.images) for question in filled)

@@ -17,7 +17,7 @@ from torchfuse.generation.checks import input_id_problems, special_tokens, stop_
 from torchfuse.generation.sampling import Sampling
 from torchfuse.generation.steps import bucket
 from torchfuse.models.strategy import features_per_image
-from torchfuse.naming import unwrap
+from torchfuse.naming import find_model, unwrap
 from torchfuse.tasks.prompts import Template
 
 __all__ = ["PromptSettings", "required_slots", "transform_problems"]
@@ -56,7 +56,7 @@ class PromptSettings:
         problems = self.sampling.problems() + self.template.problems()
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        problems += stop_token_problems(model, self.stops)
+        problems += stop_token_problems(find_model(model), self.stops)
         return problems + transform_problems(model, self.transform)
 
     def check(self, model: nn.Module) -> None:
@@ -82,15 +82,15 @@ class PromptSettings:
 
 def transform_problems(model: nn.Module, transform: QuestionTransform) -> list[str]:
     """Return in what a transform does not fit a model: its ids, and the features of an image."""
-    owner: Any = unwrap(model)
+    owner: Any = unwrap(find_model(model))
     tokenizer = transform.tokenizer
     ids = {"bos_token_id": [tokenizer.bos_id], "eos_token_id": tokenizer.eos_ids}
-    problems = input_id_problems(model, ids | {"pad_token_id": [tokenizer.pad_id]})
+    problems = input_id_problems(owner, ids | {"pad_token_id": [tokenizer.pad_id]})
     strategy = getattr(owner, "strategy", None)
     if strategy is None:
         return problems
     token, rows = transform.image_token, owner.tok_embeddings.num_embeddings
-    special, prefix = special_tokens(model), strategy.extra_tokens(1) > 0
+    special, prefix = special_tokens(owner), strategy.extra_tokens(1) > 0
     if (token is None) != prefix:
         expected, got = ("null (layout prefix)", token) if prefix else ("an id that marks images", None)
         problems.append(f"image_token must be {expected} for this model, got {got}")
@@ -134,6 +134,7 @@ def required_slots(
     Raises:
         ConfigError: naming each prompt that does not fit the model.
     """
+    model = find_model(model)
     slots, problems, new = [0], [], settings.max_new_tokens
     room = room_for_text(model, max_images * settings.transform.features_per_image)
     for number, turns in enumerate(encoded, 1):

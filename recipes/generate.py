@@ -15,7 +15,7 @@ They are answered one by one, and answers appear as they are made. Prompts from 
 object a line, are answered in batches. With ``output`` the answers go into a file, a JSON object a line:
 
     tune run torchfuse/recipes/generate.py --config recipes/configs/digits/generate.yaml \
-        prompts=demo/questions/test.jsonl output=demo/said.jsonl batch_size=64
+        prompts=demo/questions/test.jsonl output=demo/answers.jsonl batch_size=64
 
 ``--chat`` starts a conversation in the terminal. The model is that of a finetuning run (``run``; start
 where it was started if its configuration holds relative paths), or any directory of a whole model

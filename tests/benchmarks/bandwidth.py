@@ -1,7 +1,7 @@
 """Bytes that a step of decoding reads, and bytes that a machine reads per second.
 
 Decoding one token reads every weight of the decoder and every slot of the caches once, and computes
-little with them, so the bytes read per second tell how near a machine is to its limit.
+little with them, so the bytes read per second show how near decoding is to the limit of a machine.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def better_of(rate, names):
 
 def ratio_line(rate, name, other, target):
     """Print a ratio of every round, and return its median."""
-    ratios = [mine / its for mine, its in zip(rate[name], rate[other], strict=True)]
+    ratios = [a / b for a, b in zip(rate[name], rate[other], strict=True)]
     print(f"{name} / {other}: {spread(ratios)}{goal(statistics.median(ratios), target)}")
     return statistics.median(ratios)
 

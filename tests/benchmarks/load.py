@@ -7,7 +7,7 @@ Every call is measured in a process of its own, in which a tiny Llama was loaded
 that imports are done. The file cache is warm for all. Memory is what the process allocated during the
 call (RssAnon, Linux only, read every 2 ms from outside) over what it had before; pages of the files that
 both map do not count. Part of the time is the same for any size (modules are built twice, rotary tables
-computed), so that small models say little.
+computed), so that small models mean little.
 
 Run: python tests/benchmarks/load.py [--folder DIR] [--rounds 5] [--width 1536 --layers 12 --vocab 32000]
 """
@@ -120,7 +120,7 @@ def allocated(pid):
 
 
 def measured(pipe, options, folder, kind):
-    """In a process of its own: load once and say how long it took and how large the model is."""
+    """Load once in a process of its own, and send seconds and the size of the model."""
     warnings.simplefilter("ignore")
     import transformers
 
@@ -145,17 +145,17 @@ def measure(options, folder, kind):
     """One call in a fresh process."""
     context = multiprocessing.get_context("forkserver")  # each a fresh copy of what only imported
     context.set_forkserver_preload(IMPORTS)
-    mine, its = context.Pipe()
-    process = context.Process(target=measured, args=(its, options, folder, kind))
+    parent, child = context.Pipe()
+    process = context.Process(target=measured, args=(child, options, folder, kind))
     process.start()
-    its.close()
-    mine.recv()
+    child.close()
+    parent.recv()
     before = peak = allocated(process.pid)
-    mine.send(None)
-    while not mine.poll(0.002):
+    parent.send(None)
+    while not parent.poll(0.002):
         peak = max(peak, allocated(process.pid))
-    seconds, worked, after, size = mine.recv()
-    checksum = mine.recv()
+    seconds, worked, after, size = parent.recv()
+    checksum = parent.recv()
     process.join()
     return Run(seconds, worked, max(peak, after) - before, size, checksum)
 
@@ -180,7 +180,7 @@ def compare(options, folder):
     for turn in tqdm(range(options.rounds), desc=folder.name, disable=None, leave=False):
         for kind in kinds if turn % 2 == 0 else reversed(kinds):
             found[kind].append(measure(options, folder, kind))
-    # The new layers alone stand beside an embedding that was never read.
+    # Only the new layers; the embedding is never loaded.
     assert len({once.checksum for kind in (FUSED, META, TRANSFORMERS) for once in found[kind]}) == 1
     seconds = {kind: [once.seconds for once in runs] for kind, runs in found.items()}
     seconds[REST] = [whole - fuse for whole, fuse in zip(seconds[FUSED], seconds[FUSE], strict=True)]

@@ -47,8 +47,13 @@ def run(tmp_path):
     # With weights as large as in other tests any rounding error grows from layer to layer.
     llama(tmp_path / "llama", **numbers, initializer_range=0.05)
     clip_tower(tmp_path / "clip")
-    sees = {"size": 12, "crop_size": 12, "image_mean": [0.3, 0.4, 0.5], "image_std": [0.2, 0.3, 0.4]}
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(sees))
+    preprocessor = {
+        "size": 12,
+        "crop_size": 12,
+        "image_mean": [0.3, 0.4, 0.5],
+        "image_std": [0.2, 0.3, 0.4],
+    }
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""The benchmark runs, at a size that says nothing about speed."""
+"""The benchmark runs, at a size whose speed means nothing."""
 
 from benchmarks import mot_layer
 

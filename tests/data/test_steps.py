@@ -15,7 +15,7 @@ NUM = 13
 
 @pytest.fixture
 def questions(tmp_path):
-    """Thirteen questions, told apart by their second word, with none, one or two images."""
+    """Thirteen questions, distinct in their second word, with none, one or two images."""
     images(tmp_path)
     records = [
         {

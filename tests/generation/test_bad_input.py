@@ -85,7 +85,7 @@ def test_a_session_whose_padding_the_model_does_not_embed_sets_up_nothing(pad_id
 
 @pytest.mark.parametrize("given", [FEATURES - 2, FEATURES + 2])
 def test_images_and_their_tokens_differ_in_number(given):
-    """Only the encoder knows how many features it returns; the decoder has not begun by then."""
+    """The number of features is known once the encoder has run; the decoder has not run then."""
     model, ran = make("placeholder"), []
     model.layers[0].register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=rf"row 0 has {FEATURES} tokens and {given} features"):
@@ -95,7 +95,7 @@ def test_images_and_their_tokens_differ_in_number(given):
 
 
 def test_a_mask_that_hides_features_of_image_tokens_is_refused_before_the_encoder_runs():
-    """What belongs to a row is known without its features where a mask says so."""
+    """The features of a row are known from its mask."""
     model = make("placeholder")
     mask = torch.arange(FEATURES) < torch.tensor([[FEATURES - 1], [FEATURES]])
     with pytest.raises(ValueError, match=f"row 0 has {FEATURES} tokens and {FEATURES - 1} features"):

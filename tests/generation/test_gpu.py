@@ -155,11 +155,11 @@ def answer_guarded(model, name, device, compile_it, sampling, generator=None):
     sizes = {"batch_size": 3, "max_tokens": 64, "max_features": WIDE, "compile": compile_it}
     given = {"encoder_embeds": model.encode(pixels(device)), "encoder_mask": valid, "stream": stream}
     given |= {"max_new_tokens": STEPS, "sampling": sampling, "generator": generator}
-    with Session(model, **sizes) as talk:
+    with Session(model, **sizes) as session:
         try:
             # CUDA has its own sync debug mode, and compiles nothing under a dispatch mode.
             with guard if device == "cpu" else contextlib.nullcontext():
-                talk.answer(batch, **given)
+                session.answer(batch, **given)
         finally:
             guard.turn(False)
     assert len(streamed) == STEPS

@@ -159,7 +159,7 @@ def test_a_turn_that_the_model_refuses_changes_nothing():
     model = make("placeholder")
     embeds, prompt, again = model.encode(inputs()), first_turn("placeholder"), text(2, 4, seed=9)
 
-    def talk(interrupted):
+    def last_answer(interrupted):
         with Session(model, batch_size=2, max_tokens=40, max_features=FEATURES) as session:
             session.answer(prompt, max_new_tokens=5, encoder_embeds=embeds, sampling=GREEDY)
             if interrupted:
@@ -167,7 +167,7 @@ def test_a_turn_that_the_model_refuses_changes_nothing():
                     session.answer(prompt, max_new_tokens=5, sampling=GREEDY)
             return session.answer(again, max_new_tokens=5, sampling=GREEDY)[0]
 
-    assert torch.equal(talk(interrupted=True), talk(interrupted=False))
+    assert torch.equal(last_answer(interrupted=True), last_answer(interrupted=False))
 
 
 def test_caches_keep_their_addresses_and_are_in_no_state_dict():

@@ -104,9 +104,16 @@ def test_finetune_evaluate_and_generate_agree(run, tmp_path, capsys):
     assert shares == {kind: f"{share:.1%}" for kind, share in metrics["after"].items()}
 
     longest = {"max_new_tokens": 3}  # two words and the end
-    run(generate, run="run", prompts="rows.jsonl", output="said.jsonl", batch_size=2, sampling=longest)
-    said = read_records(tmp_path / "said.jsonl")
-    assert [record["answer"] for record in said] == [record["text"] for record in records]
+    run(
+        generate,
+        run="run",
+        prompts="rows.jsonl",
+        output="predicted.jsonl",
+        batch_size=2,
+        sampling=longest,
+    )
+    predicted = read_records(tmp_path / "predicted.jsonl")
+    assert [record["answer"] for record in predicted] == [record["text"] for record in records]
 
 
 def test_features_of_whole_images_are_refused(run, capsys):

@@ -73,7 +73,7 @@ class SeenTokens:
         self._table.scatter_(1, tokens.masked_fill(dropped, vocab_size), True)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self._table = None
 
 

@@ -1,4 +1,4 @@
-"""How questions become prompts and how their answers are generated, for every task that asks a model."""
+"""How questions become prompts and how their answers are generated, in every task."""
 
 from __future__ import annotations
 

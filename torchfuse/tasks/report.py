@@ -22,7 +22,7 @@ _PREFIXES: Final = ("", "k", "M", "G", "T")
 
 @dataclass
 class Report:
-    """Counts and times of everything that was asked; prints as a few lines.
+    """Counts and times of all prompts; prints as a few lines.
 
     Attributes:
         prompts: prompts that were answered.

@@ -13,7 +13,7 @@ from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.frames import FrameEncoder, frame_features_mask, hide_padding
 from torchfuse.encoders.hf import HfEncoder
 from torchfuse.encoders.stub import RandomEncoder
-from torchfuse.modules.adapters.builtin import build_adapter
+from torchfuse.modules.adapters import build_adapter
 
 B, F, SIDE, DIM = 3, 4, 12, 10
 GRID = 3  # patches along a side of a frame, 2 x 2 tokens after the adapter

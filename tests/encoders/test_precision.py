@@ -9,7 +9,7 @@ from torchfuse import fuse, get_fusion_params, set_trainable
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.frames import FrameEncoder
 from torchfuse.encoders.stub import RandomEncoder
-from torchfuse.modules.adapters.builtin import build_adapter
+from torchfuse.modules.adapters import build_adapter
 
 ARCHS = {
     "cross_attention": {"every": 1},

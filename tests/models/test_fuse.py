@@ -14,7 +14,7 @@ from torchfuse import (
     get_fusion_params,
 )
 from torchfuse.models import DeepStackStrategy, JointDecoderStrategy, MoMaStrategy, MoTStrategy
-from torchfuse.modules.adapters.builtin import LinearAdapter
+from torchfuse.modules.adapters import LinearAdapter
 
 
 @pytest.mark.parametrize(("every", "fused"), [(1, [0, 1, 2]), (2, [1]), (3, [2])])

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from torchfuse.models.lengths import check_lengths
-from torchfuse.modules.adapters.builtin import build_adapter
+from torchfuse.modules.adapters import build_adapter
 
 
 def pool(**options):

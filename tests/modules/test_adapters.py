@@ -6,9 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchfuse import get_fusion_params
-from torchfuse.modules.adapters import base as adapter_base
-from torchfuse.modules.adapters.base import adapter_names
-from torchfuse.modules.adapters.builtin import (
+from torchfuse.modules.adapters import (
     Adapter,
     AttentionalPoolAdapter,
     AvgPoolAdapter,
@@ -17,6 +15,8 @@ from torchfuse.modules.adapters.builtin import (
     build_adapter,
     register_adapter,
 )
+from torchfuse.modules.adapters import base as adapter_base
+from torchfuse.modules.adapters.base import adapter_names
 
 B, N, IN, OUT = 2, 5, 7, 11
 HEADS, WIDE = 3, 6  # a width that heads divide

@@ -14,7 +14,7 @@ from torchfuse.models.base import FusedModel, refuse_fused
 from torchfuse.models.encoding import encoder_names
 from torchfuse.models.strategy import ModalityStrategy, build_modality_strategy
 from torchfuse.models.types import UNNAMED, EncoderInput, OnMissing
-from torchfuse.modules.adapters.builtin import build_adapter
+from torchfuse.modules.adapters import build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.modules.new_rows import RowInit

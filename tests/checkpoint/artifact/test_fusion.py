@@ -22,7 +22,7 @@ from torchfuse.checkpoint.artifact.description import describe_fusion
 from torchfuse.checkpoint.artifact.fusion import write_artifact
 from torchfuse.checkpoint.artifact.trained import load_trained
 from torchfuse.errors import CheckpointError
-from torchfuse.modules.adapters.builtin import build_adapter
+from torchfuse.modules.adapters import build_adapter
 
 
 def make(every=2, **options):

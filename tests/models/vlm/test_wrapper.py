@@ -30,7 +30,7 @@ from torchfuse.encoders.frames import FrameEncoder, frame_features_mask, hide_pa
 from torchfuse.encoders.stub import RandomEncoder
 from torchfuse.models import VLMWrapper, build_modality_strategy, inner_transformer
 from torchfuse.models.builders import llama_clip
-from torchfuse.modules.adapters.builtin import build_adapter
+from torchfuse.modules.adapters import build_adapter
 from torchfuse.naming import unwrap
 from torchfuse.params import FreezeSpec, apply_freeze_specs
 from torchfuse.training.loss import next_token_loss

@@ -18,7 +18,7 @@ from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, ModelSpec, Spec
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
-from torchfuse.modules.adapters.builtin import Adapter, build_adapter
+from torchfuse.modules.adapters import Adapter, build_adapter
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import unwrap

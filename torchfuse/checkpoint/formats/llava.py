@@ -18,7 +18,7 @@ from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_sp
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec, parsed
 from torchfuse.models.base import FusedModel
-from torchfuse.modules.adapters.builtin import MLP2LayerAdapter
+from torchfuse.modules.adapters import MLP2LayerAdapter
 from torchfuse.naming import unwrap
 
 __all__ = ["Llava"]

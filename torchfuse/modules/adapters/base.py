@@ -2,7 +2,7 @@
 
 An adapter maps features ``[b, n, d_e]`` to ``[b, n', d]``, and ``output_num_tokens(n)`` returns ``n'``,
 so that placeholders can be counted before anything runs. All of its parameters are
-fusion parameters. Those that come with the package are in ``adapters``, which has these names too.
+fusion parameters. Those that come with the package are in ``projection`` and ``grid``.
 """
 
 from __future__ import annotations

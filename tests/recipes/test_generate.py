@@ -351,7 +351,7 @@ def test_quantized(start):
     printed = start(quantization="int8_weight_only")
     assert len(questions_and_answers(printed)) == 5
     (before, after, number) = re.search(
-        r"only: ([\d,]+) bytes are ([\d,]+) now; .*ed: (\d+),", printed
+        r"only: ([\d,]+) bytes before, ([\d,]+) after; .*ed: (\d+),", printed
     ).groups()
     assert int(number) == 3 * 7 + 1  # seven matrices a layer, and the head
     assert int(after.replace(",", "")) < 0.4 * int(before.replace(",", ""))

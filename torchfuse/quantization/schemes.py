@@ -41,6 +41,7 @@ def convert(weight: Tensor, scheme: str) -> Tensor:
     Returns:
         A tensor of the same shape and dtype that is stored in fewer bits. Rows of zeros stay zero.
     """
+    import torchao
     from torchao.quantization import (
         Float8Tensor,
         Int8DynamicActivationInt8WeightConfig,
@@ -63,8 +64,10 @@ def convert(weight: Tensor, scheme: str) -> Tensor:
     # quantize_ sets an attribute on the module that cannot be pickled, hence a module for it alone.
     carrier = nn.Linear(1, 1, bias=False, device="meta")
     carrier.weight = nn.Parameter(weight, requires_grad=False)
+    # Version 2 of torchao 0.15 rounds inputs in bf16 to multiples of 1/128; later, 1 is deprecated.
+    version = 1 if torchao.__version__.startswith("0.15.") else 2
     # Settings of inductor belong to the process, not to a model.
-    quantize_(carrier, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    quantize_(carrier, Int8DynamicActivationInt8WeightConfig(version=version, set_inductor_config=False))
     return carrier.weight.detach()
 
 

@@ -189,7 +189,7 @@ def test_all_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "strangers",
+    "names",
     [
         ["notes.txt", "config.json"],
         ["config.json", ".bashrc"],
@@ -202,18 +202,18 @@ def test_all_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     ids="_".join,
 )
 @pytest.mark.usefixtures("way")
-def test_what_may_be_missed_is_never_removed(tmp_path, strangers):
+def test_what_may_be_missed_is_never_removed(tmp_path, names):
     path = tmp_path / "home"
-    for name in strangers:
+    for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text("mine")
     before = tree(tmp_path)
     assert not contains_only_checkpoint_files(path)
-    plain = strangers in (["notes.txt", "config.json"], ["config.json", ".bashrc"])
+    plain = names in (["notes.txt", "config.json"], ["config.json", ".bashrc"])
     assert contains_only_checkpoint_files(path, besides=["notes.txt", ".bashrc"]) == plain
     with pytest.raises(ValueError, match="home is not replaced, .* nothing was written") as info:
         write_directory(path, lambda folder: pytest.fail("written for nothing"))
-    assert strangers[0].split("/")[0] in str(info.value)
+    assert names[0].split("/")[0] in str(info.value)
     assert tree(tmp_path) == before
     write_directory(path, write(3), may_replace=lambda place: place == path)
     assert set(tree(path)) == {"config.json", "model.safetensors"}

@@ -50,7 +50,7 @@ def refused(path: Path, *complaints: str) -> None:
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_table_of_names_shapes_dtypes_and_values(tmp_path, shards):
     folder = make(tmp_path / "x", shards=shards)
-    save_file({"z": torch.zeros(2)}, folder / "left-over.safetensors")  # no index names it
+    save_file({"z": torch.zeros(2)}, folder / "leftover.safetensors")  # no index names it
     with CheckpointDirectory(str(folder)) as directory:
         assert directory.config == {"model_type": "llama"}
         assert directory.path == folder
@@ -429,7 +429,7 @@ def test_files_that_lie(tmp_path):
     repack(path, lambda name, content: content)  # by itself it does no harm
     assert torch.equal(CheckpointFile(path).read("b"), torch.ones(2))
     sizes = "is damaged: its tensors do not fill"
-    refused_after(numbers(b"K\x03", b"K\x7f"), sizes)  # takes what stands behind it in the file
+    refused_after(numbers(b"K\x03", b"K\x7f"), sizes)  # includes the bytes behind it
     refused_after(numbers(b"K\x03", b"J\xff\xff\xff\x0f"), "cannot be read as tensors")
     refused_after(lambda name, content: content[:4] if name.endswith("/0") else content, sizes)
     refused_after(lambda name, content: content, r".*it is compressed", zipfile.ZIP_DEFLATED)

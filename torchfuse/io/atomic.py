@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all, also after ``kill -9`` or on a full disk.
 
 Content is written to a temporary name beside its path, synced to the disk and renamed. A ``SaveLock`` is
-held meanwhile, so that whoever writes to the path next can remove what a killed process left.
+held meanwhile, so that the next process that writes to the path can remove what a killed one left.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
 def fsync_tree(folder: Path) -> None:
     """Sync a directory and all that it contains, and give files the usual permissions.
 
-    safetensors makes files that nobody but their owner can read.
+    safetensors makes files that only their owner can read.
     """
     mode = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder, topdown=False):

@@ -11,7 +11,7 @@ __all__ = ["SaveLock"]
 class SaveLock:
     """An exclusive lock on a file that exists only while it is held, or after its holder was killed.
 
-    Whoever holds the lock knows that temporary files beside it are leftovers of killed processes.
+    While it is held, temporary files beside it are leftovers of killed processes.
 
     Args:
         file: the lock file; its directory must exist.

@@ -106,17 +106,17 @@ def test_ranks_save_and_load_what_any_other_number_saved(tmp_path):
     torch.save(contents(model, optimizer), tmp_path / "one.pt")
     run_on_ranks(_two_ranks, tmp_path)
 
-    theirs = torch.load(tmp_path / "two.pt")
+    of_two_ranks = torch.load(tmp_path / "two.pt")
     fresh = make(5, train=False)
     assert load_checkpoint(tmp_path / "two" / "step_2", fresh).extra == {"position": 97}
     again = adamw(fresh)
     load_checkpoint(tmp_path / "two", fresh, again)
-    assert not differences(theirs["at"], contents(fresh, again))
+    assert not differences(of_two_ranks["at"], contents(fresh, again))
     views.step(fresh, again)
     after = contents(fresh, again)
-    assert theirs["after"].keys() == after.keys()
-    for key, value in after.items():  # both ranks saw the batch that this one sees
-        torch.testing.assert_close(value, theirs["after"][key], msg=str(key))
+    assert of_two_ranks["after"].keys() == after.keys()
+    for key, value in after.items():  # the batch is the same in both runs
+        torch.testing.assert_close(value, of_two_ranks["after"][key], msg=str(key))
 
 
 # --- one process ---------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_other_names_of_its_modules_are_inert(saved, name):
 
 
 def test_an_index_cannot_change_the_classes_that_it_names(saved):
-    # The opcode BUILD with (None, {...}) sets attributes of what stands before it, of a class too.
+    # The opcode BUILD with (None, {...}) sets attributes of the object before it, also of a class.
     where = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
     attack = b"\x80\x02" + where + b"N}X\x06\x00\x00\x00hackedI1\ns\x86b."
     assert pickle.loads(attack) is Metadata

@@ -1,8 +1,7 @@
-"""What tests of architectures whose features stand in the sequence have in common."""
+"""Small models of every architecture, and checks that several test files share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from torchfuse import (
     from_pretrained,
     fuse,
     get_fusion_params,
-    load_fusion,
     quantize,
-    save_fusion,
     save_pretrained,
 )
 from torchfuse.encoders.clip import ClipVisionEncoder
@@ -27,10 +24,45 @@ PLACEHOLDER = {"placement": "placeholder", "encoder_token": IMAGE}
 LAYOUTS: dict[str, dict[str, Any]] = {"prefix": {}, "placeholder": PLACEHOLDER}
 TWO = {"eye": IMAGE, "ear": IMAGE + 1}
 
+EXPERTS = {"arch": "moma", "num_experts": 2, "num_text_experts": 2}
+# Every architecture in every layout.
+ARCHS: dict[str, dict[str, Any]] = {
+    "cross_attention": {"every": 1},
+    "prefix": {"arch": "joint_decoder"},
+    "placeholder": {"arch": "joint_decoder", **PLACEHOLDER},
+    "mot": {"arch": "mot"},
+    "mot_placeholder": {"arch": "mot", **PLACEHOLDER},
+    "moma": EXPERTS,
+    "moma_placeholder": {**EXPERTS, **PLACEHOLDER},
+    "deepstack": {"arch": "deepstack"},
+    "deepstack_placeholder": {"arch": "deepstack", **PLACEHOLDER},
+}
+every_arch = pytest.mark.parametrize("name", ARCHS)
+ROUTED = ["mot", "moma", "deepstack"]  # with weights of their own for features in the layers
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def in_place(name: str) -> bool:
+    """Whether features replace placeholders in one of ``ARCHS``."""
+    return "encoder_token" in ARCHS[name]
+
+
+def fresh(name: str, *, decoder: Any = None, encoder: Any = None, **options: Any) -> Any:
+    """One of ``ARCHS`` as it is fused, with a trainable encoder."""
+    options = {"encoder_trainable": True, **ARCHS[name], **options}
+    return fuse(decoder or tiny_decoder(), encoder or TinyEncoder(), **options)
+
+
+def make(name: str, **options: Any) -> Any:
+    """One of ``ARCHS`` whose new weights are no copies and not zero."""
+    return move(fresh(name, **options))
+
 
 @torch.no_grad()
 def move(model: nn.Module, scale: float = 0.3, only: str = "") -> nn.Module:
-    """New weights that are nobody's copies or zero, and features that outweigh the embeddings."""
+    """Add noise to new weights, so that features outweigh the embeddings."""
     generator = torch.Generator().manual_seed(23)
     for name, parameter in get_fusion_params(model).items():
         if only in name:
@@ -38,12 +70,16 @@ def move(model: nn.Module, scale: float = 0.3, only: str = "") -> nn.Module:
     return model
 
 
-def prompt(layout: str, batch: int = 2, length: int = 13, start: int = 2) -> Tensor:
-    """Text; where features stand in place of tokens, with as many placeholders from ``start`` on."""
+def prompt(name: str, batch: int = 2, length: int = 13, start: int = 2) -> Tensor:
+    """Text; for a layout or one of ``ARCHS`` with placeholders, as many of them from ``start`` on."""
     tokens = text(batch, length)
-    if layout == "placeholder":
+    if name.endswith("placeholder"):
         tokens[:, start : start + FEATURES] = IMAGE
     return tokens
+
+
+def labels_of(tokens: Tensor) -> Tensor:
+    return tokens.masked_fill(tokens == IMAGE, -100)
 
 
 # --- several images of several encoders ----------------------------------------------------------
@@ -54,7 +90,7 @@ def two_encoders() -> dict[str, nn.Module]:
 
 
 def rows_of_images() -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
-    """Two images in a row, one in the middle, none, and a second encoder's among them."""
+    """Rows with two images, one in the middle, none, and a second encoder's among them."""
     tokens = text(4, 14)
     tokens[0, 1:7], tokens[0, 9:11] = IMAGE, IMAGE + 1
     tokens[1, 5:8], tokens[3, 2:5] = IMAGE, IMAGE
@@ -65,7 +101,7 @@ def rows_of_images() -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
 
 
 def equals_its_rows(together: Tensor, model: nn.Module) -> None:
-    """What a model said of ``rows_of_images`` is what it says of each row alone."""
+    """Compare the logits of ``rows_of_images`` with those of each row alone."""
     tokens, given, masks = rows_of_images()
     for row in range(4):
         one = slice(row, row + 1)
@@ -78,7 +114,7 @@ def equals_its_rows(together: Tensor, model: nn.Module) -> None:
 
 
 def refused(arch: str, options: dict[str, Any], complaint: str) -> None:
-    """Options that do not fit are named, and the decoder is as it was."""
+    """Check that options raise an error, and that the decoder is unchanged."""
     decoder = tiny_decoder()
     before = [(name, id(module)) for name, module in decoder.named_modules()]
     with pytest.raises(ValueError, match=complaint):
@@ -86,19 +122,7 @@ def refused(arch: str, options: dict[str, Any], complaint: str) -> None:
     assert [(name, id(module)) for name, module in decoder.named_modules()] == before
 
 
-# --- what is kept --------------------------------------------------------------------------------
-
-
-def kept_by_an_artifact(
-    model: nn.Module, other: nn.Module, layout: str, fresh: Callable[[str], nn.Module], path: Path
-) -> None:
-    """An artifact of one goes into the other, and into no model of another layout."""
-    save_fusion(model, path)
-    load_fusion(other, path)
-    given = {"encoder_input": inputs()}
-    assert torch.equal(other(prompt(layout), **given), model(prompt(layout), **given))
-    with pytest.raises(ValueError, match="placement '(prefix|placeholder)', the model's is"):
-        load_fusion(fresh(next(name for name in LAYOUTS if name != layout)), path)
+# --- directories ---------------------------------------------------------------------------------
 
 
 def llama_and_clip() -> tuple[nn.Module, nn.Module]:
@@ -112,7 +136,7 @@ def llama_and_clip() -> tuple[nn.Module, nn.Module]:
 
 
 def call_with_images(options: dict[str, Any]) -> dict[str, Any]:
-    """A call of a model of ``llama_and_clip`` that was fused with these options."""
+    """Arguments for a model of ``llama_and_clip`` that was fused with these options."""
     tokens = text()
     if "encoder_token" in options:
         tokens[:, 1:10] = IMAGE
@@ -120,7 +144,7 @@ def call_with_images(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_by_a_directory(model: Any, path: Path, call: dict[str, Any]) -> None:
-    """A model comes back from a directory as it was."""
+    """Check that a model is loaded from a directory as it was saved."""
     training = model.training
     save_pretrained(model, path)
     other = from_pretrained(path).train(training)
@@ -130,7 +154,7 @@ def kept_by_a_directory(model: Any, path: Path, call: dict[str, Any]) -> None:
 
 
 def only_the_base_is_quantized(model: nn.Module) -> Tensor:
-    """What a model says with its base in int8: another thing, but not by much."""
+    """Quantize the decoder to int8, and return logits, which differ but not by much."""
     exact = model(text(), encoder_input=inputs())
     report = quantize(model, "int8_weight_only", parts=("decoder",))
     assert "decoder.layers.0.mlp.w2.weight" in report.quantized

@@ -2,12 +2,14 @@ import json
 
 import pytest
 import torch
+from models import architectures
+from models.architectures import ROUTED
 from ranks import run_on_ranks
 from safetensors import safe_open
 from support import TinyEncoder, inputs, same_state, state, text, tiny_decoder
 from torch import nn
 
-from torchfuse import fuse, load_fusion, save_fusion, set_trainable
+from torchfuse import fuse, get_fusion_params, load_fusion, save_fusion, set_trainable
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
 from torchfuse.params import (
     FreezeSchedule,
@@ -183,3 +185,14 @@ def _sharded(rank, folder):
 def test_sharded(tmp_path):
     run_on_ranks(_sharded, tmp_path)
     load_trained(make(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "prefix", *ROUTED])
+def test_frozen_parts_are_not_written(name, tmp_path):
+    model = architectures.make(name, encoder_trainable=False)
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    save_trained(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"fusion.safetensors", "fusion.json"}
+    with safe_open(tmp_path / "fusion.safetensors", framework="pt") as reader:
+        assert set(reader.keys()) == set(get_fusion_params(model))
+        assert not any(key.startswith("encoder") for key in reader.keys())  # noqa: SIM118

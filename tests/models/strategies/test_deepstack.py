@@ -1,34 +1,22 @@
 """DeepStack is the joint decoder, and what its maps add to hidden states."""
 
-import copy
 import functools
 
 import pytest
 import torch
 from models.architectures import (
     PLACEHOLDER,
-    TWO,
-    call_with_images,
-    equals_its_rows,
-    kept_by_a_directory,
-    kept_by_an_artifact,
-    llama_and_clip,
     only_the_base_is_quantized,
     prompt,
     refused,
-    rows_of_images,
-    two_encoders,
 )
 from models.architectures import move as move_all
 from support import FEATURES, VOCAB, TinyEncoder, inputs, text, tiny_decoder
 
 from torchfuse import (
-    MixtureFusionModel,
     fuse,
     generate,
-    get_fusion_params,
 )
-from torchfuse.models import DeepStackStrategy
 from torchfuse.modules.deepstack import DeepStackLayer
 
 LAYOUTS = {"prefix": {"placement": "prefix"}, "placeholder": PLACEHOLDER}  # the joint decoder's, too
@@ -82,12 +70,6 @@ def test_maps_add_features_behind_their_layers_where_features_stand(layout):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_several_images_of_several_encoders_equal_their_rows_one_by_one():
-    model = move(fresh("placeholder", encoder=two_encoders(), encoder_token=TWO))
-    tokens, given, masks = rows_of_images()
-    equals_its_rows(model(tokens, encoder_input=given, encoder_mask=masks), model)
-
-
 # --- building ------------------------------------------------------------------------------------
 
 
@@ -129,28 +111,7 @@ def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
         fuse(tiny_decoder(num_layers=1), TinyEncoder(), arch="deepstack")
 
 
-def test_a_decoder_that_lacks_what_the_model_needs_is_refused():
-    with pytest.raises(ValueError, match='no layer is a DeepStackLayer.*arch="deepstack"'):
-        MixtureFusionModel(tiny_decoder(), TinyEncoder(), strategy=DeepStackStrategy())
-    decoder = fresh().decoder
-    with pytest.raises(ValueError, match="layer 0 has weights for encoder, not for eye; layer 1"):
-        MixtureFusionModel(decoder, {"eye": TinyEncoder()}, strategy=DeepStackStrategy())
-
-
 # --- what is kept --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_artifact_holds_what_was_learned(layout, tmp_path):
-    model, other = move(fresh(layout)), fresh(layout)
-    kept_by_an_artifact(model, other, layout, fresh, tmp_path)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_directory_holds_the_whole_model(layout, tmp_path):
-    options = {"hidden_dim": 7, **LAYOUTS[layout]}
-    model = move(fuse(*llama_and_clip(), arch="deepstack", **options))
-    kept_by_a_directory(model, tmp_path, call_with_images(options))
 
 
 def test_only_the_base_is_quantized():
@@ -158,13 +119,3 @@ def test_only_the_base_is_quantized():
     out = only_the_base_is_quantized(model)
     said = generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)
     assert torch.equal(said[:, -1], out[:, -1].argmax(-1))
-
-
-def test_bf16_stays_bf16_and_copies_copy():
-    decoder = tiny_decoder().bfloat16()
-    model = fuse(decoder, TinyEncoder(), arch="deepstack", **PLACEHOLDER)
-    assert {p.dtype for p in get_fusion_params(model.decoder).values()} == {torch.bfloat16}
-    tokens = prompt("placeholder")
-    out = model(tokens, encoder_input=inputs())
-    assert out.shape == (2, 13, VOCAB)
-    assert torch.equal(copy.deepcopy(model)(tokens, encoder_input=inputs()), out)

@@ -1,15 +1,9 @@
-import copy
-
 import pytest
 import torch
 from models.architectures import (
     LAYOUTS,
     TWO,
-    call_with_images,
     equals_its_rows,
-    kept_by_a_directory,
-    kept_by_an_artifact,
-    llama_and_clip,
     move,
     prompt,
     refused,
@@ -19,12 +13,10 @@ from models.architectures import (
 from support import (
     FEATURES,
     IMAGE,
-    LAYERS,
     VOCAB,
     TinyEncoder,
     inputs,
     text,
-    text_with_image,
     tiny_decoder,
 )
 from torch import nn
@@ -37,7 +29,6 @@ from torchfuse import (
     get_fusion_params,
     quantize,
 )
-from torchfuse.models import MoTStrategy
 from torchfuse.models.strategies.placeholder import positions_by_modality
 from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm
 from torchfuse.training.loss import next_token_loss
@@ -297,17 +288,6 @@ def test_layers_of_another_make_are_named():
         fuse(decoder, TinyEncoder(), arch="mot")
 
 
-def test_a_decoder_that_lacks_what_the_model_needs_is_refused():
-    strategy = MoTStrategy(placement="placeholder", encoder_token=IMAGE)
-    with pytest.raises(ValueError, match="no layer is a MoTLayer; the final norm is no MoTNorm"):
-        MixtureFusionModel(tiny_decoder(), TinyEncoder(), strategy=strategy)
-    decoder = fresh("prefix").decoder
-    with pytest.raises(ValueError, match="no MoTNorm; layer 2 has keys and values only, but"):
-        MixtureFusionModel(decoder, TinyEncoder(), strategy=strategy, adapter=nn.Linear(11, 18))
-    with pytest.raises(ValueError, match="layer 0 has weights for encoder, not for eye; layer 1"):
-        MixtureFusionModel(decoder, {"eye": TinyEncoder()}, strategy=MoTStrategy())
-
-
 @pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
 def test_experts_beside_adapted_layers_are_plain(quantized):
     from torchtune.models.llama3_2 import lora_llama3_2
@@ -336,26 +316,3 @@ def test_experts_beside_adapted_layers_are_plain(quantized):
     torch.testing.assert_close(expert.mlp(x), layer.mlp(x), rtol=1e-4, atol=1e-5)
     model(text(), encoder_input=inputs()).square().mean().backward()
     assert all(p.grad.any() for p in get_fusion_params(model).values())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_artifact_holds_what_was_learned(layout, tmp_path):
-    model, other = make(layout), fresh(layout, start="zero")
-    kept_by_an_artifact(model, other, layout, fresh, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "options", [{"layers": [0, 2]}, {"every": 2, "start": "zero"}, LAYOUTS["placeholder"]], ids=str
-)
-def test_a_directory_holds_the_whole_model(options, tmp_path):
-    model = move(fuse(*llama_and_clip(), arch="mot", **options))
-    kept_by_a_directory(model, tmp_path, call_with_images(options))
-
-
-def test_bf16_stays_bf16_and_copies_copy():
-    model = fresh("placeholder", decoder=tiny_decoder().bfloat16())
-    assert {p.dtype for p in get_fusion_params(model.decoder).values()} == {torch.bfloat16}
-    out = model(text_with_image(), encoder_input=inputs())
-    assert out.shape == (2, 13, VOCAB)
-    assert torch.equal(copy.deepcopy(model)(text_with_image(), encoder_input=inputs()), out)
-    assert len(model.layers) == LAYERS

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from torchfuse.data.collate import padded_collate_images
+from torchfuse.errors import DataError
 
 FEATURES = 3
 
@@ -45,11 +46,11 @@ def test_text_alone_has_no_encoder_input_and_prompts_no_labels():
 
 
 def test_masks_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="the batch is empty"):
+    with pytest.raises(DataError, match="the batch is empty"):
         padded_collate_images([])
     wrong = sample(4, 2) | {"encoder_mask": torch.ones(4, 5, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=r"Sample 1 of the batch has 4 tokens and 2 images.*\[4, 5\]"):
+    with pytest.raises(DataError, match=r"Sample 1 of the batch has 4 tokens and 2 images.*\[4, 5\]"):
         padded_collate_images([sample(3, 1), wrong])
     other = sample(4, 1) | {"encoder_mask": torch.ones(4, 5, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=r"equally many features, got \[3, 5\]"):
+    with pytest.raises(DataError, match=r"equally many features, got \[3, 5\]"):
         padded_collate_images([sample(3, 1), other])

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from torchfuse.data.images import ImageTransform, open_image
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 CROP = {"crop_size": {"height": 11, "width": 11}}
@@ -75,7 +76,7 @@ def test_keys_that_a_file_lacks_are_those_of_its_processor(tmp_path, kind, optio
     expected = pixels(getattr(transformers, f"{kind}ImageProcessorPil")(**config), picture())
     write(tmp_path, image_processor_type=f"{kind}ImageProcessorFast", **config)
     if expected.shape[1] != expected.shape[2]:
-        with pytest.raises(ValueError, match="only squares .*'size': 13, 'do_center_crop': False"):
+        with pytest.raises(CheckpointError, match="only squares .*'size': 13, 'do_center_crop': False"):
             ImageTransform.from_directory(tmp_path)
     else:
         torch.testing.assert_close(ImageTransform.from_directory(tmp_path)(picture()), expected)
@@ -146,15 +147,15 @@ def test_crops_after_resizing_not_instead(tmp_path):
 def test_unsupported_values_are_refused_by_key(tmp_path, options, message):
     config = {"size": {"shortest_edge": 11}, "crop_size": 11, "image_mean": MEAN, "image_std": STD}
     assert ImageTransform.from_directory(write(tmp_path, **config)).size == 11
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         ImageTransform.from_directory(write(tmp_path, **(config | options)))
 
 
 def test_missing_and_empty_preprocessor_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json cannot be read"):
         ImageTransform.from_directory(tmp_path)
     with pytest.raises(
-        ValueError, match="size must .*; crop_size must .*; image_mean must .*; image_std must"
+        CheckpointError, match="size must .*; crop_size must .*; image_mean must .*; image_std must"
     ):
         ImageTransform.from_directory(write(tmp_path))
 
@@ -175,13 +176,13 @@ def test_bad_numbers():
         {"mean": [1]},
     ):
         with pytest.raises(
-            ValueError, match=f"all but the means above 0, got size=8, .*{next(iter(numbers))}="
+            ConfigError, match=f"all but the means above 0, got size=8, .*{next(iter(numbers))}="
         ):
             ImageTransform(8, **numbers)
-    with pytest.raises(ValueError, match="got size=0"):
+    with pytest.raises(ConfigError, match="got size=0"):
         ImageTransform(0)
     with pytest.raises(
-        ValueError, match="resample must be one of nearest, bilinear, bicubic, got 'lanczos'"
+        ConfigError, match="resample must be one of nearest, bilinear, bicubic, got 'lanczos'"
     ):
         ImageTransform(8, resample="lanczos")
 
@@ -217,22 +218,22 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, dtype, mode, ending):
 def test_values_of_no_known_range_are_refused(tmp_path, values, mode):
     Image.new(mode, (5, 3), values).save(tmp_path / "x.tif")
     with pytest.raises(
-        ValueError, match=rf"The image .*x\.tif cannot be opened: its mode {mode} has no known range"
+        DataError, match=rf"The image .*x\.tif cannot be opened: its mode {mode} has no known range"
     ):
         open_image(tmp_path / "x.tif")
 
 
 def test_what_does_not_open_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"The image .*missing\.png cannot be opened: No such file"):
+    with pytest.raises(DataError, match=r"The image .*missing\.png cannot be opened: No such file"):
         open_image(tmp_path / "missing.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.png is no image that can be opened"):
+    with pytest.raises(DataError, match=r"text\.png is no image that can be opened"):
         open_image(tmp_path / "text.png")
     picture().save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"cut\.png"):
+    with pytest.raises(DataError, match=r"cut\.png"):
         open_image(tmp_path / "cut.png")
-    with pytest.raises(ValueError, match="cannot be opened: Is a directory"):
+    with pytest.raises(DataError, match="cannot be opened: Is a directory"):
         open_image(tmp_path)
 
 
@@ -244,7 +245,7 @@ def test_a_damaged_later_chunk_is_named(tmp_path, damage):
     second = data.index(b"IDAT", data.index(b"IDAT") + 4) - 4
     data[second : second + len(damage)] = damage
     (tmp_path / "damaged.png").write_bytes(data)
-    with pytest.raises(ValueError, match=r"^The image \S*damaged\.png cannot be opened: [^.]+\.$"):
+    with pytest.raises(DataError, match=r"^The image \S*damaged\.png cannot be opened: [^.]+\.$"):
         open_image(tmp_path / "damaged.png")
 
 
@@ -261,17 +262,17 @@ def test_each_difference_from_the_encoder_is_named(tmp_path):
     transform = ImageTransform(7, MEAN, STD)
     write(tmp_path, image_mean=[0.1, 0.2, 0.31], image_std=STD, do_rescale=False)
     with pytest.raises(
-        ValueError,
+        ConfigError,
         match=r"encoder 'eye' was trained on: size is 7, the encoder's 11; mean is \[0\.1, 0\.2, 0\.3\], the "
         r"encoder's \[0\.1, 0\.2, 0\.31\]; scale is 0\.0039\d+, the encoder's 1\.0\. ImageTransform",
     ):
         transform.check(11, preprocessor=tmp_path, what="eye")
-    with pytest.raises(ValueError, match=r"the encoder was trained on: size is 7, the encoder's 5\."):
+    with pytest.raises(ConfigError, match=r"the encoder was trained on: size is 7, the encoder's 5\."):
         transform.check(5)
     for wrong in (0.4, [0.4], "half", None, {"a": 1}):
         write(tmp_path, image_std=wrong, image_mean=MEAN)
         if wrong is None:
             transform.check(preprocessor=tmp_path)
         else:
-            with pytest.raises(ValueError, match=r"on: std is \[0\.4, 0\.5, 0\.6\], the encoder's"):
+            with pytest.raises(ConfigError, match=r"on: std is \[0\.4, 0\.5, 0\.6\], the encoder's"):
                 transform.check(preprocessor=tmp_path)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from torchfuse.data.masks import causal_mask, image_mask, left_padding, positions
+from torchfuse.errors import ConfigError, ModelError
 
 IMG = 99
 
@@ -68,11 +69,11 @@ def test_no_room_for_images():
 
 def test_bad_arguments():
     tokens = torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match='scope must be "all", "group" or "last", got \'own\''):
+    with pytest.raises(ConfigError, match='scope must be "all", "group" or "last", got \'own\''):
         image_mask(tokens, IMG, features_per_image=3, num_images=1, scope="own")
-    with pytest.raises(ValueError, match="features_per_image=0"):
+    with pytest.raises(ConfigError, match="features_per_image=0"):
         image_mask(tokens, IMG, features_per_image=0, num_images=1)
-    with pytest.raises(ValueError, match="2 tokens do not fit into 1 slots"):
+    with pytest.raises(ModelError, match="2 tokens do not fit into 1 slots"):
         causal_mask(torch.ones(1, 2, dtype=torch.bool), slots=1)
 
 

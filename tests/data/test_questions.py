@@ -15,6 +15,7 @@ from torchfuse.data.questions import (
     read_questions,
 )
 from torchfuse.data.tokenizer import TextTokenizer
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 
 WORDS = ["<pad>", "<bos>", "<unk>", "<eos>", "which", "digit", "?", "one", "two", "and"]
 PAD, BOS, _, EOS, WHICH, DIGIT, ASK, ONE, TWO, AND = range(10)
@@ -86,12 +87,12 @@ def test_decode_stops_at_the_stop_token(folder):
 
 def test_images_without_markers_come_first(folder):
     assert Question("which ?", (folder / "a.png",) * 2).question == "<image> <image> which ?"
-    with pytest.raises(ValueError, match="has <image> 1 times, but there are 2 images"):
+    with pytest.raises(DataError, match="has <image> 1 times, but there are 2 images"):
         Question("<image> which ?", (folder / "a.png",) * 2)
 
 
 def test_nothing_is_truncated(folder):
-    with pytest.raises(ValueError, match="is 9 tokens long with its answer, and max_seq_len is 8"):
+    with pytest.raises(DataError, match="is 9 tokens long with its answer, and max_seq_len is 8"):
         transform(folder, max_seq_len=8)(two_images(folder))
     assert transform(folder, max_seq_len=9)(two_images(folder))
 
@@ -104,11 +105,11 @@ def test_cached_pixels_are_the_same(folder):
 
 
 def test_bad_options(folder):
-    with pytest.raises(ValueError, match='layout must be "marker"'):
+    with pytest.raises(ConfigError, match='layout must be "marker"'):
         transform(folder, layout="infix")
-    with pytest.raises(ValueError, match="image_token=10 does not fit layout='prefix'"):
+    with pytest.raises(ConfigError, match="image_token=10 does not fit layout='prefix'"):
         transform(folder, layout="prefix")
-    with pytest.raises(ValueError, match="image_token=None does not fit"):
+    with pytest.raises(ConfigError, match="image_token=None does not fit"):
         transform(folder, image_token=None)
 
 
@@ -150,20 +151,20 @@ def test_a_file_of_questions(folder):
 )
 def test_a_broken_line_is_named(folder, line, complaint):
     file = write(folder, GOOD, line)
-    with pytest.raises(ValueError, match=complaint) as info:
+    with pytest.raises(DataError, match=complaint) as info:
         read_questions(file)
     assert str(info.value).startswith(str(file))
 
 
 def test_files_without_questions_or_answers(folder):
-    with pytest.raises(ValueError, match="holds no question"):
+    with pytest.raises(DataError, match="holds no question"):
         read_questions(write(folder, ""))
-    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
         read_questions(folder / "none.jsonl")
     file = write(folder, {"question": "one ?"})
-    with pytest.raises(ValueError, match="'one \\?' has no answer"):
+    with pytest.raises(DataError, match="'one \\?' has no answer"):
         QuestionDataset(transform(folder), file)
-    with pytest.raises(ValueError, match="has no answer"):
+    with pytest.raises(DataError, match="has no answer"):
         transform(folder)(read_questions(file)[0])
 
 
@@ -177,13 +178,13 @@ def test_tokenizers_and_their_special_tokens(folder):
     assert TextTokenizer(folder).eos_ids == (5,)
     (folder / "config.json").write_text("{}")
     with pytest.raises(
-        ValueError, match="must configure bos_token_id, an id or a list of ids, got None"
+        CheckpointError, match="must configure bos_token_id, an id or a list of ids, got None"
     ):
         TextTokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no tokenizer"):
+    with pytest.raises(CheckpointError, match="is no tokenizer"):
         TextTokenizer(folder)
-    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         TextTokenizer(Path(folder) / "elsewhere")
 
 
@@ -227,7 +228,7 @@ def test_first_and_last_tokens_are_ids(folder, ids):
     config = {"bos_token_id": 1, "eos_token_id": 2} | ids
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=f"must configure {next(iter(ids))}, an id or a list of ids, got"
+        CheckpointError, match=f"must configure {next(iter(ids))}, an id or a list of ids, got"
     ):
         TextTokenizer(folder)
 
@@ -239,7 +240,7 @@ def test_check_questions(folder):
     )
     encode = transform(folder, max_seq_len=9)
     assert check_questions(encode, [short], "file") == 2
-    with pytest.raises(ValueError, match=r"file: The question 'which digit \?' is 10 tokens long"):
+    with pytest.raises(DataError, match=r"file: The question 'which digit \?' is 10 tokens long"):
         check_questions(encode, [short, long], "file")
-    with pytest.raises(ValueError, match="file: .* has no answer"):
+    with pytest.raises(DataError, match="file: .* has no answer"):
         check_questions(encode, [Question("which ?")], "file")

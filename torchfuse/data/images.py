@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from torchfuse.errors import DataError
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 from torchfuse.io.strict_json import read_json
 
 __all__ = ["ImageTransform", "open_image"]
@@ -93,7 +93,7 @@ class ImageTransform:
         scale: factor of the values 0 to 255, before they are normalised.
 
     Raises:
-        DataError: if a number or a name is out of range.
+        ConfigError: if a number or a name is out of range.
 
     Examples:
         >>> ImageTransform(8)(Image.new("RGB", (20, 10))).shape
@@ -112,13 +112,13 @@ class ImageTransform:
     ) -> None:
         resize = [size] if resize is None else list(resize)
         if min(size, scale, *std, *resize) <= 0 or len(mean) != 3 or len(std) != 3 or len(resize) > 2:
-            raise DataError(
+            raise ConfigError(
                 "An image transform needs three means and standard deviations, at most two sides in "
                 "resize, and all but the means above 0, got "
                 f"{size=}, {mean=}, {std=}, {resize=}, {scale=}."
             )
         if resample not in (names := _RESAMPLE.values()):
-            raise DataError(f"resample must be one of {', '.join(names)}, got {resample!r}.")
+            raise ConfigError(f"resample must be one of {', '.join(names)}, got {resample!r}.")
         self.size, self.resize, self.scale = size, resize, scale
         self.mean, self.std = list(mean), list(std)
         self.resample = v2.InterpolationMode[resample.upper()]
@@ -130,7 +130,7 @@ class ImageTransform:
         Keys that the file lacks have the defaults of the processor that it names, or of CLIP's.
 
         Raises:
-            DataError: if the file is missing, or naming each key whose value is not supported.
+            CheckpointError: if the file is missing, or naming each key whose value is not supported.
         """
         file = Path(path) / "preprocessor_config.json"
         given = {key: value for key, value in read_json(file).items() if value is not None}
@@ -164,7 +164,7 @@ class ImageTransform:
             cut = {key: config.get(key) for key in ("do_resize", "size", "do_center_crop", "crop_size")}
             problems.append(f"only squares of one size are supported, and these give others: {cut}")
         if problems:
-            raise DataError(f"{file}: {'; '.join(problems)}.")
+            raise CheckpointError(f"{file}: {'; '.join(problems)}.")
         return cls(
             square[0],
             values.get("image_mean", [0.0] * 3),
@@ -186,7 +186,8 @@ class ImageTransform:
             what: the encoder's name, for the message.
 
         Raises:
-            DataError: naming each number that differs.
+            ConfigError: naming each number that differs.
+            CheckpointError: if the file of the preprocessor is not JSON.
         """
         compared: dict[str, tuple[Any, Any]] = {}
         if image_size is not None:
@@ -208,7 +209,7 @@ class ImageTransform:
             if not _same(own, expected)
         ]
         if problems:
-            raise DataError(
+            raise ConfigError(
                 f"Images differ from those that the encoder{what and f' {what!r}'} was trained on: "
                 f"{'; '.join(problems)}. ImageTransform.from_directory reads these numbers from the "
                 "encoder's own directory."
@@ -231,14 +232,14 @@ def _sides(value: Any, *, square: bool) -> list[int]:
     sides = {key: side for key, side in sorted(dict(value).items()) if side is not None}
     named = list(sides) in (["shortest_edge"], ["height", "width"])
     if not named or any(type(side) is not int or side < 1 for side in sides.values()):
-        raise DataError(f"no size: {value}")
+        raise CheckpointError(f"no size: {value}")
     return list(sides.values())
 
 
 def _numbers(value: Any, count: int, above: float = -math.inf) -> list[float]:
     numbers = [1.0 * number for number in value]
     if len(numbers) != count or not all(above < number < math.inf for number in numbers):
-        raise DataError(f"not {count} numbers above {above}: {value}")
+        raise CheckpointError(f"not {count} numbers above {above}: {value}")
     return numbers
 
 

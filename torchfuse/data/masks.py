@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchfuse.errors import DataError
+from torchfuse.errors import ConfigError, ModelError
 
 __all__ = ["ImageScope", "causal_mask", "image_mask", "left_padding", "positions"]
 
@@ -63,7 +63,7 @@ def causal_mask(
         Bool ``[b, s, s]``, or ``[b, s, slots]``.
 
     Raises:
-        DataError: if there are fewer slots than tokens.
+        ModelError: if there are fewer slots than tokens.
 
     Examples:
         >>> causal_mask(torch.tensor([[False, True, True]])).int().tolist()
@@ -71,7 +71,7 @@ def causal_mask(
     """
     s = valid.shape[1]
     if slots is not None and slots < s:
-        raise DataError(f"{s} tokens do not fit into {slots} slots.")
+        raise ModelError(f"{s} tokens do not fit into {slots} slots.")
     mask = torch.ones(s, s, dtype=torch.bool, device=valid.device).tril() & valid[:, None, :]
     if document_ids is not None:
         mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
@@ -109,7 +109,7 @@ def image_mask(
         Bool ``[b, s, num_images * features_per_image]``.
 
     Raises:
-        DataError: for an unknown scope or a number below one.
+        ConfigError: for an unknown scope or a number below one.
 
     Examples:
         >>> tokens = torch.tensor([[9, 1, 9, 2]])  # image, text, image, text
@@ -119,9 +119,9 @@ def image_mask(
         [[[1, 0], [1, 0], [0, 1], [0, 1]]]
     """
     if scope not in ("all", "group", "last"):
-        raise DataError(f'scope must be "all", "group" or "last", got {scope!r}.')
+        raise ConfigError(f'scope must be "all", "group" or "last", got {scope!r}.')
     if min(features_per_image, markers_per_image) < 1 or num_images < 0:
-        raise DataError(
+        raise ConfigError(
             "image_mask needs at least one feature and one marker an image, got "
             f"features_per_image={features_per_image}, markers_per_image={markers_per_image}, "
             f"num_images={num_images}."

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from torchfuse.data.images import ImageTransform, open_image
 from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.tokenizer import TextTokenizer
-from torchfuse.errors import DataError
+from torchfuse.errors import ConfigError, DataError
 
 __all__ = [
     "Question",
@@ -185,7 +185,8 @@ class QuestionTransform:
         cache_images: how many images' pixels to keep in memory.
 
     Raises:
-        DataError: if options contradict each other, or a directory lacks its file.
+        ConfigError: if options contradict each other.
+        CheckpointError: if a directory lacks its file.
     """
 
     def __init__(
@@ -201,9 +202,12 @@ class QuestionTransform:
         cache_images: int = 0,
     ) -> None:
         if layout not in ("marker", "placeholder", "prefix"):
-            raise DataError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
+            raise ConfigError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
         if (image_token is None) != (layout == "prefix"):
-            raise DataError(f"image_token={image_token} does not fit layout={layout!r}.")
+            raise ConfigError(
+                f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
+                '"prefix", and an id for the others.'
+            )
         self.tokenizer = TextTokenizer(tokenizer)
         if isinstance(image_transform, ImageTransform):
             self.image_transform = image_transform

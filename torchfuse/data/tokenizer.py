@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from torchfuse.errors import DataError
+from torchfuse.errors import CheckpointError
 from torchfuse.io.strict_json import read_json
 
 __all__ = ["TextTokenizer"]
@@ -28,18 +28,18 @@ class TextTokenizer:
             ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
 
     Raises:
-        DataError: if a file is missing, or the first or last token is not configured.
+        CheckpointError: if a file is missing, or ``bos_token_id`` or ``eos_token_id`` is not configured.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise DataError(f"{path} has no tokenizer.json.")
+            raise CheckpointError(f"{path} has no tokenizer.json.")
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"{file} is no tokenizer: {error}.") from error
+            raise CheckpointError(f"{file} is no tokenizer: {error}.") from error
         config = read_json(path / "config.json")
         more = path / "generation_config.json"
         if more.is_file():
@@ -66,7 +66,7 @@ def _ids(config: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
     value = config.get(name)
     ids = tuple(value) if isinstance(value, list) else (value,)
     if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise DataError(f"{path} must configure {name}, an id or a list of ids, got {value!r}.")
+        raise CheckpointError(f"{path} must configure {name}, an id or a list of ids, got {value!r}.")
     return ids
 
 

@@ -60,7 +60,7 @@ def check_images(
             ``preprocessor_config.json``, mean and standard deviation are compared too.
 
     Raises:
-        DataError: naming each number that differs.
+        ConfigError: naming each number that differs.
     """
     owner: Any = unwrap(model)
     for name in owner.encoder_names:

@@ -1,7 +1,7 @@
-"""Finetune several architectures on the same data and budget, and draw how they fare.
+"""Finetune several architectures on the same data and budget, and plot their accuracy.
 
-Each run is the finetune recipe in a process of its own, one after the other. They leave a folder each
-below ``output_dir``, and beside that a picture and its numbers: for ``demo/compare`` they are
+Each run is the finetune recipe in a process of its own, one after the other, and writes to a folder
+below ``output_dir``. The figure and its numbers are written beside that: for ``demo/compare`` they are
 ``demo/compare.png`` and ``demo/compare.json``.
 
 Launch:
@@ -32,19 +32,18 @@ from torchfuse.errors import ConfigError
 from torchfuse.io.atomic import write_text
 from torchfuse.training.config import read_config, recipe, typed
 
-# What may differ between runs that are compared.
-OWN: Final = ("output_dir", "model", "transform", "freeze", "train.lr", "train.weight_decay")
-# The accuracies that the picture shows, and those on its axis.
+# Keys in which compared runs may differ.
+VARIABLE_KEYS: Final = ("output_dir", "model", "transform", "freeze", "train.lr", "train.weight_decay")
+# The range of accuracies in the figure, and the ticks of its axis.
 AXIS: Final = (0.01, 0.995)
 TICKS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 @dataclass
 class Config:
-    """Everything that the recipe takes.
+    """Keys of the recipe.
 
-    ``configs`` are configurations of the finetune recipe; what ``budget`` says stands in place of what
-    each of them says.
+    ``configs`` are configurations of the finetune recipe; the keys in ``budget`` replace theirs.
     """
 
     output_dir: str = MISSING
@@ -54,7 +53,7 @@ class Config:
 
 @recipe(Config)
 def main(config: Config) -> None:
-    """Finetune several architectures on the same data and budget, and draw how they fare."""
+    """Finetune several architectures on the same data and budget, and plot their accuracy."""
     runs = _read_runs(config)
     with tqdm(runs.items(), desc="compare", disable=None) as bar:
         for name, given in bar:
@@ -70,14 +69,14 @@ def main(config: Config) -> None:
 
 
 def _read_runs(config: Config) -> dict[str, DictConfig]:
-    """The configurations of all runs, by name, each known to be one and fit to be compared."""
+    """Return the configurations of all runs by name, checked and comparable."""
     runs: dict[str, DictConfig] = {}
     checked: dict[str, dict[str, Any]] = {}
-    problems = [] if config.configs else ["configs names no configuration"]
+    problems = [] if config.configs else ["configs must list at least one configuration"]
     for path in config.configs:
         name = Path(path).stem
         if name in runs:
-            problems.append(f"{path}: there is a run called {name} already")
+            problems.append(f"{path}: there is a run named {name} already")
             continue
         try:
             given = read_config(path, "configs lists configurations of the finetune recipe")
@@ -91,16 +90,16 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
         checked[path] = dict(finetune_config.flat(asdict(known)))
         if known.eval_every is None or known.data.test is None:
             problems.append(
-                f"{path}: eval_every and data.test must be given, or there is nothing to draw"
+                f"{path}: eval_every and data.test must be given: accuracy during training is plotted"
             )
     if checked:
         first, *others = checked
         for path in others:
-            names = [n for n in {**checked[first], **checked[path]} if not n.startswith(OWN)]
+            names = [n for n in {**checked[first], **checked[path]} if not n.startswith(VARIABLE_KEYS)]
             differ = [n for n in names if checked[first].get(n) != checked[path].get(n)]
             if differ:
                 problems.append(
-                    f"{path}: differs from {first} in {', '.join(differ)}, which budget can set"
+                    f"{path}: differs from {first} in {', '.join(differ)}; budget sets keys of all runs"
                 )
     if problems:
         raise ConfigError(f"{'; '.join(problems)}.")
@@ -117,7 +116,7 @@ def _finetune(name: str, given: DictConfig) -> None:
 
 
 def _columns(metrics: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """The table: a title, and a cell for each run."""
+    """Return the columns of the table: by title, a cell for each run."""
     runs = list(metrics.values())
     columns = {
         "new parameters": [f"{run['new_parameters']:,}" for run in runs],
@@ -131,7 +130,7 @@ def _columns(metrics: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def table(metrics: dict[str, dict[str, Any]]) -> str:
-    """What was compared, in plain text."""
+    """Return the comparison as plain text."""
     columns = {"architecture": [*metrics], **_columns(metrics)}
     widths = [max(map(len, [title, *cells])) for title, cells in columns.items()]
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
@@ -141,16 +140,16 @@ def table(metrics: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(path: Path, metrics: dict[str, dict[str, Any]]) -> None:
-    """Accuracy against steps: each run's line leads to its row in a table."""
+    """Plot accuracy against steps, each line connected to its row of a table."""
     set_style()
     figure = plt.figure(figsize=(12.5, 4.8))
     axes = figure.add_axes((0.055, 0.13, 0.4, 0.65))
     _draw_curves(axes, {name: run["accuracy_at_step"] for name, run in metrics.items()})
     _draw_table(figure, axes, metrics)
-    title = "What each architecture learns on one budget"
+    title = "Accuracy of each architecture on one budget"
     figure.text(0.02, 0.92, title, fontsize=16, fontweight="bold")
     steps = max(run["steps"] for run in metrics.values())
-    subtitle = f"right answers to held-out questions about one image, over {steps:,} optimizer steps"
+    subtitle = f"correct answers to test questions about one image, over {steps:,} optimizer steps"
     figure.text(0.02, 0.86, subtitle, fontsize=10.5, color=FAINT)
     save_figure(figure, path)
 
@@ -161,7 +160,7 @@ def _draw_curves(axes: Axes, curves: dict[str, list[list[float]]]) -> None:
         steps, shares = np.array(points).T
         axes.plot(steps, shares.clip(*AXIS), label=name, color=COLORS.get(name), **style)
     axes.set_xlim(0, max(points[-1][0] for points in curves.values()))
-    # As log odds, so that 98 % and 99 % lie as far apart as they are: one makes twice the mistakes.
+    # Log odds, which separate 98 % from 99 %: twice as many mistakes.
     lowest = min(share for points in curves.values() for _, share in points)
     axes.set_yscale("logit")
     axes.set_ylim(max(AXIS[0], 0.8 * lowest), AXIS[1])
@@ -175,7 +174,7 @@ def _draw_curves(axes: Axes, curves: dict[str, list[list[float]]]) -> None:
 
 
 def _draw_table(figure: Figure, axes: Axes, metrics: dict[str, dict[str, Any]]) -> None:
-    """Rows beside the axes, in the order in which the lines end, so that none crosses another."""
+    """Draw rows beside the axes, in the order in which the lines end, so that none crosses another."""
     colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
     ends = {
         name: np.clip(run["accuracy_at_step"][-1], (0, AXIS[0]), (np.inf, AXIS[1]))

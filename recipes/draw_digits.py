@@ -86,14 +86,14 @@ def draw_losses(path: Path, losses: dict[str, list[list[float]]]) -> None:
 
 
 def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
-    """Draw a grid of held-out images with question, prediction and answer, and a row of mistakes."""
+    """Draw a grid of test images with question, prediction and answer, and a row of mistakes."""
     lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     remaining = {kind: _alternate(records, kind) for _, kind, _ in GRID}
     grid = [(title, list(islice(remaining[kind], cells)), cells) for title, kind, cells in GRID]
     wrong = [record for record in records if record["images"] and not _is_correct(record)]
     if wrong:
-        title = f"what it gets wrong ({len(wrong)} of {sum(bool(r['images']) for r in records)})"
+        title = f"wrong answers ({len(wrong)} of {sum(bool(r['images']) for r in records)})"
         grid.append((title, wrong[:NUM_MISTAKES], NUM_MISTAKES))
 
     height = 2.7 * len(grid)
@@ -110,9 +110,9 @@ def draw_answers(path: Path, run: Path, metrics: dict[str, Any]) -> None:
     after = metrics["after"]
     kinds = list(dict.fromkeys(kind for _, kind, _ in GRID))
     shares = ", ".join(f"{kind.replace('_', ' ')} {after[kind]:.1%}" for kind in kinds if kind in after)
-    title = f"What the fused model says ({run.name.replace('_', ' ')})"
+    title = f"Answers of the fused model ({run.name.replace('_', ' ')})"
     figure.text(0.02, 1 - 0.42 / height, title, fontsize=17, fontweight="bold")
-    subtitle = f"questions about held-out images; right answers: {shares}"
+    subtitle = f"questions about test images; correct: {shares}"
     figure.text(0.02, 1 - 0.7 / height, subtitle, fontsize=11, color=FAINT)
     save_figure(figure, path)
 

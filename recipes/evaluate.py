@@ -1,11 +1,11 @@
-"""Ask a finetuned model the questions of a file, and print how many it answers right.
+"""Print the accuracy of a finetuned model on a question file.
 
 Launch, with the output directory of a finetuning run:
 
     tune run torchfuse/recipes/evaluate.py --config recipes/configs/digits/evaluate.yaml
 
-The run's own configuration says which model, checkpoints and transform are used; start it where the run
-was started if that configuration holds relative paths.
+Model, checkpoints and transform are those of the run's configuration; start the recipe in the directory
+in which the run was started if that configuration has relative paths.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torchfuse.training.config import recipe
 
 @dataclass
 class Config:
-    """Everything that the recipe takes."""
+    """Keys of the recipe."""
 
     run: str = MISSING
     questions: str = MISSING
@@ -33,7 +33,7 @@ class Config:
 
 @recipe(Config)
 def main(config: Config) -> None:
-    """Ask a finetuned model the questions of a file, and print how many it answers right."""
+    """Print the accuracy of a finetuned model on a question file."""
     questions = read_questions(config.questions)
     model, transform = load_run(config.run, device=config.device, dtype=config.dtype)
     longest = check_questions(transform, questions, config.questions)

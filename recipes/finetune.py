@@ -1,7 +1,7 @@
 """Finetune a fused model on questions about images.
 
-Fuses, loads both pretrained checkpoints unchanged, trains what the model's flags say (what fusion added,
-unless told otherwise), answers held-out questions, and saves what was learned.
+Fuses a decoder and an encoder, loads their pretrained checkpoints, trains what fusion added (or the
+parts that the configuration names), answers test questions, and saves what was trained.
 
 Launch on one device, or on several with FSDP2:
 

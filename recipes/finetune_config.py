@@ -1,4 +1,4 @@
-"""What the finetune recipe takes, what of it decides how training goes, and what is out of range."""
+"""Configuration of the finetune recipe: keys, their ranges, and those that a resumed run must share."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,8 +10,8 @@ from torchfuse.errors import ConfigError
 
 __all__ = ["Config", "Data", "Pretrained", "Train", "check_config", "flat", "resume_signature"]
 
-# What may differ between the two halves of a run: where and how it runs, and what is asked meanwhile.
-_NO_MATTER: Final = frozenset(
+# Keys that a resumed run may change: they do not affect the trained weights.
+_FREE_ON_RESUME: Final = frozenset(
     {
         "output_dir",
         "data.test",
@@ -65,13 +65,13 @@ class Train:
 
 @dataclass
 class Config:
-    """Everything that the recipe takes.
+    """Keys of the recipe.
 
-    ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; none
-    leaves what trains as the model says. Every ``eval_every`` steps and after the last, questions about
-    one image are asked: the first ``eval_limit`` of ``data.test``. Every ``save_every`` steps and after
-    the last, the run is saved in ``output_dir/checkpoints``; ``resume`` goes on with the newest of them,
-    if there is one.
+    ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``;
+    without any, the options of ``model`` determine what trains. Every ``eval_every`` steps and after the
+    last, the model is evaluated on the first ``eval_limit`` questions of ``data.test`` about one image.
+    Every ``save_every`` steps and after the last, the run is saved in ``output_dir/checkpoints``; with
+    ``resume`` it continues from the newest checkpoint there, if there is one.
     """
 
     output_dir: str = MISSING
@@ -132,15 +132,15 @@ def check_config(config: Config) -> None:
 
 
 def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
-    """What decides how training goes, by key; a run that goes on must have it as it was.
+    """Return the keys that affect training, with their values; a resumed run must have the same.
 
-    How many questions a step has counts, and not how they are shared among ranks and batches.
+    Batch size, accumulation and number of ranks are in it as their product, the questions of a step.
 
     Args:
         config: the configuration.
-        world_size: how many ranks there are.
+        world_size: the number of ranks.
     """
-    kept = {name: value for name, value in flat(asdict(config)) if name not in _NO_MATTER}
+    kept = {name: value for name, value in flat(asdict(config)) if name not in _FREE_ON_RESUME}
     size = world_size
     for name in _SIZES:
         size *= kept.pop(name)
@@ -148,7 +148,7 @@ def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested sections, by dotted keys."""
+    """Iterate over the values of nested sections, by dotted key."""
     for name, value in section.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -1,7 +1,7 @@
-"""Ask a model about images: single questions, conversations, files of questions, or in a chat.
+"""Answer questions about images: single questions, conversations, question files, or a chat.
 
-Prompts come from a YAML: a list of questions, with ``<image>`` where an image is shown and ``images``,
-paths relative to that file; or of conversations, whose turns are such questions:
+Prompts come from a YAML file: a list of questions, with ``<image>`` at the position of each image and
+``images``, paths relative to that file; or of conversations, whose turns are such questions:
 
     - question: "<image> which digit ?"
       images: [images/0012.png]
@@ -11,15 +11,15 @@ paths relative to that file; or of conversations, whose turns are such questions
           images: [images/0012.png]
         - question: even or odd ?
 
-They are answered one by one, and answers appear as they are made. Prompts from a question file, a JSON
-object a line, are answered in batches. With ``output`` the answers go into a file, a JSON object a line:
+They are answered one by one, and printed token by token. Prompts from a question file, a JSON object a
+line, are answered in batches. With ``output`` the answers are written to a file, a JSON object a line:
 
     tune run torchfuse/recipes/generate.py --config recipes/configs/digits/generate.yaml \
         prompts=demo/questions/test.jsonl output=demo/answers.jsonl batch_size=64
 
 ``--chat`` starts a conversation in the terminal. The model is that of a finetuning run (``run``; start
-where it was started if its configuration holds relative paths), or any directory of a whole model
-(``model``) with a ``transform``.
+in the directory in which it was started if its configuration has relative paths), or any directory of a
+whole model (``model``) with a ``transform``.
 """
 
 import json
@@ -35,8 +35,8 @@ from torch import nn
 
 from torchfuse import quantize
 from torchfuse.data.questions import Question, read_questions
-from torchfuse.errors import ConfigError
-from torchfuse.generation import sampling as how
+from torchfuse.errors import ConfigError, ModelError
+from torchfuse.generation import Sampling as TokenSampling
 from torchfuse.generation.caches import room_for_text
 from torchfuse.io.atomic import write_text
 from torchfuse.quantization import Scheme
@@ -45,7 +45,7 @@ from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.prompts import Prompt, encode_turns, prompts_from
-from torchfuse.tasks.prompts import Template as Surroundings
+from torchfuse.tasks.prompts import Template as PromptTemplate
 from torchfuse.tasks.report import Report
 from torchfuse.tasks.runs import ModelSource, read_model, read_run
 from torchfuse.training.config import read_yaml, recipe
@@ -54,7 +54,7 @@ from torchfuse.training.device import device_and_dtype
 
 @dataclass
 class Sampling:
-    """How the next token is chosen, a temperature of 0 takes the likeliest; and where an answer ends."""
+    """How the next token is chosen, at temperature 0 the likeliest, and where an answer ends."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -66,7 +66,7 @@ class Sampling:
 
 @dataclass
 class Template:
-    """What stands around a system text and around a question, which goes where ``{text}`` is."""
+    """The text around a system text and around a question, which replace ``{text}``."""
 
     system: str = "{text}\n"
     question: str = "{text}"
@@ -74,7 +74,7 @@ class Template:
 
 @dataclass
 class Config:
-    """Everything that the recipe takes; ``max_tokens`` and ``max_images`` are those of a chat."""
+    """Keys of the recipe; ``max_tokens`` and ``max_images`` are the limits of a chat."""
 
     run: str | None = None
     model: str | None = None
@@ -95,9 +95,9 @@ class Config:
     seed: int = 0
 
 
-@recipe(Config, flags={"chat": "talk about images in the terminal, whatever prompts says"})
+@recipe(Config, flags={"chat": "chat in the terminal; the key prompts is ignored"})
 def main(config: Config) -> None:
-    """Ask a model about images: single questions, conversations, files of questions, or in a chat."""
+    """Answer questions about images: single questions, conversations, question files, or a chat."""
     _check(config)
     path = Path(config.prompts or "")
     batched = path.suffix == ".jsonl"
@@ -122,12 +122,12 @@ def main(config: Config) -> None:
         else:
             answers = _answer_one_by_one(model, settings, prompts, slots, images, report)
         if config.output:
-            _write(Path(config.output), prompts, answers)
+            _write_answers(Path(config.output), prompts, answers)
     print("\n" + "\n".join(report.lines(device)))
 
 
 def _check(config: Config) -> None:
-    """Raise one ``ValueError`` for all that is wrong with the configuration itself."""
+    """Raise one ``ConfigError`` for all problems of the configuration itself."""
     problems = []
     if not config.run and not config.model:
         raise ConfigError("Configuration key 'run' (or 'model'): missing, and must be given.")
@@ -136,9 +136,9 @@ def _check(config: Config) -> None:
     if config.model and config.transform is None:
         problems.append("model needs a transform, as the configurations of finetuning have one")
     if config.run and not config.model and config.transform is not None:
-        problems.append("transform is for model; a run has its own")
+        problems.append("give transform with model only; a run has its own")
     if not config.chat and not config.prompts:
-        problems.append("give prompts, a YAML or a .jsonl, or --chat")
+        problems.append("give prompts, a YAML file or a .jsonl, or --chat")
     if config.chat and config.output:
         problems.append("output is for prompts, not for a chat")
     problems += [
@@ -155,7 +155,7 @@ def _check(config: Config) -> None:
     if negative := [stop for stop in stops if stop < 0]:
         problems.append(f"sampling.stop_tokens {negative} are no ids")
     problems += [f"sampling.{problem}" for problem in _sampling(config).problems()]
-    problems += Surroundings(**vars(config.template)).problems()
+    problems += PromptTemplate(**vars(config.template)).problems()
     if config.quantization is not None and config.quantization not in get_args(Scheme):
         known = ", ".join(get_args(Scheme))
         problems.append(f"quantization must be null or one of {known}, got {config.quantization!r}")
@@ -176,7 +176,7 @@ def _output_problems(config: Config) -> list[str]:
         return []
     path = Path(config.output)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        return [f"output={path} is no file in a directory that can be written to"]
+        return [f"output={path} must be a file in a directory that can be written to"]
     if config.prompts and path.resolve() == Path(config.prompts).resolve():
         return [f"output={path} is the file of the prompts"]
     return []
@@ -188,9 +188,9 @@ def _read_prompts(path: Path) -> list[Prompt]:
     return prompts_from(read_yaml(path, "it is a list of prompts"), path)
 
 
-def _sampling(config: Config) -> how.Sampling:
+def _sampling(config: Config) -> TokenSampling:
     chosen = vars(config.sampling)
-    return how.Sampling(
+    return TokenSampling(
         **{n: v for n, v in chosen.items() if n not in ("max_new_tokens", "stop_tokens")}
     )
 
@@ -198,7 +198,7 @@ def _sampling(config: Config) -> how.Sampling:
 def _prompt_settings(config: Config, source: ModelSource) -> PromptSettings:
     return PromptSettings(
         source.transform,
-        template=Surroundings(**vars(config.template)),
+        template=PromptTemplate(**vars(config.template)),
         sampling=_sampling(config),
         max_new_tokens=config.sampling.max_new_tokens,
         stop_tokens=config.sampling.stop_tokens,
@@ -210,7 +210,10 @@ def _prompt_settings(config: Config, source: ModelSource) -> PromptSettings:
 def _load(config: Config, source: ModelSource) -> nn.Module:
     model = source.load(config.device, config.dtype).eval().requires_grad_(False)
     if config.quantization is not None:
-        print(quantize(model, config.quantization, parts=config.quantization_parts))
+        try:
+            print(quantize(model, config.quantization, parts=config.quantization_parts))
+        except ModelError as error:
+            raise ConfigError(f"quantization={config.quantization}: {error}") from error
     return model
 
 
@@ -221,7 +224,7 @@ def _answer_in_batches(
     predictions = predict(model, settings, questions, batch_size=config.batch_size, report=report)
     if not config.output:
         for prediction in predictions:
-            print(f"{_shown(prediction.question)}\n    {prediction.text}")
+            print(f"{_question_line(prediction.question)}\n    {prediction.text}")
     return [[prediction.text] for prediction in predictions]
 
 
@@ -243,8 +246,8 @@ def _answer_one_by_one(
             if prompt.system is not None:
                 print(prompt.system)
             for question in prompt.turns:
-                print(f"{_shown(question)}\n    ", end="", flush=True)
-                answers[-1].append(conversation.ask(question, stream=_say))
+                print(f"{_question_line(question)}\n    ", end="", flush=True)
+                answers[-1].append(conversation.ask(question, stream=_print_piece))
                 print()
     return answers
 
@@ -255,11 +258,11 @@ def _chat(config: Config, model: nn.Module, settings: PromptSettings, report: Re
     options = {"max_tokens": tokens, "max_images": config.max_images, "report": report}
     print(HELP)
     with Conversation(model, settings, **options) as conversation:
-        chat(conversation, _typed(), _say)
+        chat(conversation, _input_lines(), _print_piece)
 
 
-def _typed() -> Iterator[str]:
-    """Lines of the standard input, until it ends or is interrupted."""
+def _input_lines() -> Iterator[str]:
+    """Iterate over the lines of the standard input, until it ends or is interrupted."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -268,25 +271,25 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _say(text: str) -> None:
+def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _shown(question: Question) -> str:
+def _question_line(question: Question) -> str:
     names = ", ".join(image.name for image in question.images)
     return f"{question.question}  [{names}]" if names else question.question
 
 
-def _write(path: Path, prompts: list[Prompt], answers: list[list[str]]) -> None:
-    """A JSON object for each prompt; paths of images are relative to the file."""
+def _write_answers(path: Path, prompts: list[Prompt], answers: list[list[str]]) -> None:
+    """Write a JSON object for each prompt; paths of images are relative to the file."""
 
     def record(question: Question, answer: str) -> dict[str, Any]:
         images = [os.path.relpath(image, path.parent) for image in question.images]
         return {"question": question.question, "images": images, "answer": answer}
 
     lines = []
-    for prompt, said in zip(prompts, answers, strict=True):
-        turns = [record(question, answer) for question, answer in zip(prompt.turns, said, strict=True)]
+    for prompt, texts in zip(prompts, answers, strict=True):
+        turns = [record(question, answer) for question, answer in zip(prompt.turns, texts, strict=True)]
         whole = turns[0] if len(turns) == 1 and prompt.system is None else {"turns": turns}
         if prompt.system is not None:
             whole = {"system": prompt.system, **whole}

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from programs import DIGITS, run_program
-from torchfuse.recipes import evaluate, finetune, generate
+from torchfuse.recipes import evaluate, finetune, finetune_config, finetune_run, generate
 
+from torchfuse.errors import ConfigError
 from torchfuse.tasks.runs import build_model, load_run
+from torchfuse.training.config import read_config, typed
 
 MODEL = "model (torchfuse.models.builders.digits): "
 TRANSFORM = "transform (torchfuse.data.questions.QuestionTransform): "
@@ -91,6 +93,7 @@ def break_image(demo):
         ("seed=7", break_image, "broken.png is no image that can be opened"),
         ("train.batch_size=999", None, "64 questions are too few for one step of 1 x 999 x 1"),
         ("output_dir=demo/prompt.yaml/run", None, "is not a directory that can be written to"),
+        ("model.fusion_trainable=false", None, "No parameter trains: set model.fusion_trainable=true"),
         ("train.lr={decoder: 1.0}", None, "lr must name the parts that train, fusion; unknown: decoder"),
     ],
 )
@@ -233,8 +236,14 @@ def test_a_run_whose_configuration_was_edited(intact, tmp_path, section, change,
     config = yaml.safe_load((DIGITS / "cross_attention.yaml").read_text())
     config[section] |= change
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.yaml, {message}"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.yaml, {message}"):
         load_run(tmp_path, device="cpu", dtype="fp32")
+
+
+def test_sharding_needs_participation(intact):
+    config = typed(read_config(DIGITS / "cross_attention.yaml", ""), finetune_config.Config)
+    with pytest.raises(ConfigError, match='cannot be sharded: .* needs on_missing="participate"'):
+        finetune_run._build_model(config, shard_it=True)
 
 
 @pytest.mark.parametrize("encoder", [5, ["demo/clip"], {"encoder": 5}], ids=str)
@@ -242,7 +251,7 @@ def test_an_encoder_that_is_no_path(intact, encoder):
     model = {"_component_": "torchfuse.models.builders.digits"}
     pretrained = {"decoder": "demo/llama", "encoder": encoder}
     with pytest.raises(
-        ValueError, match="^pretrained: encoder must be a string, a path, a mapping .*, got "
+        ConfigError, match="^pretrained: encoder must be a string, a path, a mapping .*, got "
     ):
         build_model(model, pretrained, device="cpu", dtype="fp32")
 
@@ -259,7 +268,7 @@ def test_sizes_below_one(intact):
         "num_heads": 0,
         "embed_dim": -3,
     }
-    with pytest.raises(ValueError, match=r"sizes must be at least 1, got num_heads=0, embed_dim=-3\.$"):
+    with pytest.raises(ConfigError, match=r"sizes must be at least 1, got num_heads=0, embed_dim=-3\.$"):
         build_model(model, {}, device="cpu", dtype="fp32")
 
 

@@ -121,9 +121,9 @@ def test_accuracies_at_the_ends_of_the_scale_are_drawn_at_its_border(tmp_path, s
 @pytest.mark.parametrize(
     ("configs", "changes", "messages"),
     [
-        ([], {}, ["configs names no configuration."]),
+        ([], {}, ["configs must list at least one configuration."]),
         (["nowhere.yaml"], {}, ["nowhere.yaml cannot be read (No such file or directory)"]),
-        (["mot.yaml", "mot.yaml"], {}, ["mot.yaml: there is a run called mot already."]),
+        (["mot.yaml", "mot.yaml"], {}, ["mot.yaml: there is a run named mot already."]),
         (["mot.yaml"], {"budget": {}}, ["eval_every and data.test must be given"]),
         (
             ["mot.yaml", "moma.yaml"],
@@ -170,7 +170,7 @@ def test_runs_on_other_data_or_budgets_cannot_be_compared(start, tmp_path, capsy
         start(DIGITS / "mot.yaml", tmp_path / "other.yaml")
     printed = capsys.readouterr().err
     assert (
-        f"other.yaml: differs from {DIGITS / 'mot.yaml'} in data.limit, train.epochs, which" in printed
+        f"other.yaml: differs from {DIGITS / 'mot.yaml'} in data.limit, train.epochs; budget" in printed
     )
 
 

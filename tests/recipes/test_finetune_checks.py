@@ -5,6 +5,8 @@ import sys
 import pytest
 from torchfuse.recipes import finetune_config, prepare_digits
 
+from torchfuse.errors import ConfigError
+
 
 def config(**train):
     limit = train.pop("limit", None)
@@ -44,7 +46,7 @@ def config(**train):
     ids=str,
 )
 def test_numbers_out_of_range_are_one_error(given, messages):
-    with pytest.raises(ValueError, match="must be") as info:
+    with pytest.raises(ConfigError, match="must be") as info:
         finetune_config.check_config(config(**given))
     for message in messages:
         assert message in str(info.value)
@@ -54,7 +56,7 @@ def test_numbers_out_of_range_are_one_error(given, messages):
 def test_missing_checkpoints_are_named(given):
     incomplete = finetune_config.Config(pretrained=finetune_config.Pretrained(**given))
     name = "encoder" if "decoder" in given else "decoder"
-    with pytest.raises(ValueError, match=rf"'pretrained\.{name}': missing.* give pretrained\.path"):
+    with pytest.raises(ConfigError, match=rf"'pretrained\.{name}': missing.* give pretrained\.path"):
         finetune_config.check_config(incomplete)
 
 

@@ -188,7 +188,7 @@ def test_prompts_are_answered_as_they_appear_and_written(folder, start):
 
 def test_answers_are_streamed_token_by_token(start, monkeypatch):
     pieces = []
-    monkeypatch.setattr(generate, "_say", pieces.append)
+    monkeypatch.setattr(generate, "_print_piece", pieces.append)
     start(prompts="prompts.yaml", output="answers.jsonl")
     answers = [a for record in records("answers.jsonl") for a in record.get("turns", [record])]
     assert "".join(pieces) == "".join(answer["answer"] for answer in answers)
@@ -254,11 +254,11 @@ def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
     [
         ({"run": None}, "Configuration key 'run' (or 'model'): missing, and must be given."),
         ({"model": "llava"}, "give run=run or model=llava, not both"),
-        ({"transform": TRANSFORM}, "transform is for model; a run has its own"),
+        ({"transform": TRANSFORM}, "give transform with model only; a run has its own"),
         ({"run": None, "model": "llava"}, "model needs a transform"),
         ({"run": None, "model": "none", "transform": TRANSFORM}, "model: none is not a directory"),
         ({"run": "none"}, "none/config.yaml cannot be read"),
-        ({"prompts": None}, "give prompts, a YAML or a .jsonl, or --chat"),
+        ({"prompts": None}, "give prompts, a YAML file or a .jsonl, or --chat"),
         ({"chat": True, "output": "answers.jsonl"}, "output is for prompts, not for a chat"),
         ({"batch_size": 0, "max_images": -1}, "batch_size=0 must be at least 1; max_images=-1 must be"),
         ({"sampling": {"top_p": 1.5}}, "sampling.top_p must lie in (0, 1], got 1.5"),
@@ -275,8 +275,8 @@ def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
         ({"quantization_parts": ["adapter"]}, "quantization_parts must be decoder, encoder or"),
         ({"device": "toaster"}, "device 'toaster' is not a device"),
         ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
-        ({"output": "none/answers.jsonl"}, "output=none/answers.jsonl is no file in a directory"),
-        ({"output": "images"}, "output=images is no file in a directory"),
+        ({"output": "none/answers.jsonl"}, "output=none/answers.jsonl must be a file in a directory"),
+        ({"output": "images"}, "output=images must be a file in a directory"),
         ({"output": "prompts.yaml"}, "output=prompts.yaml is the file of the prompts"),
         ({"prompts": "none.yaml"}, "none.yaml cannot be read"),
         ({"prompts": "none.jsonl"}, "The question file none.jsonl cannot be read"),
@@ -337,6 +337,23 @@ def test_a_conversation_that_does_not_fit_is_an_error_before_anything_is_generat
 def test_stop_tokens_outside_the_vocabulary_are_refused(refused):
     error = refused(load=True, sampling={"stop_tokens": [40]})
     assert "stop_tokens [40] must lie in [0, 37), what the head scores" in error
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            ["decoder", "encoder.none"],
+            "quantize: no part 'encoder.none'; the model has decoder, encoder",
+        ),
+        (["encoder"], "encoder has no layer that nf4 can quantize"),
+    ],
+    ids=["part", "shapes"],
+)
+def test_parts_that_cannot_be_quantized_are_an_error_of_the_configuration(refused, parts, message):
+    error = refused(load=True, quantization="nf4", quantization_parts=parts)
+    assert "error: quantization=nf4: " in error
+    assert message in error
 
 
 def test_a_transform_of_another_model_is_refused(refused):

@@ -60,6 +60,7 @@ def test_decoder_settings_that_are_not_supported(folders, changes, problem):
         ({"num_channels": 1}, "num_channels=1 is not supported, only 3"),
         ({"hidden_act": "relu"}, "hidden_act must be one of quick_gelu, gelu, got 'relu'"),
         ({"patch_size": 5}, "patch_size=5 must divide image_size=12"),
+        ({"feature_layer": -5}, "clip: config.json: feature_layer=-5 must lie between -4 and 3"),
         ({"model_type": "perceptron"}, "transformers has no model_type 'perceptron'"),
         ({"model_type": None}, "model_type None"),
     ],
@@ -67,7 +68,7 @@ def test_decoder_settings_that_are_not_supported(folders, changes, problem):
 )
 def test_encoder_settings_that_are_not_supported(folders, changes, problem):
     edit(folders["encoder"], **changes)
-    refused(problem, **folders)
+    refused(str(folders["encoder"]), problem, **folders)
 
 
 def test_problems_of_all_directories_and_settings_are_one_error(folders):

@@ -243,7 +243,7 @@ def test_the_encoders_number_of_tokens_gives_the_grid():
     assert build_adapter("avgpool", IN, OUT, num_tokens=25, grid=None).options()["grid"] == 5
     assert build_adapter("linear", IN, OUT, num_tokens=26).options() == {}
     with pytest.raises(
-        ValueError, match="avgpool: of the encoder's image, 26 tokens are no square grid"
+        ValueError, match="avgpool: for the encoder's image, 26 tokens are no square grid"
     ):
         build_adapter("avgpool", IN, OUT, num_tokens=26)
     with pytest.raises(ValueError, match="num_prefix_tokens must be an integer, got 'two'"):
@@ -303,11 +303,11 @@ def test_numbers_that_do_not_fit_are_named(name, options, complaint):
     [
         ({}, 577, r"577 tokens are no square grid: 24 x 24 = 576 .* With num_prefix_tokens=1 "),
         ({}, 60, r"60 tokens are no square grid: 7 x 7 = 49 would be one.*give .* as grid=\.$"),
-        ({"num_prefix_tokens": 1}, 576, r"576 tokens .* behind 1 tokens: 1 \+ 23 x 23 = 530"),
+        ({"num_prefix_tokens": 1}, 576, r"576 tokens .* after 1 others: 1 \+ 23 x 23 = 530"),
         ({"num_prefix_tokens": 1}, 576, r"With num_prefix_tokens=0"),
         ({"grid": 5}, 4 * 26, r"104 tokens are no frames of 5 x 5 = 25 .* With num_prefix_tokens=1 "),
         ({"grid": 5, "num_prefix_tokens": 1}, 25, r"25 tokens are no frames of 1 \+ 5 x 5 = 26"),
-        ({"num_prefix_tokens": 1}, 1, r"1 tokens are no square grid behind 1 tokens: 1 \+ 1 x 1 = 2"),
+        ({"num_prefix_tokens": 1}, 1, r"1 tokens are no square grid after 1 others: 1 \+ 1 x 1 = 2"),
         ({}, 0, "0 tokens are no square grid"),
         ({"grid": 5}, 0, "0 tokens are no frames"),
     ],

@@ -247,8 +247,8 @@ def hooked():
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        (lambda: Scaled(DIM, OLD), "a Scaled has a forward of its own"),
-        (lambda: nn.Conv1d(DIM, OLD, 1), "plain nn.Linear; a Conv1d"),
+        (lambda: Scaled(DIM, OLD), "Scaled has a forward of its own"),
+        (lambda: nn.Conv1d(DIM, OLD, 1), "Conv1d has a forward of its own.* Give a plain nn.Linear"),
         (make, r"add tokens to it with expand\(n\)"),
         (hooked, "forward hooks"),
     ],

@@ -244,7 +244,7 @@ def test_parameters_outside_of_the_model_are_refused_by_their_names():
     holder.temperature = nn.Parameter(torch.ones(()))
     holder.heads = nn.ModuleList([nn.Linear(2, 3) for _ in range(5)])
     message = (
-        r"Lightning has parameters that are not of the fused model inside it \(model\): temperature, "
+        r"Lightning has parameters outside of the fused model inside it \(model\): temperature, "
         r"heads\.0\.weight, .* and 3 more\. Pass the fused model"
     )
     for act in ACTIONS.values():

@@ -49,7 +49,7 @@ def test_a_step_is_a_whole_number(step):
         (-1, (OFF,), ["start_step must be a whole number from 0 on, got -1"]),
         (True, (), ["start_step must be a whole number from 0 on, got True", "at least one FreezeSpec"]),
         (2.0, OFF, ["got 2.0", "specs must be a sequence of at least one FreezeSpec"]),
-        (0, ("encoder", OFF), ["specs must hold FreezeSpecs, got 'encoder'"]),
+        (0, ("encoder", OFF), ["specs must be FreezeSpecs, got 'encoder'"]),
     ],
     ids=["negative", "bool", "float", "strings"],
 )

@@ -31,12 +31,14 @@ def test_named_encoders_train_by_name():
     assert trains(model) == names(model, "encoder.eye", "encoder.ear")
 
 
-def test_asking_for_what_is_not_there_changes_nothing():
+def test_parts_that_do_not_exist_are_refused():
     model = named_model()
     before = trains(model)
     with pytest.raises(ValueError, match="No encoder named nose; there are eye, ear"):
         set_trainable(model, encoder={"nose": True})
-    with pytest.raises(ValueError, match="The encoder is to train, but the model has none"):
+    with pytest.raises(
+        ValueError, match="encoder=True, but the model has no encoder; it has decoder, fusion"
+    ):
         set_trainable(tiny_decoder(), encoder=True)
     with pytest.raises(ValueError, match="Nothing to train in fusion.*It has decoder"):
         set_trainable(tiny_decoder())

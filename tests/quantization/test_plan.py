@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from torchfuse import fuse, get_fusion_params, quantize, set_trainable
 from torchfuse.encoders.hf import HfEncoder
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 
 
 def test_parts_by_name():
@@ -142,7 +142,7 @@ def test_quantized_weights_are_not_quantized_again_and_never_trained():
     check_refused("already quantized", model, "nf4", parts=("encoder", "decoder"))
     trainable = [p.requires_grad for p in model.parameters()]
     with pytest.raises(
-        ModelError, match=r"Quantized weights cannot train: decoder\.layers\.0.*and 14 more"
+        ConfigError, match=r"Quantized weights cannot train: decoder\.layers\.0.*and 14 more"
     ):
         set_trainable(model, decoder=True, fusion=False)
     assert [p.requires_grad for p in model.parameters()] == trainable

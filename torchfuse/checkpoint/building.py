@@ -20,7 +20,7 @@ from torchfuse.checkpoint.formats.registry import Role, formats_of, read_model_s
 from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, Spec
 from torchfuse.checkpoint.matching import match_model, match_parts
 from torchfuse.checkpoint.streaming import fill
-from torchfuse.errors import CheckpointError, ConfigError
+from torchfuse.errors import CheckpointError, ConfigError, FusionError
 from torchfuse.io.directory import Checkpoint, CheckpointDirectory
 from torchfuse.io.torch_file import open_checkpoint
 from torchfuse.models.base import FusedModel
@@ -216,6 +216,7 @@ def _build_on_meta(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn
 
     Raises:
         CheckpointError: if the settings cannot be built, or have more layers than there are tensors.
+        FusionError: of any kind that the module raises, with the path.
     """
     if (layers := spec.total_layers()) > len(checkpoint):
         raise CheckpointError(
@@ -225,6 +226,8 @@ def _build_on_meta(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn
     try:
         with torch.device("meta"):
             module = spec.build()
+    except FusionError as error:  # its kind stays: the caller may have chosen some of the settings
+        raise type(error)(f"{checkpoint.path}: {error}") from error
     except (RuntimeError, OverflowError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its config.json cannot be built as {spec.name}: {error}"

@@ -24,8 +24,8 @@ def save_pretrained(model: nn.Module, path: str | Path, *, files: Sequence[str |
 
     Args:
         model: a fused model.
-        path: see ``export``.
-        files: see ``export``.
+        path: the directory, as for ``export``.
+        files: files that are copied into the directory, as for ``export``.
 
     Raises:
         CheckpointError: as ``export``.
@@ -59,8 +59,9 @@ def export(
         max_shard_size: largest size of a file in bytes, unless one tensor is larger.
 
     Raises:
-        CheckpointError: for an unknown format, or a model that it cannot hold: which part, and which
-            formats can; for a file that is missing. Nothing is written then.
+        ConfigError: for an unknown format.
+        CheckpointError: for a model that the format cannot hold: which part, and which formats can; for
+            a file that is missing. In both cases nothing is written.
     """
     model = unwrap_model(model)
     path, copies = Path(path), [Path(file) for file in files]

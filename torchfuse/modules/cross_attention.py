@@ -1,14 +1,14 @@
 """Gated cross-attention from text to encoder features.
 
-What sets it apart from the obvious layer:
+How it differs from the obvious layer:
 
 * Both residuals are gated by ``tanh`` of a scalar that starts at zero (Flamingo,
   https://arxiv.org/abs/2204.14198), so that the fused model starts out as the pretrained one.
 * A text position that may attend to nothing (text before its image, a row without image) passes
   through both residuals unchanged, to the bit, with finite gradients. The same rule serves a batch
   that has no features at all.
-* Keys and values of the features are computed once per sequence and kept. Whether the cache holds
-  anything is known without looking at a tensor, so that decoding compiles to one graph.
+* Keys and values of the features are computed once per sequence and kept. Whether the cache is filled
+  is a Python value, not a tensor, so that decoding compiles to one graph.
 
 Children and their names are those of torchtune's ``TransformerCrossAttentionLayer``, so that weights
 of Llama 3.2 Vision load.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.grouped_attention import grouped_attention
 from torchfuse.modules.kv_cache import EncoderKVCache
 
@@ -51,7 +51,8 @@ class CrossAttention(nn.Module):
         attn_dropout: probability of dropping an attention weight in training.
 
     Raises:
-        ModelError: if ``num_kv_heads`` does not divide ``num_heads``, or only one norm is given.
+        ConfigError: if ``num_kv_heads`` does not divide ``num_heads``.
+        ModelError: if only one norm is given.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ModelError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}.")
+            raise ConfigError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}.")
         if (q_norm is None) != (k_norm is None):
             raise ModelError("q_norm and k_norm are given together or not at all.")
         self.num_heads = num_heads
@@ -145,7 +146,7 @@ class CrossAttention(nn.Module):
             x: queries, ``[b, s, d]``.
             y: what is attended to, ``[b, n, d]``; None: what the cache holds.
             mask: bool over what is attended to, True: may attend; every row must have a True. With a
-                cache that is every slot, see ``effective_mask``. None: everything there is.
+                cache it covers every slot, as ``effective_mask`` returns it. None: all of them.
 
         Returns:
             ``[b, s, d]``.

@@ -44,7 +44,7 @@ class FusionEmbedding(nn.Embedding):
         dtype: dtype of both tables.
 
     Raises:
-        ModelError: if a size is not positive.
+        ConfigError: if a size is not positive.
 
     Examples:
         >>> embedding = FusionEmbedding(vocab_size=11, fusion_vocab_size=2, embed_dim=3)
@@ -103,9 +103,9 @@ class FusionEmbedding(nn.Embedding):
                 A tensor ``[num_new, d]``: these values.
 
         Raises:
-            ModelError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
-                of the right shape, or the embedding does something that a second table would break
-                (a subclass with its own forward, ``max_norm``, ``scale_grad_by_freq``, hooks).
+            ConfigError: if ``num_new`` is not positive, or ``init`` is an unknown name.
+            ModelError: if ``init`` has another shape, or the embedding has what a second table would
+                break (a forward of its own, ``max_norm``, ``scale_grad_by_freq``, hooks).
 
         Examples:
             >>> base = nn.Embedding(11, 3)
@@ -116,7 +116,7 @@ class FusionEmbedding(nn.Embedding):
             True
         """
         check_num_new(num_new)
-        _refuse_what_would_break(embedding)
+        _check_plain(embedding)
         rows = first_rows(embedding, num_new, init)
         vocab_size, embed_dim = embedding.weight.shape
         fused = cls(vocab_size, num_new, embed_dim, device="meta")
@@ -138,7 +138,8 @@ class FusionEmbedding(nn.Embedding):
             The module itself.
 
         Raises:
-            ModelError: as in ``from_pretrained``; nothing has changed then.
+            ConfigError: as in ``from_pretrained``.
+            ModelError: as in ``from_pretrained``. In both cases nothing has changed.
         """
         append_rows(self, self.fusion_embedding, num_new, init)
         self.fusion_embedding.num_embeddings += num_new
@@ -150,18 +151,19 @@ class FusionEmbedding(nn.Embedding):
         return rows_are_means(self, self.fusion_embedding)
 
     def reset_new_rows(self, init: RowInit = "mean") -> None:
-        """Give the new rows their first values anew, for example after the pretrained table was loaded.
+        """Reset the new rows to their first values, for example after the pretrained table was loaded.
 
         Args:
             init: as in ``from_pretrained``.
 
         Raises:
-            ModelError: as in ``from_pretrained``; nothing has changed then.
+            ConfigError: as in ``from_pretrained``.
+            ModelError: as in ``from_pretrained``. In both cases nothing has changed.
         """
         reset_rows(self, self.fusion_embedding, init)
 
     def merge(self) -> nn.Embedding:
-        """One plain embedding of all tokens, old and new; the tables here stay as they are.
+        """Return one plain embedding of all tokens, old and new; this module stays as it is.
 
         Returns:
             An ``nn.Embedding`` with ``vocab_size + fusion_vocab_size`` rows in the pretrained
@@ -171,7 +173,7 @@ class FusionEmbedding(nn.Embedding):
         return _plain(weight, self.padding_idx, self.sparse)
 
     def fusion_params(self) -> list[str]:
-        """The names, relative to this module, of the parameters that fusion added."""
+        """Return the names, relative to this module, of the parameters that fusion added."""
         return ["fusion_embedding.weight"]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -185,11 +187,10 @@ class FusionEmbedding(nn.Embedding):
 
         Raises:
             ModelError: for an id outside both tables, on the CPU. On an accelerator the check would
-                wait for the device at every call, and a compiled or exported graph has nowhere to
-                raise from: there such an id meets torch's own bounds assertion, as with
-                ``nn.Embedding``.
+                wait for the device at every call, and a compiled or exported graph cannot raise it:
+                there torch's own bounds assertion applies, as with ``nn.Embedding``.
         """
-        if _can_be_read_for_free(input):
+        if _ids_can_be_checked(input):
             self._check_ids(input)
         vocab_size = self.vocab_size
         # Each id is looked up in both tables, in the wrong one at a row that exists; `where` keeps one.
@@ -212,8 +213,8 @@ class FusionEmbedding(nn.Embedding):
             )
 
 
-def _can_be_read_for_free(input: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation and breaks no graph."""
+def _ids_can_be_checked(input: Tensor) -> bool:
+    """Whether reading the values needs no synchronisation and breaks no graph."""
     return input.device.type == "cpu" and type(input) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -224,7 +225,7 @@ def _plain(weight: Tensor, padding_idx: int | None, sparse: bool) -> nn.Embeddin
     return embedding
 
 
-def _refuse_what_would_break(embedding: nn.Embedding) -> None:
+def _check_plain(embedding: nn.Embedding) -> None:
     if isinstance(embedding, FusionEmbedding):
         raise ModelError("This is a FusionEmbedding already; add tokens to it with expand(n).")
     if type(embedding).forward is not nn.Embedding.forward:

@@ -47,7 +47,7 @@ class FusionLinear(nn.Linear):
         dtype: dtype of both heads.
 
     Raises:
-        ModelError: if a size is not positive.
+        ConfigError: if a size is not positive.
 
     Examples:
         >>> head = FusionLinear(embed_dim=3, vocab_size=11, fusion_vocab_size=2)
@@ -102,9 +102,9 @@ class FusionLinear(nn.Linear):
                 values. A bias is initialized likewise; with given rows it is the mean.
 
         Raises:
-            ModelError: if ``num_new`` is not positive, ``init`` is neither a known name nor a tensor
-                of the right shape, or the head does something that a second one would break (a
-                subclass with its own forward, hooks, a weight that is sharded, quantized or computed).
+            ConfigError: if ``num_new`` is not positive, or ``init`` is an unknown name.
+            ModelError: if ``init`` has another shape, or the head has what a second one would break (a
+                forward of its own, hooks, a weight that is sharded, quantized or computed).
 
         Examples:
             >>> base = nn.Linear(3, 11)
@@ -116,7 +116,7 @@ class FusionLinear(nn.Linear):
             True
         """
         check_num_new(num_new)
-        _refuse_what_would_break(linear)
+        _check_plain(linear)
         rows = first_rows(linear, num_new, init)
         vocab_size, embed_dim = linear.weight.shape
         fused = cls(embed_dim, vocab_size, num_new, bias="bias" in rows, device="meta")
@@ -138,7 +138,8 @@ class FusionLinear(nn.Linear):
             The module itself.
 
         Raises:
-            ModelError: as in ``from_pretrained``; nothing has changed then.
+            ConfigError: as in ``from_pretrained``.
+            ModelError: as in ``from_pretrained``. In both cases nothing has changed.
         """
         append_rows(self, self.fusion_linear, num_new, init)
         self.fusion_linear.out_features += num_new
@@ -150,18 +151,19 @@ class FusionLinear(nn.Linear):
         return rows_are_means(self, self.fusion_linear)
 
     def reset_new_rows(self, init: RowInit = "mean") -> None:
-        """Give the new rows their first values anew, for example after the pretrained head was loaded.
+        """Reset the new rows to their first values, for example after the pretrained head was loaded.
 
         Args:
             init: as in ``from_pretrained``.
 
         Raises:
-            ModelError: as in ``from_pretrained``; nothing has changed then.
+            ConfigError: as in ``from_pretrained``.
+            ModelError: as in ``from_pretrained``. In both cases nothing has changed.
         """
         reset_rows(self, self.fusion_linear, init)
 
     def merge(self) -> nn.Linear:
-        """One plain head of all tokens, old and new; the heads here stay as they are.
+        """Return one plain head of all tokens, old and new; this module stays as it is.
 
         Returns:
             An ``nn.Linear`` with ``vocab_size + fusion_vocab_size`` rows in the pretrained head's dtype,
@@ -175,7 +177,7 @@ class FusionLinear(nn.Linear):
         return merged.train(self.training)
 
     def fusion_params(self) -> list[str]:
-        """The names, relative to this module, of the parameters that fusion added."""
+        """Return the names, relative to this module, of the parameters that fusion added."""
         return [f"fusion_linear.{name}" for name, _ in self.fusion_linear.named_parameters()]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -242,13 +244,13 @@ class TiedFusionLinear:
         return torch.cat([pretrained, new.to(pretrained.dtype)], dim=-1)
 
 
-def _refuse_what_would_break(linear: nn.Module) -> None:
+def _check_plain(linear: nn.Module) -> None:
     if isinstance(linear, FusionLinear):
         raise ModelError("This is a FusionLinear already; add tokens to it with expand(n).")
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ModelError(
-            f"New rows stand beside a plain nn.Linear; a {type(linear).__name__} has a forward of its "
-            "own, which they would bypass."
+            f"{type(linear).__name__} has a forward of its own, which new rows beside it would bypass. "
+            "Give a plain nn.Linear."
         )
     problems = []
     if type(linear.weight) is not nn.Parameter:

@@ -1,9 +1,8 @@
 """Rows of new tokens of a pretrained table: initializing, resetting, appending and merging them.
 
 ``FusionEmbedding`` and ``FusionLinear`` both are a pretrained module with a small one of the same kind
-below it. Functions on the rows of the small one are shared and in this file: a row is the values of each
-parameter for one token, a column of ``weight`` for each feature and, where there is a
-``bias``, one more.
+below it, and share these functions on the rows of the small one. A row is one token's values in each
+parameter: a row of ``weight`` and, if there is one, an entry of ``bias``.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 
 __all__ = [
     "RowInit",
@@ -30,36 +29,36 @@ RowInit = Literal["mean", "normal"] | Tensor
 
 
 def check_sizes(owner: str, **sizes: int) -> None:
-    """Refuse sizes below 1, all in one error.
+    """Check that sizes are at least 1, with one error for all.
 
     Args:
         owner: the class whose sizes they are.
         sizes: the sizes by name.
 
     Raises:
-        ModelError: if one is not positive.
+        ConfigError: if one is not positive.
     """
     bad = [f"{name}={size}" for name, size in sizes.items() if size < 1]
     if bad:
-        raise ModelError(f"{owner} needs positive sizes, got {', '.join(bad)}.")
+        raise ConfigError(f"{owner} needs positive sizes, got {', '.join(bad)}.")
 
 
 def check_num_new(num_new: int) -> None:
-    """Refuse to add less than one token.
+    """Check that at least one token is added.
 
     Raises:
-        ModelError: if ``num_new`` is not positive.
+        ConfigError: if ``num_new`` is not positive.
     """
     if num_new < 1:
-        raise ModelError(f"num_new must be at least 1, got {num_new}.")
+        raise ConfigError(f"num_new must be at least 1, got {num_new}.")
 
 
 @torch.no_grad()
 def first_rows(pretrained: nn.Module, num_new: int, init: RowInit) -> dict[str, Tensor]:
-    """First values of the rows of new tokens.
+    """Return the first values of the rows of new tokens.
 
     Args:
-        pretrained: an embedding or a linear layer; rows other than its own are not looked at.
+        pretrained: an embedding or a linear layer; of a fusion module only the pretrained rows are used.
         num_new: number of new tokens.
         init: ``"mean"``: each row the mean of the pretrained rows. ``"normal"``: drawn per column with
             the mean and the deviation of the pretrained rows. A tensor ``[num_new, d]``: these values,
@@ -70,7 +69,8 @@ def first_rows(pretrained: nn.Module, num_new: int, init: RowInit) -> dict[str, 
         the pretrained ones.
 
     Raises:
-        ModelError: if ``init`` is neither a known name nor a tensor of the right shape.
+        ConfigError: if ``init`` is neither a known name nor a tensor.
+        ModelError: if it is a tensor of another shape.
 
     Examples:
         >>> rows = first_rows(nn.Linear(3, 11), 2, "mean")
@@ -97,7 +97,8 @@ def append_rows(pretrained: nn.Module, new: nn.Module, num_new: int, init: RowIn
         init: as in ``first_rows``.
 
     Raises:
-        ModelError: if ``num_new`` is not positive, or as ``first_rows``; nothing has changed then.
+        ConfigError: if ``num_new`` is not positive, or as ``first_rows``.
+        ModelError: as ``first_rows``. In both cases nothing has changed.
     """
     check_num_new(num_new)
     for name, more in first_rows(pretrained, num_new, init).items():
@@ -115,7 +116,8 @@ def reset_rows(pretrained: nn.Module, new: nn.Module, init: RowInit) -> None:
         init: as in ``first_rows``.
 
     Raises:
-        ModelError: as ``first_rows``; nothing has changed then.
+        ConfigError: as ``first_rows``.
+        ModelError: as ``first_rows``. In both cases nothing has changed.
     """
     for name, values in first_rows(pretrained, _num_rows(new), init).items():
         getattr(new, name).copy_(values)
@@ -137,7 +139,7 @@ def rows_are_means(pretrained: nn.Module, new: nn.Module) -> bool:
 
 @torch.no_grad()
 def merged_parameters(pretrained: nn.Module, new: nn.Module) -> dict[str, nn.Parameter]:
-    """The rows of both modules in one parameter each, the new ones last.
+    """Return the rows of both modules in one parameter each, the new ones last.
 
     Args:
         pretrained: as in ``first_rows``.
@@ -170,7 +172,7 @@ def _rows(table: Tensor, num_new: int, init: RowInit) -> Tensor:
             raise ModelError(f"init must have shape {list(shape)}, got {list(init.shape)}.")
         return init.detach().to(table).clone()
     if init not in ("mean", "normal"):
-        raise ModelError(f'init must be "mean", "normal" or a tensor {list(shape)}, got {init!r}.')
+        raise ConfigError(f'init must be "mean", "normal" or a tensor {list(shape)}, got {init!r}.')
     # In fp32 without an fp32 copy of the table, which may be gigabytes.
     mean = table.mean(dim=0, dtype=torch.float32)
     rows = mean.expand(shape)

@@ -1,4 +1,4 @@
-"""Which parameters fusion added, which of all train and when, and in which group."""
+"""Parameters: which ones fusion added, which train and when, and their groups for an optimizer."""
 
 from torchfuse.params.freezing import FreezeSpec, apply_freeze_specs, freeze_params
 from torchfuse.params.groups import param_groups
@@ -29,7 +29,6 @@ __all__ = [
     "fusion_buffers",
     "get_fusion_params",
     "is_sharded",
-    "storage_nbytes",
     "param_groups",
     "partition",
     "parts_of",
@@ -37,4 +36,5 @@ __all__ = [
     "read_freeze_meta",
     "register_fusion_module",
     "set_trainable",
+    "storage_nbytes",
 ]

@@ -68,11 +68,11 @@ def _pattern_problems(pattern: object) -> Iterator[str]:
     if not isinstance(pattern, str):
         yield f"module must be a string, got {pattern!r}; {example}"
     elif pattern != pattern.strip():
-        yield f"module {pattern!r} has blanks around it; {example}"
+        yield f"module {pattern!r} has spaces around it; {example}"
     elif not all(pattern.split(".")):
         yield f"module {pattern!r} has an empty component; {example}"
     elif re.search(r"[\[\]]", re.sub(r"\[!?[^\[\]]+\]", "", pattern)):
-        yield f"module {pattern!r} has brackets that do not pair, such as [0-3] does; {example}"
+        yield f"module {pattern!r} has unpaired brackets (a pair is [0-3]); {example}"
 
 
 def freeze_params(model: nn.Module, *modules: str, frozen: bool = True) -> None:
@@ -157,7 +157,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 
 class _Names:
-    """All names of all parameters: canonical names, and names that begin with a part."""
+    """All names of the parameters of a model: canonical names, and names that begin with a part."""
 
     def __init__(self, model: nn.Module) -> None:
         inner = unwrap_model(model)
@@ -191,10 +191,10 @@ class _Names:
             name
             for name, paths in self._paths.items()
             if (all_fusion and name in self._fusion)
-            or any(self._means(hits, name, own) for own in paths)
+            or any(self._includes(hits, name, own) for own in paths)
         ]
 
-    def _means(self, hits: set[str], name: str, own: list[str]) -> bool:
+    def _includes(self, hits: set[str], name: str, own: list[str]) -> bool:
         outermost = next((path for path in own if path in hits), None)
         if outermost is None:
             return False
@@ -215,7 +215,7 @@ class _Names:
 
 
 def _leading(name: str) -> list[str]:
-    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
+    """Return ``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
     components = name.split(".")
     return [".".join(components[: n + 1]) for n in range(len(components))]
 

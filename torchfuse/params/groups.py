@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.errors import ConfigError, ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.params.freezing import FreezeSpec
 from torchfuse.params.parts import partition
 from torchfuse.params.schedule import FreezeSchedule
@@ -38,9 +38,9 @@ def param_groups(
         ``{"name", "params", "param_names", "lr", "weight_decay"}`` for each part that trains.
 
     Raises:
-        ConfigError: if a part that trains has no learning rate, or a mapping names a part that does not
-            train.
-        ModelError: if nothing trains, or a stage does not fit the model.
+        ConfigError: if a part that trains has no learning rate, a mapping names a part that does not
+            train, nothing trains, or a stage does not fit the model.
+        ModelError: as ``parts_of``.
 
     Examples:
         >>> from torchfuse import FusionEmbedding
@@ -56,7 +56,7 @@ def param_groups(
     }
     trainable = {part: parameters for part, parameters in trainable.items() if parameters}
     if not trainable:
-        raise ModelError("No parameter trains; choose what does with set_trainable.")
+        raise ConfigError("No parameter trains; choose what does with set_trainable.")
     for what, values in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(values, Mapping):
             unknown = sorted(set(values) - set(trainable))

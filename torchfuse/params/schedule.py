@@ -44,13 +44,13 @@ class FreezeSchedule:
         ...         FreezeStage(4, (FreezeSpec("0", False),)),
         ...     ]
         ... )
-        >>> [schedule.apply(model, step) for step in (0, 1, 3, 5, 6)]  # step 4 is jumped over
+        >>> [schedule.apply(model, step) for step in (0, 1, 3, 5, 6)]  # step 4 is skipped
         [True, False, False, True, False]
     """
 
     def __init__(self, stages: Iterable[FreezeSpec | FreezeStage] = ()) -> None:
         self.stages = in_order(stages)
-        # A cache that makes a step inside a stage cheap: the specs in force, and the mask they gave.
+        # For each model the specs last applied, and their mask: a step inside a stage is cheap.
         self._last: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
 
     def __iter__(self) -> Iterator[FreezeStage]:
@@ -125,7 +125,7 @@ class FreezeSchedule:
                 idle.append(step)
         if idle:
             raise ConfigError(
-                f"Nothing trains from step {', '.join(map(str, idle))} on: a spec with frozen=False "
-                "must name what does."
+                f"Nothing trains from step {', '.join(map(str, idle))} on: add a spec with "
+                "frozen=False for what does."
             )
         return [name for name in trains if name in ever]

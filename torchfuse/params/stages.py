@@ -1,9 +1,8 @@
 """Freeze specs with the step from which they are in force, and a record of them.
 
 Stages add up. The specs in force at a step are those of all stages that have begun, in order, so that
-what trains is a function of the step
-alone: a run that resumes in a later stage, or jumps over the step of an earlier one, trains what the
-    uninterrupted run trains.
+what trains is a function of the step alone: a run that resumes in a later stage, or skips the first step
+of a stage, trains what an uninterrupted run trains.
 """
 
 from __future__ import annotations
@@ -54,15 +53,15 @@ class FreezeStage:
         if not isinstance(specs, tuple | list) or not specs:
             problems.append(f"specs must be a sequence of at least one FreezeSpec, got {specs!r}")
         else:
-            foreign = [spec for spec in specs if not isinstance(spec, FreezeSpec)]
-            problems += [f"specs must hold FreezeSpecs, got {spec!r}" for spec in foreign]
+            others = [spec for spec in specs if not isinstance(spec, FreezeSpec)]
+            problems += [f"specs must be FreezeSpecs, got {spec!r}" for spec in others]
             object.__setattr__(self, "specs", tuple(specs))
         if problems:
             raise ConfigError(f"FreezeStage: {'; '.join(problems)}.")
 
 
 def in_order(given: Iterable[FreezeSpec | FreezeStage]) -> tuple[FreezeStage, ...]:
-    """Stages by their steps; specs outside of any stage hold from the start, before all others.
+    """Sort stages by their steps; specs outside of any stage become part of the stage at step 0.
 
     Args:
         given: stages and specs in any order.
@@ -74,8 +73,8 @@ def in_order(given: Iterable[FreezeSpec | FreezeStage]) -> tuple[FreezeStage, ..
     loose = tuple(item for item in items if isinstance(item, FreezeSpec))
     stages = [item for item in items if isinstance(item, FreezeStage)]
     steps = [stage.start_step for stage in stages]
-    foreign = [item for item in items if not isinstance(item, FreezeSpec | FreezeStage)]
-    problems = [f"expected FreezeStages, got {item!r}" for item in foreign]
+    others = [item for item in items if not isinstance(item, FreezeSpec | FreezeStage)]
+    problems = [f"expected FreezeStages, got {item!r}" for item in others]
     problems += [
         f"{steps.count(step)} stages start at step {step}; make them one"
         for step in sorted(set(steps))
@@ -90,7 +89,7 @@ def in_order(given: Iterable[FreezeSpec | FreezeStage]) -> tuple[FreezeStage, ..
 
 
 def effective_freeze(stages: Iterable[FreezeSpec | FreezeStage], step: int) -> tuple[FreezeSpec, ...]:
-    """The specs in force at a step, in their order, for ``apply_freeze_specs``.
+    """Return the specs in force at a step, in their order, for ``apply_freeze_specs``.
 
     Args:
         stages: in any order; a spec outside of any stage is in force from the start.
@@ -115,7 +114,7 @@ def effective_freeze(stages: Iterable[FreezeSpec | FreezeStage], step: int) -> t
 
 
 def canonical_freeze_meta(stages: Iterable[FreezeSpec | FreezeStage]) -> list[dict[str, Any]]:
-    """A record of stages in JSON's types, equal for equal schedules; ``read_freeze_meta`` reads it.
+    """Return a record of stages in JSON's types, equal for equal schedules, for ``read_freeze_meta``.
 
     Stages are ordered by step; specs keep their order, in which a later one overrides an earlier one.
 
@@ -139,13 +138,13 @@ def canonical_freeze_meta(stages: Iterable[FreezeSpec | FreezeStage]) -> list[di
 
 
 def read_freeze_meta(meta: Any) -> tuple[FreezeStage, ...]:
-    """Stages from what ``canonical_freeze_meta`` returned, or from the same in a YAML.
+    """Read stages from what ``canonical_freeze_meta`` returned, or from the same in YAML.
 
     Args:
         meta: a list of ``{"start_step": ..., "specs": [{"module": ..., "frozen": ...}]}``.
 
     Raises:
-        ConfigError: naming everything in it that is something else.
+        ConfigError: naming every entry that is not of this form.
 
     Examples:
         >>> meta = [{"start_step": 3, "specs": [{"module": "encoder", "frozen": False}]}]

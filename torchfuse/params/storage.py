@@ -1,4 +1,4 @@
-"""How tensors hold their values: quantized, sharded, and in how many bytes."""
+"""How tensors are stored: quantized or not, sharded or not, in how many bytes."""
 
 from __future__ import annotations
 
@@ -24,31 +24,34 @@ def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
 
 
 def quantized_dtype(tensor: Any) -> str | None:
-    """What a quantized tensor holds its values in: ``"int8"``, ``"float8_e4m3fn"``, ``"nf4"``.
+    """Return the dtype that a quantized tensor is stored in: ``"int8"``, ``"float8_e4m3fn"``, ``"nf4"``.
 
     Args:
         tensor: any tensor or parameter.
 
     Returns:
-        None if its values are held in its own dtype.
+        None if it is stored in its own dtype.
     """
     inner = tensor
     while hasattr(inner, "__tensor_flatten__"):
         if type(inner).__name__ == "NF4Tensor":
             return "nf4"  # two values a byte; the dtype of the storage does not show it
-        held = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
-        inner = max((t for t in held if isinstance(t, Tensor)), key=lambda t: t.numel())
+        inner = max(_inner_tensors(inner), key=lambda t: t.numel())
     return None if inner.dtype == tensor.dtype else dtype_name(inner)
 
 
 def dtype_name(tensor: Any) -> str:
-    """The dtype of a tensor as people write it: ``"bfloat16"``."""
+    """Return the name of a tensor's dtype: ``"bfloat16"``."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def storage_nbytes(tensor: Any) -> int:
-    """The size of a tensor as it is held; of a quantized one that of what it is made of."""
+    """Return the size of a tensor in storage; of a quantized one, that of all tensors in it."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return int(tensor.nbytes)
-    held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return sum(storage_nbytes(inner) for inner in held if inner is not None)
+    return sum(map(storage_nbytes, _inner_tensors(tensor)))
+
+
+def _inner_tensors(tensor: Any) -> list[Tensor]:
+    values = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [value for value in values if isinstance(value, Tensor)]

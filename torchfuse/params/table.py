@@ -15,7 +15,7 @@ __all__ = ["Description", "PartSummary", "describe"]
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One part of a model in numbers."""
+    """Counts of one part of a model: tensors, parameters, parameters that train; dtype, device."""
 
     part: str
     tensors: int
@@ -27,7 +27,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class Description:
-    """The parts of a model in numbers; prints as a table."""
+    """The summaries of a model's parts, and of their total; prints as a table."""
 
     parts: tuple[PartSummary, ...]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import distributed, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.naming import ModelWithParts, named_parameters, unwrap_model
 from torchfuse.params.parts import partition
 from torchfuse.params.storage import quantized_dtype
@@ -36,8 +36,9 @@ def set_trainable(
         fusion: whether what fusion added trains, inside pretrained parts too.
 
     Raises:
-        ModelError: if something is to train that the model does not have, or that is quantized; nothing
+        ConfigError: if something is to train that the model does not have, or that is quantized; nothing
             has changed then.
+        ModelError: as ``parts_of``.
 
     Examples:
         >>> from torchfuse import FusionEmbedding
@@ -47,27 +48,27 @@ def set_trainable(
         ['0.fusion_embedding.weight']
     """
     groups = partition(model)
-    wanted = _wanted(groups, decoder=decoder, encoder=encoder, fusion=fusion)
+    chosen = _chosen_parts(groups, decoder=decoder, encoder=encoder, fusion=fusion)
     quantized = [
         name
-        for part, train in wanted.items()
+        for part, train in chosen.items()
         for name, parameter in groups.get(part, {}).items()
         if train and quantized_dtype(parameter) is not None
     ]
     if quantized:
         more = f" and {len(quantized) - 8} more" if len(quantized) > 8 else ""
-        raise ModelError(
+        raise ConfigError(
             f"Quantized weights cannot train: {', '.join(quantized[:8])}{more}. Leave their part frozen."
         )
-    empty = [part for part, train in wanted.items() if train and not groups.get(part)]
+    empty = [part for part, train in chosen.items() if train and not groups.get(part)]
     if empty:
         there = ", ".join(part for part, parameters in groups.items() if parameters)
-        raise ModelError(
+        raise ConfigError(
             f"Nothing to train in {', '.join(empty)}: the model has no such parameters. "
             f"It has {there or 'none at all'}."
         )
     set_requires_grad(
-        model, {n: wanted[part] for part, parameters in groups.items() for n in parameters}
+        model, {n: chosen[part] for part, parameters in groups.items() for n in parameters}
     )
 
 
@@ -108,21 +109,23 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _wanted(
+def _chosen_parts(
     groups: Iterable[str], *, decoder: bool, encoder: bool | Mapping[str, bool], fusion: bool
 ) -> dict[str, bool]:
     encoders = [part for part in groups if part.split(".")[0] == "encoder"]
-    wanted = {"decoder": decoder, "fusion": fusion}
+    chosen = {"decoder": decoder, "fusion": fusion}
     if isinstance(encoder, Mapping):
         by_name = {
             part.removeprefix("encoder").removeprefix(".") or "encoder": part for part in encoders
         }
         unknown = sorted(set(encoder) - set(by_name))
         if unknown:
-            raise ModelError(
+            raise ConfigError(
                 f"No encoder named {', '.join(unknown)}; there are {', '.join(by_name) or 'none'}."
             )
-        return wanted | {part: bool(encoder.get(name, False)) for name, part in by_name.items()}
+        return chosen | {part: bool(encoder.get(name, False)) for name, part in by_name.items()}
     if encoder and not encoders:
-        raise ModelError("The encoder is to train, but the model has none.")
-    return wanted | dict.fromkeys(encoders, encoder)
+        raise ConfigError(
+            f"encoder=True, but the model has no encoder; it has {', '.join(groups)}. Use encoder=False."
+        )
+    return chosen | dict.fromkeys(encoders, encoder)

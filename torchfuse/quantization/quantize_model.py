@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.naming import unwrap_model
 from torchfuse.params import partition, storage_nbytes
 from torchfuse.quantization.plan import first_names, make_plan
@@ -85,9 +85,10 @@ def quantize(
         The weights that were quantized, those that were kept with the reason, and the sizes.
 
     Raises:
-        ModelError: for an unknown scheme or part; for a part without any layer to quantize; for weights
-            that are trainable, already quantized, sharded or on the meta device; if the scheme does not
-            run on the model's device in its dtype. The model is unchanged then.
+        ConfigError: for an unknown scheme or part.
+        ModelError: for a part without any layer to quantize; for weights that are trainable, already
+            quantized, sharded or on the meta device; if the scheme does not run on the model's device in
+            its dtype. In both cases the model is unchanged.
 
     Examples:
         >>> layer = nn.Linear(17, 5).requires_grad_(False)
@@ -133,7 +134,7 @@ def _selected_parts(
             f"nothing to quantize: name a part ({', '.join(available)}), or pass fusion=True"
         )
     if problems:
-        raise ModelError(f"quantize: {'; '.join(problems)}.")
+        raise ConfigError(f"quantize: {'; '.join(problems)}.")
     return list(dict.fromkeys(selected))
 
 

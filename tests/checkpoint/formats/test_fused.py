@@ -122,10 +122,14 @@ def too_many_layers(folder):
             lambda folder: edit(folder, adapters={"eye": {}}),
             r"adapters \['eye'\] must have the same names",
         ),
+        (
+            lambda folder: edit(folder, adapters={"": {"name": "linear"}}),
+            "config.json cannot be built as torchfuse: build_adapter.* missing 2 required",
+        ),
         (lambda folder: edit(folder, format=2), "format 2 is not supported, only 1"),
         (too_many_layers, "config.json has 1000000003 layers, but there are only"),
     ],
-    ids="missing renamed arch no_arch encoders adapters format layers".split(),
+    ids="missing renamed arch no_arch encoders adapters widths format layers".split(),
 )
 def test_a_directory_that_was_changed_by_hand(pretrained, tmp_path, change, problem):
     save_pretrained(from_pretrained(**pretrained, every=2), tmp_path)

@@ -66,7 +66,8 @@ def save_fusion(
             example; the artifact records them in their order.
 
     Raises:
-        CheckpointError: if fusion added nothing to this model, or the path is no directory.
+        ModelError: if fusion added nothing to this model.
+        CheckpointError: if the path is no directory, or the disk cannot be written to.
     """
     tensors = {name: gather_full(tensor) for name, tensor in fusion_state_dict(model).items()}
     description = describe_fusion(model, stages=stages)
@@ -118,7 +119,8 @@ def load_fusion(model: nn.Module, path: str | Path, strict: bool = True) -> Fusi
 
     Raises:
         CheckpointError: if there is no such artifact, it is damaged, it is for another architecture or
-            another base, or its tensors do not fit. The model is unchanged then.
+            another base, or its tensors do not fit.
+        ModelError: if the model is on the meta device. In both cases the model is unchanged.
     """
     return load_artifact(model, path, strict=strict)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchfuse.checkpoint.artifact.fingerprint import format_differences
 from torchfuse.checkpoint.tensors import copy_into
-from torchfuse.errors import CheckpointError
+from torchfuse.errors import CheckpointError, ModelError
 from torchfuse.params import fusion_buffers, get_fusion_params
 
 __all__ = ["FusionMismatch", "copy_fusion_tensors", "fusion_state_dict", "load_fusion_state_dict"]
@@ -40,11 +40,11 @@ def fusion_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The tensors share memory with the model's, as those of ``state_dict()`` do.
 
     Raises:
-        CheckpointError: if fusion added nothing to this model.
+        ModelError: if fusion added nothing to this model.
     """
     tensors = {name: tensor.detach() for name, tensor in _fusion_tensors(model).items()}
     if not tensors:
-        raise CheckpointError(
+        raise ModelError(
             "This model has no fusion parameters. What fusion added is found by fusion_params(); "
             "mark modules of your own with register_fusion_module."
         )
@@ -65,9 +65,9 @@ def load_fusion_state_dict(
         What was ignored: all empty if ``strict``.
 
     Raises:
+        ModelError: if the model is on the meta device.
         CheckpointError: with every tensor that is missing, unexpected or of another shape, if
-            ``strict``; if none fits at all or the model is on the meta device, in any case. The model is
-            unchanged then.
+            ``strict``; if none fits at all, in any case. In both cases the model is unchanged.
     """
     return copy_fusion_tensors(model, state_dict, strict, {}, [])
 
@@ -95,7 +95,7 @@ def copy_fusion_tensors(
     """
     targets = _fusion_tensors(model)
     if any(tensor.is_meta for tensor in targets.values()):
-        raise CheckpointError(
+        raise ModelError(
             "The model's fusion tensors are on the meta device: give them memory first (model.to_empty)."
         )
     ignored = FusionMismatch(

@@ -22,7 +22,7 @@ from torchfuse.checkpoint.artifact.fingerprint import pretrained_tensors
 from torchfuse.checkpoint.artifact.fusion import artifact_file, load_artifact, write_artifact
 from torchfuse.checkpoint.artifact.state_dict import fusion_state_dict
 from torchfuse.checkpoint.tensors import copy_into, gather_full, to_safetensors
-from torchfuse.errors import CheckpointError
+from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.io.ranks import is_rank_zero
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSpec, FreezeStage
@@ -59,15 +59,16 @@ def save_trained(
         stages: as for ``save_fusion``.
 
     Raises:
-        CheckpointError: if fusion added nothing to this model, a name is no parameter's, or the path
-            is no directory.
+        ConfigError: if a name is no parameter of the model.
+        ModelError: if fusion added nothing to this model.
+        CheckpointError: if the path is no directory, or the disk cannot be written to.
     """
     pretrained, added = pretrained_tensors(model), fusion_state_dict(model)
     if trained is None:
         trained = trained_pretrained_names(model)
     names = [name for name in trained if name not in added]
     if unknown := [name for name in names if name not in pretrained]:
-        raise CheckpointError(
+        raise ConfigError(
             f"trained has names that are no parameters of the model: {', '.join(unknown[:8])}."
         )
     fusion = {name: gather_full(tensor) for name, tensor in added.items()}

@@ -51,6 +51,11 @@ class ClipVision(Spec):
             given = given.section("vision_config")
         given.allow_only("num_channels", 3)
         spec = cls(**cls.read_settings(given))
+        if not -spec.num_layers - 1 <= spec.feature_layer <= spec.num_layers:
+            given.problems.append(
+                f"feature_layer={spec.feature_layer} must lie between {-spec.num_layers - 1} and "
+                f"{spec.num_layers}"
+            )
         given.raise_problems()
         return spec
 

@@ -135,12 +135,7 @@ class Fused(ModelSpec):
     def build(self) -> FusedModel:
         from torchfuse.models.fuse import fuse
 
-        adapters: dict[str, Any] = {}
-        for name, values in self.adapters.items():
-            options = dict(values)
-            adapters[name] = build_adapter(
-                options.pop("name"), options.pop("in_dim"), options.pop("out_dim"), **options
-            )
+        adapters = {name: build_adapter(**values) for name, values in self.adapters.items()}
         encoders = {name: spec.build() for name, spec in self.encoders.items()}
         unnamed = list(encoders) == [UNNAMED_KEY]
         return fuse(

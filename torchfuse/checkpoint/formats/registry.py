@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeVar
 from torch import nn
 
 from torchfuse.checkpoint.formats.spec import ModelSpec, Spec
-from torchfuse.errors import CheckpointError
+from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.io.directory import Checkpoint
 from torchfuse.models.base import FusedModel
 from torchfuse.naming import unwrap
@@ -127,15 +127,15 @@ def spec_to_export(name: str, module: nn.Module) -> Spec:
     """Return the settings of a checkpoint of a model, or of a part of one, in a format by name.
 
     Raises:
-        CheckpointError: for an unknown name, or a module that the format cannot hold: what in it, and
-            the formats that can.
+        ConfigError: for an unknown name.
+        CheckpointError: for a module that the format cannot hold: what in it, and the formats that can.
     """
     inner = unwrap(module)
     whole = isinstance(inner, FusedModel)
     known = formats_of("model") if whole else (*formats_of("decoder"), *formats_of("encoder"))
     formats = {format_.name: format_ for format_ in known if format_.can_export}
     if name not in formats:
-        raise CheckpointError(
+        raise ConfigError(
             f"Unknown format {name!r} for {'a fused model' if whole else 'a part'}; there are "
             f"{', '.join(formats)}."
         )

@@ -1,8 +1,8 @@
 """Reader of the index of ``torch.distributed.checkpoint`` (DCP) that executes nothing in it.
 
-DCP writes its index, ``.metadata``, as a pickle, and reads it with ``pickle.load``, which runs whatever
-code it contains. Here stand-ins take the place of the few classes that belong in it; what they were
-given is checked and DCP's own objects are made from it.
+DCP writes its index, ``.metadata``, as a pickle, and reads it with ``pickle.load``, which executes
+the code in it. Here stand-ins take the place of the few classes that belong in it; their state
+is checked, and DCP's own objects are made from it.
 
 DCP's ``HuggingFaceStorageWriter`` and ``-Reader`` need no pickle, but in torch 2.9 to 2.15 they cannot
 write tied or non-contiguous tensors, need as much memory again as a rank writes, read zeros where a
@@ -57,13 +57,20 @@ def read_index(path: Path) -> Metadata:
             MetadataIndex(index.state["fqn"], _sizes(index.state["offset"])): _place(path, place.state)
             for index, place in state["storage_data"].items()
         }
+        missing = [
+            name
+            for name, tensor in tensors.items()
+            if any(MetadataIndex(name, chunk.offsets) not in places for chunk in tensor.chunks)
+        ]
+        if missing:
+            raise CheckpointError(f"no values are stored for {', '.join(missing)}")
     except Exception as error:  # a hostile or damaged file can cause any
         raise CheckpointError(f"{file} is damaged, or no file of save_checkpoint: {error!r}.") from error
     return Metadata(dict(tensors), storage_data=places, storage_meta=StorageMeta())
 
 
 class _StandIn:
-    """An object in a pickle: keeps the state that the pickle gives it, and runs nothing."""
+    """Stand-in for an object in a pickle, which holds its state and executes nothing."""
 
     state: Any = None
 
@@ -75,7 +82,7 @@ class _StandIn:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Unpickler that gives a pickle nothing but dtypes, ``tuple``, ``str`` and stand-ins."""
+    """Unpickler that allows dtypes, ``tuple`` and ``str``, and makes stand-ins of other objects."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in _MODULES:

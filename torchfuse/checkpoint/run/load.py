@@ -66,7 +66,7 @@ def load_checkpoint(
     """Load what ``save_checkpoint`` saved; under a process group every rank calls this.
 
     The number of ranks may differ from that of the save. Which parameters train is loaded too. An
-    optimizer must hold the parameters that it held then; if other ones train now, load the model alone
+    optimizer must have the parameters that it had then; if other ones train now, load the model alone
     first, build the optimizer, and load both. Tensors that were not saved must be in the model already.
 
     Args:
@@ -94,7 +94,7 @@ def load_checkpoint(
         problems = model_problems(stored, tensors, description, model, base)
         if optimizer is not None:
             problems += optimizer_problems(stored, description.optimizer, model, optimizer)
-    except CheckpointError as error:
+    except ValueError as error:  # of any kind, so that every rank reaches agree
         problems.append(str(error))
     agree(group, problems, f"{path} does not fit; nothing was loaded.")
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name in stored}

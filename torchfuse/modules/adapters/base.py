@@ -1,8 +1,8 @@
-"""What an adapter is, and the registry by which adapters have names.
+"""The base class of adapters, and their registry by name.
 
 An adapter maps features ``[b, n, d_e]`` to ``[b, n', d]``, and ``output_num_tokens(n)`` returns ``n'``,
-so that placeholders can be counted before anything runs. All of its parameters are
-fusion parameters. Those that come with the package are in ``projection`` and ``grid``.
+so that placeholders can be counted before the encoder runs. All of its parameters are fusion
+parameters. The adapters of the package are in ``projection`` and ``grid``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AdapterType = TypeVar("_AdapterType", bound="type[Adapter]")
 
 
 class Adapter(nn.Module, ABC):
-    """What maps encoder features to the decoder's width.
+    """Base class of adapters, which map encoder features to the decoder's width.
 
     Args:
         in_dim: width of the encoder's features.
@@ -48,31 +48,31 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def output_num_tokens(self, num_tokens: int) -> int:
-        """The number of tokens that come out where ``num_tokens`` go in.
+        """Return the number of output tokens for a number of input tokens.
 
         Raises:
-            ConfigError: if ``forward`` would not take that many.
+            ModelError: if ``forward`` does not accept that many.
         """
 
     @classmethod
     def options_for(cls, num_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options that follow from the encoder, where its image has ``num_tokens`` tokens.
+        """Return the options that follow from an encoder with ``num_tokens`` tokens for each image.
 
         Args:
             num_tokens: features of one image.
             given: the options that the caller has chosen.
 
         Raises:
-            ConfigError: if the adapter does not fit such an encoder.
+            ConfigError: if the adapter, with these options, does not fit such an encoder.
         """
         return {}
 
     def options(self) -> dict[str, Any]:
-        """What else ``build_adapter`` would need to build this one again."""
+        """Return the options with which ``build_adapter`` builds an equal adapter."""
         return {}
 
     def fusion_params(self) -> list[str]:
-        """Every parameter of an adapter is a fusion parameter."""
+        """Return the names of all parameters: every one is a fusion parameter."""
         return [canonical_name(name) for name, _ in self.named_parameters()]
 
 
@@ -100,19 +100,19 @@ def build_adapter(
     """Build a registered adapter.
 
     Args:
-        name: ``"linear"``, ``"mlp_2layer"``, ``"avgpool"``, ``"attentional_pool"`` or what
-            ``register_adapter`` added.
+        name: ``"linear"``, ``"mlp_2layer"``, ``"avgpool"``, ``"attentional_pool"``, or a name that
+            was given to ``register_adapter``.
         in_dim: width of the encoder's features.
         out_dim: width of the decoder.
-        num_tokens: the encoder's features of one image. Adapters with a grid take its side from
-            it, unless ``grid`` is given, and then take clips and several images a row.
-        **options: what else the adapter takes.
+        num_tokens: the encoder's number of features of one image, from which adapters with a grid
+            compute its side unless ``grid`` is given; rows may be clips or several images then.
+        **options: other options of the adapter.
 
     Raises:
-        ConfigError: for an unknown name or option, or ``num_tokens`` that the adapter cannot work on.
+        ConfigError: for an unknown name or option, or ``num_tokens`` that does not fit the adapter.
 
     Examples:
-        >>> from torchfuse.modules.adapters import build_adapter
+        >>> from torchfuse.modules.adapters import build_adapter  # registers the package's adapters
         >>> build_adapter("linear", 5, 7).output_num_tokens(11)
         11
         >>> build_adapter("avgpool", 5, 7, num_tokens=9, window=2).output_num_tokens(4 * 9)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.adapters.base import Adapter, register_adapter
 from torchfuse.modules.adapters.pooling import TokenGrid, WindowAttention, window_means
 
@@ -44,11 +44,11 @@ class _GridAdapter(Adapter):
         elif grid is not None:
             problems += self._side_problems(grid)
         if problems:
-            raise ModelError(f"{self.name}: {'; '.join(problems)}.")
+            raise ConfigError(f"{self.name}: {'; '.join(problems)}.")
         self.linear = nn.Linear(in_dim, out_dim)
 
     def _side_problems(self, side: int) -> list[str]:
-        """Why windows cannot be laid on a grid of this side."""
+        """Return why windows cannot cover a grid of this side."""
         return []
 
     @abstractmethod
@@ -63,7 +63,7 @@ class _GridAdapter(Adapter):
         try:
             return {"grid": TokenGrid(None, front).split(num_tokens)[1]}
         except ValueError as error:
-            raise ModelError(f"{cls.name}: of the encoder's image, {error}") from error
+            raise ConfigError(f"{cls.name}: for the encoder's image, {error}") from error
 
     def options(self) -> dict[str, Any]:
         return {
@@ -74,7 +74,7 @@ class _GridAdapter(Adapter):
         }
 
     def _split(self, num_tokens: int) -> tuple[int, int]:
-        """Frames and side of the grid of that many tokens."""
+        """Return the number of frames and the side of their grids for a number of tokens."""
         try:
             frames, side = self.grid.split(num_tokens)
         except ValueError as error:
@@ -118,8 +118,9 @@ class AvgPoolAdapter(_GridAdapter):
             dropped.
 
     Raises:
-        ModelError: for numbers out of range; in ``forward`` and ``output_num_tokens`` for tokens that
-            are no such grid, naming their number.
+        ConfigError: for options out of range.
+        ModelError: in ``forward`` and ``output_num_tokens``, for a number of tokens that is no such
+            grid.
 
     Examples:
         >>> adapter = AvgPoolAdapter(5, 7, window=2, grid=3)
@@ -148,7 +149,9 @@ class AttentionalPoolAdapter(_GridAdapter):
         keep_prefix: see ``AvgPoolAdapter``.
 
     Raises:
-        ModelError: as of ``AvgPoolAdapter``, and where ``window`` or ``num_heads`` does not divide.
+        ConfigError: for options out of range; if ``num_heads`` does not divide ``in_dim``, or ``window``
+            the side of the grid.
+        ModelError: as ``AvgPoolAdapter``.
 
     Examples:
         >>> adapter = AttentionalPoolAdapter(6, 7, window=2, num_heads=3)
@@ -176,7 +179,7 @@ class AttentionalPoolAdapter(_GridAdapter):
             keep_prefix=keep_prefix,
         )
         if num_heads < 1 or in_dim % num_heads:
-            raise ModelError(f"{self.name}: num_heads={num_heads} must divide the width {in_dim}.")
+            raise ConfigError(f"{self.name}: num_heads={num_heads} must divide the width {in_dim}.")
         self.attention = WindowAttention(in_dim, num_heads, window)
 
     def options(self) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from torchfuse.errors import ModelError
 
 __all__ = ["TokenGrid", "WindowAttention", "window_means"]
 
-# No tower has more tokens in front; a larger rest is no square for another reason.
-_MOST_SPECIAL: Final = 8
+# Towers have at most a few tokens in front of their cells; a larger remainder has another reason.
+_MAX_PREFIX_TOKENS: Final = 8
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """What the tokens of an encoder are.
+    """The layout of an encoder's tokens: frames, each a square grid with tokens in front of it.
 
     Attributes:
         side: cells along one side, ``g``. None: all tokens of a row are one frame.
@@ -42,7 +42,7 @@ class TokenGrid:
     num_prefix_tokens: int = 0
 
     def problems(self) -> list[str]:
-        """What is wrong with the numbers, in words."""
+        """Return which attributes are out of range."""
         problems = []
         if self.side is not None and self.side < 1:
             problems.append(f"grid={self.side} must be at least 1")
@@ -51,10 +51,10 @@ class TokenGrid:
         return problems
 
     def split(self, num_tokens: int) -> tuple[int, int]:
-        """The number of frames and the side of their grids.
+        """Return the number of frames and the side of their grids.
 
         Raises:
-            ModelError: if that many tokens are no such thing, naming the numbers.
+            ModelError: if a number of tokens is no whole number of such frames.
         """
         front = self.num_prefix_tokens
         each = f"{front} + " if front else ""
@@ -70,16 +70,16 @@ class TokenGrid:
         if side < 1 or front + side * side != num_tokens:
             near = max(side, 1)
             raise ModelError(
-                f"{num_tokens} tokens are no square grid{f' behind {front} tokens' if front else ''}: "
-                f"{each}{near} x {near} = {front + near**2} would be one. Of several frames or images a "
-                f"row, give the side of each as grid=.{self._hint(num_tokens)}"
+                f"{num_tokens} tokens are no square grid{f' after {front} others' if front else ''}: "
+                f"{each}{near} x {near} = {front + near**2} would be one. For several frames or images "
+                f"a row, give the side of each grid as grid=.{self._hint(num_tokens)}"
             )
         return 1, side
 
     def _hint(self, num_tokens: int) -> str:
-        """How many tokens in front would make it a grid, where few would."""
+        """Return a hint if a few tokens in front of the cells would make it a grid."""
         side = self.side or math.isqrt(max(num_tokens, 0))
-        for front in range(_MOST_SPECIAL + 1) if side > 1 else ():
+        for front in range(_MAX_PREFIX_TOKENS + 1) if side > 1 else ():
             frames = num_tokens / (front + side * side)
             if frames == 1 or (frames > 1 and frames == int(frames) and self.side is not None):
                 return f" With num_prefix_tokens={front} (class token, registers) they would be."
@@ -87,7 +87,7 @@ class TokenGrid:
 
 
 def window_means(cells: Tensor, window: int) -> Tensor:
-    """The mean of each window of a grid; one that reaches over the edge averages its real cells.
+    """Return the mean of each window of a grid; a window at the edge averages the cells that it has.
 
     Args:
         cells: ``[b, g, g, d]``.
@@ -111,7 +111,7 @@ class WindowAttention(nn.Module):
     """Multi-head attention with one query a window, its mean, over the window's cells.
 
     Args:
-        dim: width of the cells and of what comes out.
+        dim: width of the cells and of the output.
         num_heads: attention heads; divides ``dim``.
         window: side of a window, in cells.
     """
@@ -131,12 +131,12 @@ class WindowAttention(nn.Module):
         q = (
             self.q_proj(means).unflatten(-1, (self.num_heads, 1, -1)).flatten(1, 2)
         )  # [b, m * heads, 1, h]
-        k, v = self._cut(self.k_proj(cells)), self._cut(self.v_proj(cells))
+        k, v = self._windows(self.k_proj(cells)), self._windows(self.v_proj(cells))
         pooled = F.scaled_dot_product_attention(q, k, v)
         return self.output_proj(pooled.reshape(means.shape))
 
-    def _cut(self, cells: Tensor) -> Tensor:
-        """The cells of each window by head, ``[b, m * heads, cells, h]`` of ``[b, g, g, d]``."""
+    def _windows(self, cells: Tensor) -> Tensor:
+        """Return the cells of each window by head: ``[b, g, g, d]`` as ``[b, m * heads, cells, h]``."""
         num = cells.shape[1] // self.window
         # [b, rows of windows, rows of one, columns of windows, columns of one, heads, h]
         cut = cells.unflatten(-1, (self.num_heads, -1)).unflatten(2, (num, self.window))

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.modules.adapters.base import Adapter, register_adapter
 
 __all__ = ["LinearAdapter", "MLP2LayerAdapter"]
@@ -54,7 +54,7 @@ class MLP2LayerAdapter(Adapter):
         bias: whether both maps have a bias.
 
     Raises:
-        ModelError: for an unknown activation, or a width below 1.
+        ConfigError: for an unknown activation, or a width below 1.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class MLP2LayerAdapter(Adapter):
     ) -> None:
         super().__init__(in_dim, out_dim)
         if activation not in _ACTIVATIONS:
-            raise ModelError(f"Unknown activation {activation!r}; there are {', '.join(_ACTIVATIONS)}.")
+            raise ConfigError(f"Unknown activation {activation!r}; there are {', '.join(_ACTIVATIONS)}.")
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
         if hidden_dim < 1:
-            raise ModelError(f"{self.name}: hidden_dim={hidden_dim} must be at least 1.")
+            raise ConfigError(f"{self.name}: hidden_dim={hidden_dim} must be at least 1.")
         self.linear_1 = nn.Linear(in_dim, hidden_dim, bias=bias)
         self.activation = _ACTIVATIONS[activation]()
         self.linear_2 = nn.Linear(hidden_dim, out_dim, bias=bias)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
 from torchfuse.modules.experts.transformer_expert import (
     LAST_MAPS,
@@ -302,7 +302,7 @@ def _check_experts(layer: Any, experts: Mapping[str, TransformerExpert]) -> None
 
 def _check_start(start: str, layer: nn.Module) -> None:
     if start not in ("warm", "zero"):
-        raise ModelError(f'start must be "warm" or "zero", got {start!r}.')
+        raise ConfigError(f'start must be "warm" or "zero", got {start!r}.')
     if start == "zero" and not hasattr(getattr(layer, "mlp", None), "w2"):
         raise ModelError(
             'start="zero" needs a feed-forward whose last map is w2, as torchtune\'s; got a '

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.experts.building import TEXT, build_experts
 from torchfuse.modules.experts.expert_choice import ModalityExperts
 from torchfuse.modules.experts.options import ExpertOptions
@@ -239,10 +239,10 @@ def scale_auxiliary_losses(model: nn.Module, scale: float) -> None:
         scale: 0 or more.
 
     Raises:
-        ModelError: if the number is out of range.
+        ConfigError: if the number is out of range.
     """
     if not 0 <= scale < float("inf"):
-        raise ModelError(f"The scale of auxiliary losses must be 0 or more, and finite; got {scale}.")
+        raise ConfigError(f"The scale of auxiliary losses must be 0 or more, and finite; got {scale}.")
     for module in model.modules():
         if isinstance(module, ModalityExperts):
             module.auxiliary_loss_scale = float(scale)

@@ -1,12 +1,8 @@
-"""Names of parameters, the same in every view, and the modules inside wrappers.
+"""A module around another one without a trace in any name.
 
-This is the only file that renames keys of torchfuse's own wrappers, and that removes what other wrappers
-(activation checkpointing, ``torch.compile``, DDP, a module that holds a fused model) add to a name.
-
-``TransparentWrapper`` puts a module around another one without a trace in any name. Hooks on state dicts
-are not enough: ``named_parameters`` would still contain the name of the wrapper, and everything that
-compares the two views (distributed checkpoints, optimizers keyed by name, adapters) would break. So the
-wrapper overrides each view that PyTorch has.
+Hooks on state dicts are not enough: ``named_parameters`` would still contain the name of the wrapper,
+and everything that compares the two views (distributed checkpoints, optimizers keyed by name, adapters)
+would break. So the wrapper overrides each view that torch has.
 """
 
 from __future__ import annotations
@@ -20,148 +16,15 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.errors import ModelError
+from torchfuse.naming.torch_wrappers import unwrap
 
-__all__ = [
-    "ModelWithParts",
-    "TransparentWrapper",
-    "canonical_name",
-    "find_model",
-    "named_parameters",
-    "unwrap",
-    "unwrap_model",
-]
-
-# What PyTorch's own wrappers add to a name, one path component each.
-_WRAPPER_COMPONENTS: Final = frozenset(
-    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-)
-_PARALLEL_WRAPPERS: Final = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+__all__ = ["TransparentWrapper"]
 
 # The name under which the wrapped module is registered if it has a member with the usual one.
 _FALLBACK_CHILD: Final = "_pretrained"
 
 # Torch's modules that are given the registered children by name, with the wrapped module among them.
 _REGISTERED_CHILDREN_FOR: Final = ("torch.distributed.fsdp", "torch.distributed.checkpoint")
-
-# Names that an error lists.
-_LISTED: Final = 8
-
-
-def canonical_name(name: str) -> str:
-    """Return the name that a parameter or module has without torch's wrappers around it.
-
-    Examples:
-        >>> canonical_name("decoder.layers.0._checkpoint_wrapped_module.attn.q_proj.weight")
-        'decoder.layers.0.attn.q_proj.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``, activation-checkpoint and data-parallel wrappers.
-
-    Examples:
-        >>> import torch
-        >>> linear = nn.Linear(3, 5)
-        >>> unwrap(torch.compile(linear)) is linear
-        True
-    """
-    while True:
-        if isinstance(module, _PARALLEL_WRAPPERS):
-            module = module.module
-            continue
-        inner = next((module._modules[c] for c in _WRAPPER_COMPONENTS if c in module._modules), None)
-        if inner is None:
-            return module
-        module = inner
-
-
-class ModelWithParts(nn.Module):
-    """Base class of fused models, by which ``find_model`` recognises them."""
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Return the pretrained parts: ``"decoder"``, and ``"encoder"`` or ``"encoder.<name>"``."""
-        raise NotImplementedError
-
-
-def find_model(model: nn.Module) -> nn.Module:
-    """Return the one fused model inside a module, with torch's wrappers that are directly around it.
-
-    Args:
-        model: a fused model, or a module that contains one at any depth: a Lightning module, an
-            ``AveragedModel``, a PEFT model, a ``VLMWrapper``. A module without a fused model inside (a
-            decoder, for example) is returned as it is.
-
-    Raises:
-        ModelError: if there are several fused models inside, or parameters outside of the fused model.
-
-    Examples:
-        >>> from torchfuse import EarlyFusionModel
-        >>> from torchtune.models.llama3_2 import llama3_2
-        >>> decoder = llama3_2(
-        ...     vocab_size=11, num_layers=2, num_heads=3, num_kv_heads=1, embed_dim=12, max_seq_len=17
-        ... )
-        >>> fused = EarlyFusionModel(decoder, nn.Linear(5, 12), 10)
-        >>> find_model(nn.ModuleDict({"model": fused})) is fused, find_model(decoder) is decoder
-        (True, True)
-    """
-    if isinstance(unwrap(model), ModelWithParts):
-        return model
-    found: dict[nn.Module, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        inner = unwrap(module)
-        if isinstance(inner, ModelWithParts):
-            found.setdefault(inner, (canonical_name(name), module))
-    if not found:
-        return model
-    if len(found) > 1:
-        listed = ", ".join(f"{name} ({type(fused).__name__})" for fused, (name, _) in found.items())
-        raise ModelError(
-            f"{type(unwrap(model)).__name__} contains {len(found)} fused models: {listed}. Pass the one "
-            "that is meant."
-        )
-    [(fused, (path, outer))] = found.items()
-    inside = {id(parameter) for parameter in fused.parameters()}
-    outside = [canonical_name(n) for n, p in model.named_parameters() if id(p) not in inside]
-    if outside:
-        more = f" and {len(outside) - _LISTED} more" if len(outside) > _LISTED else ""
-        raise ModelError(
-            f"{type(unwrap(model)).__name__} has parameters that are not of the fused model inside it "
-            f"({path}): {', '.join(outside[:_LISTED])}{more}. Pass the fused model, and treat these "
-            "separately."
-        )
-    return outer
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the one fused model inside a module, without any wrapper.
-
-    Args:
-        model: as for ``find_model``. A module without a fused model inside is returned without torch's
-            wrappers.
-
-    Raises:
-        ModelError: as ``find_model``.
-    """
-    return unwrap(find_model(model))
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the parameters of a model under their canonical names.
-
-    Args:
-        model: any module. Of one that contains a fused model, names are the fused model's.
-
-    Raises:
-        ModelError: as ``find_model``.
-
-    Examples:
-        >>> import torch
-        >>> [name for name, _ in named_parameters(torch.compile(nn.Linear(3, 5)))]
-        ['weight', 'bias']
-    """
-    for name, parameter in unwrap_model(model).named_parameters():
-        yield canonical_name(name), parameter
 
 
 def _members(module: nn.Module) -> set[str]:

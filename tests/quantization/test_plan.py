@@ -97,10 +97,10 @@ def test_encoder_of_transformers():
     assert len(result.quantized) == 6 * VISION["num_hidden_layers"]
 
 
-def check_refused(match, model, scheme="int8_weight_only", **options):
-    """The error, and that the model is unchanged."""
+def check_refused(match, model, scheme="int8_weight_only", *, kind=ModelError, **options):
+    """Check the error, and that the model is unchanged."""
     names, before = quantized_names(model), [id(p) for p in model.parameters()]
-    with pytest.raises(ModelError, match=match):
+    with pytest.raises(kind, match=match):
         quantize(model, scheme, **options)
     assert quantized_names(model) == names and [id(p) for p in model.parameters()] == before
 
@@ -111,11 +111,13 @@ def test_unknown_schemes_and_parts_and_parts_without_layers_are_refused():
         small(),
         "int3",
         parts=("eye",),
+        kind=ConfigError,
     )
-    check_refused(r"no part 'fusion'", small(), parts="fusion")
-    check_refused(r"name a part \(decoder, encoder\)", small(), parts=())
+    check_refused(r"no part 'fusion'", small(), parts="fusion", kind=ConfigError)
+    check_refused(r"name a part \(decoder, encoder\)", small(), parts=(), kind=ConfigError)
     decoder = tiny_decoder().requires_grad_(False)
-    check_refused(r"no part 'encoder'; the model has decoder\.", decoder, parts="encoder")
+    match = r"no part 'encoder'; the model has decoder\."
+    check_refused(match, decoder, parts="encoder", kind=ConfigError)
     check_refused(
         r"encoder has no layer that int8_dynamic can quantize: encoder\.layers\.0\.weight is kept "
         r"\(\[11, 5\] is not wider than 16\)",

@@ -252,7 +252,9 @@ def test_what_trains_before_the_first_stage_counts():
 
 def test_steps_at_which_nothing_trains_are_named():
     model = make()
-    with pytest.raises(ValueError, match="Nothing trains from step 0, 7 on: add a spec with frozen=False"):
+    with pytest.raises(
+        ValueError, match="Nothing trains from step 0, 7 on: add a spec with frozen=False"
+    ):
         FreezeSchedule(
             [FreezeSpec("*", True), FreezeStage(3, (ON,)), FreezeStage(7, (OFF,))]
         ).trained_ever(model)

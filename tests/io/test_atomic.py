@@ -211,7 +211,7 @@ def test_what_may_be_missed_is_never_removed(tmp_path, names):
     assert not contains_only_checkpoint_files(path)
     plain = names in (["notes.txt", "config.json"], ["config.json", ".bashrc"])
     assert contains_only_checkpoint_files(path, besides=["notes.txt", ".bashrc"]) == plain
-    with pytest.raises(ValueError, match="home is not replaced, .* nothing was written") as info:
+    with pytest.raises(CheckpointError, match="home is not replaced, .* nothing was written") as info:
         write_directory(path, lambda folder: pytest.fail("written for nothing"))
     assert names[0].split("/")[0] in str(info.value)
     assert tree(tmp_path) == before
@@ -222,7 +222,7 @@ def test_what_may_be_missed_is_never_removed(tmp_path, names):
 def test_links_in_a_directory_are_no_checkpoint(tmp_path):
     write_directory(tmp_path / "x", write(2))
     (tmp_path / "x" / "vocab.json").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="x is not replaced"):
+    with pytest.raises(CheckpointError, match="x is not replaced"):
         write_directory(tmp_path / "x", write(3))
 
 
@@ -234,14 +234,14 @@ def test_what_comes_while_it_is_written_is_kept(tmp_path):
         path.mkdir()
         (path / "notes.txt").write_text("mine")
 
-    with pytest.raises(ValueError, match=r"x is not replaced, .*notes\.txt"):
+    with pytest.raises(CheckpointError, match=r"x is not replaced, .*notes\.txt"):
         write_directory(path, with_a_guest)
     assert tree(tmp_path) == {"x": None, "x/notes.txt": b"mine"}
 
 
 def test_a_file_is_not_replaced(tmp_path):
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(ValueError, match="x is a file; a checkpoint is a directory"):
+    with pytest.raises(CheckpointError, match="x is a file; a checkpoint is a directory"):
         write_directory(tmp_path / "x", write(3))
     assert tree(tmp_path) == {"x": b"mine"}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from torchfuse.errors import CheckpointError
 from torchfuse.io.directory import CheckpointDirectory
 from torchfuse.io.strict_json import read_json
 from torchfuse.io.torch_file import CheckpointFile, open_checkpoint
@@ -41,7 +42,7 @@ def write_raw(file: Path, header: str, data: bytes = b"") -> None:
 
 
 def refused(path: Path, *complaints: str) -> None:
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(CheckpointError) as info:
         CheckpointDirectory(path)
     for complaint in complaints:
         assert complaint in str(info.value), info.value
@@ -179,7 +180,7 @@ def test_the_cache_of_the_hub_is_read(tmp_path):
 def test_json_that_readers_take_differently(tmp_path, text, complaint):
     file = tmp_path / "x.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json is no valid JSON: ") as info:
+    with pytest.raises(CheckpointError, match=r"x\.json is no valid JSON: ") as info:
         read_json(file)
     assert complaint in str(info.value)
 
@@ -187,12 +188,12 @@ def test_json_that_readers_take_differently(tmp_path, text, complaint):
 def test_json_of_other_bytes_and_of_any_size(tmp_path):
     file = tmp_path / "x.json"
     file.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=r"x\.json is no valid JSON: 'utf-8' codec"):
+    with pytest.raises(CheckpointError, match=r"x\.json is no valid JSON: 'utf-8' codec"):
         read_json(file)
     os.truncate(file, 100_000_001)
-    with pytest.raises(ValueError, match=r"x\.json is no valid JSON: more than 100000000 bytes"):
+    with pytest.raises(CheckpointError, match=r"x\.json is no valid JSON: more than 100000000 bytes"):
         read_json(file)
-    with pytest.raises(ValueError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"none\.json cannot be read: No such file"):
         read_json(tmp_path / "none.json")
 
 
@@ -372,7 +373,7 @@ def test_a_file_has_the_same_interface(tmp_path):
 )
 def test_a_file_holds_tensors_and_nothing_else(tmp_path, content, complaint):
     path = save(content, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt") as info:
+    with pytest.raises(CheckpointError, match=r"x\.pt") as info:
         CheckpointFile(path)
     assert complaint in str(info.value)
 
@@ -396,7 +397,9 @@ def test_no_code_of_a_pickle_runs(tmp_path, place):
         path.write_bytes(pickle.dumps(content))
     else:
         save(content, path, _use_new_zipfile_serialization=place != "legacy")
-    with pytest.raises(ValueError, match=r"x\.pt cannot be read as tensors .* could run code") as info:
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt cannot be read as tensors .* could run code"
+    ) as info:
         CheckpointFile(path)
     assert not sign.exists()
     assert "weights_only" not in str(info.value)
@@ -420,7 +423,7 @@ def test_files_that_lie(tmp_path):
     def refused_after(edit, complaint, *compression):
         path.write_bytes(whole)
         repack(path, edit, *compression)
-        with pytest.raises(ValueError, match=rf"x\.pt {complaint}"):
+        with pytest.raises(CheckpointError, match=rf"x\.pt {complaint}"):
             CheckpointFile(path)
 
     def numbers(old, new):
@@ -436,7 +439,7 @@ def test_files_that_lie(tmp_path):
     refused_after(lambda name, content: content + b"." if name.endswith("/1") else content, sizes)
     for content in (b"", b"PK", whole[:-30], whole[:100]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.pt cannot be read as tensors \(.*zip file"):
+        with pytest.raises(CheckpointError, match=r"x\.pt cannot be read as tensors \(.*zip file"):
             CheckpointFile(path)
 
 
@@ -454,11 +457,11 @@ def test_files_are_regular_and_stay_in_their_directory(tmp_path):
         "none.pt": "cannot be read: No such file",
         "model.safetensors": r"must be a file that ends in one of \.bin, \.pt, \.pth",
     }.items():
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(CheckpointError, match=complaint):
             CheckpointFile(folder / name)
     config = save({"a": torch.ones(3)}, folder / "x.pt").with_name("params.json")
     config.symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=r"params\.json is a link to another directory"):
+    with pytest.raises(CheckpointError, match=r"params\.json is a link to another directory"):
         CheckpointFile(folder / "x.pt")
 
 
@@ -467,5 +470,5 @@ def test_a_path_says_what_it_is(tmp_path):
     file = save({"a": torch.ones(3)}, tmp_path / "y.pt")
     assert repr(open_checkpoint(str(folder))).startswith("CheckpointDirectory(")
     assert repr(open_checkpoint(file)).startswith("CheckpointFile(")
-    with pytest.raises(ValueError, match="none is not a directory; give a Hugging Face checkpoint"):
+    with pytest.raises(CheckpointError, match="none is not a directory; give a Hugging Face checkpoint"):
         open_checkpoint(tmp_path / "none")

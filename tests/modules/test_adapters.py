@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchfuse import get_fusion_params
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.adapters import (
     Adapter,
     AttentionalPoolAdapter,
@@ -55,18 +56,18 @@ def test_every_parameter_is_a_fusion_parameter():
 
 def test_bad_options_are_named():
     with pytest.raises(
-        ValueError, match="Unknown adapter 'mlp'; there are .*avgpool, .*linear, mlp_2layer"
+        ConfigError, match="Unknown adapter 'mlp'; there are .*avgpool, .*linear, mlp_2layer"
     ):
         build_adapter("mlp", IN, OUT)
-    with pytest.raises(ValueError, match="adapter 'linear': unknown option 'bias'; it takes none"):
+    with pytest.raises(ConfigError, match="adapter 'linear': unknown option 'bias'; it takes none"):
         build_adapter("linear", IN, OUT, bias=True)
-    with pytest.raises(ValueError, match="Unknown activation 'tanh'; there are gelu, silu, relu"):
+    with pytest.raises(ConfigError, match="Unknown activation 'tanh'; there are gelu, silu, relu"):
         build_adapter("mlp_2layer", IN, OUT, activation="tanh")
-    with pytest.raises(ValueError, match=r"Unknown adapter \['linear'\]; there are "):
+    with pytest.raises(ConfigError, match=r"Unknown adapter \['linear'\]; there are "):
         build_adapter(["linear"], IN, OUT)
     for name in adapter_names():
         for widths in ((0, OUT), (IN, 0), (-1, OUT), (IN, -1)):
-            with pytest.raises(ValueError, match=f"positive widths, got {widths[0]} -> {widths[1]}"):
+            with pytest.raises(ConfigError, match=f"positive widths, got {widths[0]} -> {widths[1]}"):
                 build_adapter(name, *widths)
 
 
@@ -88,7 +89,7 @@ def test_a_new_adapter_takes_one_class_and_one_decorator(monkeypatch):
     adapter = build_adapter("halve", IN, OUT)
     assert adapter(torch.randn(B, 6, IN)).shape == (B, 3, OUT)
     assert adapter.fusion_params() == ["map.weight", "map.bias"]
-    with pytest.raises(ValueError, match="There is an adapter 'halve' already: Halve"):
+    with pytest.raises(ConfigError, match="There is an adapter 'halve' already: Halve"):
         register_adapter("halve")(Halve)
 
 
@@ -243,12 +244,12 @@ def test_the_encoders_number_of_tokens_gives_the_grid():
     assert build_adapter("avgpool", IN, OUT, num_tokens=25, grid=None).options()["grid"] == 5
     assert build_adapter("linear", IN, OUT, num_tokens=26).options() == {}
     with pytest.raises(
-        ValueError, match="avgpool: for the encoder's image, 26 tokens are no square grid"
+        ConfigError, match="avgpool: for the encoder's image, 26 tokens are no square grid"
     ):
         build_adapter("avgpool", IN, OUT, num_tokens=26)
-    with pytest.raises(ValueError, match="num_prefix_tokens must be an integer, got 'two'"):
+    with pytest.raises(ConfigError, match="num_prefix_tokens must be an integer, got 'two'"):
         build_adapter("avgpool", IN, OUT, num_tokens=26, num_prefix_tokens="two")
-    with pytest.raises(ValueError, match="window=2 must divide the side 5 of the grid"):
+    with pytest.raises(ConfigError, match="window=2 must divide the side 5 of the grid"):
         build_adapter("attentional_pool", IN, OUT, num_tokens=25, num_heads=7)
 
 
@@ -294,7 +295,7 @@ def test_options_build_the_same_adapter_again(name, options):
     ids=str,
 )
 def test_numbers_that_do_not_fit_are_named(name, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ConfigError, match=complaint):
         build_adapter(name, WIDE, OUT, **options)
 
 
@@ -315,7 +316,7 @@ def test_numbers_that_do_not_fit_are_named(name, options, complaint):
 )
 def test_tokens_that_are_no_grid_are_named(options, num, complaint):
     adapter = AvgPoolAdapter(IN, OUT, **options)
-    with pytest.raises(ValueError, match=f"avgpool: {complaint}" if complaint[0] != "W" else complaint):
+    with pytest.raises(ModelError, match=f"avgpool: {complaint}" if complaint[0] != "W" else complaint):
         adapter.output_num_tokens(num)
 
 

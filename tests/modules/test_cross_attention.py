@@ -6,6 +6,7 @@ from support import BACKENDS
 from torch import nn
 from torchtune.modules import MultiHeadAttention, RMSNorm, TransformerCrossAttentionLayer
 
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.layers import cross_attention_layer
 from torchfuse.modules.cross_attention import CrossAttention, GatedCrossAttentionLayer
 
@@ -244,15 +245,15 @@ def test_a_cache_that_is_too_small_is_an_error_that_leaves_it_alone():
     x, features = data()
     with torch.no_grad():
         first = layer(x, encoder_input=features)
-        with pytest.raises(ValueError, match=rf"up to {N} encoder tokens, got {B} rows of {N + 1}"):
+        with pytest.raises(ModelError, match=rf"up to {N} encoder tokens, got {B} rows of {N + 1}"):
             layer(x, encoder_input=torch.randn(B, N + 1, D))
-        with pytest.raises(ValueError, match="holds 2 rows"):
+        with pytest.raises(ModelError, match="holds 2 rows"):
             layer(x[:1], encoder_input=features[:1])
         assert torch.equal(layer(x), first)
 
 
 def test_set_up_needs_a_length_and_reset_needs_a_cache():
-    with pytest.raises(ValueError, match="needs encoder_max_seq_len"):
+    with pytest.raises(ModelError, match="needs encoder_max_seq_len"):
         make().setup_caches(B, torch.float32, encoder_max_seq_len=None)
     with pytest.raises(RuntimeError, match="call setup_caches first"):
         make().reset_cache()
@@ -278,16 +279,16 @@ def test_setting_up_twice_keeps_the_first_cache(caplog):
 )
 def test_a_mask_of_another_kind_is_refused(mask):
     x, features = data()
-    with pytest.raises(ValueError, match="encoder_mask must"):
+    with pytest.raises(ModelError, match="encoder_mask must"):
         make()(x, encoder_input=features, encoder_mask=mask)
 
 
 def test_attention_alone():
     attn = make().attn
     x, y = data()
-    with pytest.raises(ValueError, match="nothing to attend to"):
+    with pytest.raises(ModelError, match="nothing to attend to"):
         attn(x)
-    with pytest.raises(ValueError, match="num_kv_heads must divide num_heads, got 2 and 3"):
+    with pytest.raises(ConfigError, match="num_kv_heads must divide num_heads, got 2 and 3"):
         CrossAttention(
             num_heads=3,
             num_kv_heads=2,
@@ -297,7 +298,7 @@ def test_attention_alone():
             v_proj=nn.Identity(),
             output_proj=nn.Identity(),
         )
-    with pytest.raises(ValueError, match="together or not at all"):
+    with pytest.raises(ModelError, match="together or not at all"):
         CrossAttention(
             num_heads=3,
             num_kv_heads=1,

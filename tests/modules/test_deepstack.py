@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from torchfuse import get_fusion_params
+from torchfuse.errors import ModelError
 from torchfuse.modules.deepstack import DeepStackLayer, FeatureMap
 from torchfuse.modules.experts.routing import Routing
 
@@ -176,9 +177,9 @@ def test_names_agree_in_every_view():
 
 
 def test_what_cannot_serve_is_refused():
-    with pytest.raises(ValueError, match="needs the name of a modality"):
+    with pytest.raises(ModelError, match="needs the name of a modality"):
         DeepStackLayer(decoder_layer(), [], WIDTH)
-    with pytest.raises(ValueError, match="fusion_layer would be hidden"):
+    with pytest.raises(ModelError, match="fusion_layer would be hidden"):
         DeepStackLayer(DeepStackLayer(decoder_layer(), ["eye"], WIDTH), ["ear"], WIDTH)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torchtune.modules.model_fusion import FusionEmbedding as TorchtuneFusionEmbedding
 
 from torchfuse import FusionEmbedding, get_fusion_params
+from torchfuse.errors import ConfigError, ModelError
 
 OLD, NEW, DIM = 23, 5, 7
 
@@ -120,7 +121,7 @@ def test_merge_is_one_plain_table():
 @pytest.mark.parametrize("ids", [[OLD + NEW], [-1], [0, 99]])
 def test_an_id_outside_both_tables_is_named(ids):
     embedding = FusionEmbedding(OLD, NEW, DIM)
-    with pytest.raises(ValueError, match=rf"must lie in \[0, {OLD + NEW}\).*Got ids from"):
+    with pytest.raises(ModelError, match=rf"must lie in \[0, {OLD + NEW}\).*Got ids from"):
         embedding(torch.tensor(ids))
 
 
@@ -182,7 +183,7 @@ def hooked():
     ],
 )
 def test_an_embedding_that_would_not_stay_intact_is_refused(make, complaint):
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ModelError, match=complaint):
         FusionEmbedding.from_pretrained(make(), NEW)
 
 
@@ -204,7 +205,7 @@ def test_bad_arguments(num_new, init, complaint):
 
 
 def test_sizes_must_be_positive():
-    with pytest.raises(ValueError, match="fusion_vocab_size=0, embed_dim=-1"):
+    with pytest.raises(ConfigError, match="fusion_vocab_size=0, embed_dim=-1"):
         FusionEmbedding(OLD, 0, -1)
 
 

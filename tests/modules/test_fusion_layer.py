@@ -7,6 +7,7 @@ from support import TinyEncoder, tiny_decoder
 from torch import nn
 
 from torchfuse import FusionLayer, fuse, get_fusion_params
+from torchfuse.errors import ModelError
 
 
 class Block(nn.Module):
@@ -140,12 +141,12 @@ def test_a_child_called_layer_keeps_its_name():
 def test_what_cannot_keep_its_name_is_refused_by_name(name):
     block = Block()
     block._modules[name] = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=f"keep its names: {name} would be hidden"):
+    with pytest.raises(ModelError, match=f"keep its names: {name} would be hidden"):
         FusionLayer(block, Add())
 
 
 def test_a_fusion_layer_in_a_fusion_layer_is_refused():
-    with pytest.raises(ValueError, match="fusion_layer would be hidden"):
+    with pytest.raises(ModelError, match="fusion_layer would be hidden"):
         FusionLayer(FusionLayer(Block(), Add()), Add())
 
 
@@ -228,7 +229,7 @@ def test_caches_of_both_layers_in_both_spellings(spelling, set_up, reset):
 
 def test_a_layer_without_caches_is_named_and_nothing_is_set_up():
     layer = Cached("new")
-    with pytest.raises(ValueError, match="Add has none of the methods setup_caches, setup_cache"):
+    with pytest.raises(ModelError, match="Add has none of the methods setup_caches, setup_cache"):
         FusionLayer(layer, Add()).setup_caches(
             2, torch.float32, encoder_max_seq_len=5, decoder_max_seq_len=7
         )
@@ -257,6 +258,6 @@ def test_own_parameters_and_buffers_of_a_subclass_are_saved_and_loaded():
 
 def test_a_refused_cache_leaves_no_cache_behind():
     model = fuse(tiny_decoder(), TinyEncoder(), every=2)
-    with pytest.raises(ValueError, match="needs encoder_max_seq_len"):
+    with pytest.raises(ModelError, match="needs encoder_max_seq_len"):
         model.layers[1].setup_caches(2, torch.float32, encoder_max_seq_len=None, decoder_max_seq_len=9)
     assert not model.layers[1].caches_are_setup()

@@ -34,6 +34,7 @@ from torchfuse import (
     save_fusion,
     set_trainable,
 )
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.naming import named_parameters
 from torchfuse.training.sharding import shard
 
@@ -222,7 +223,7 @@ def test_quantization_takes_the_pretrained_head_and_leaves_the_new_rows():
     assert type(head.fusion_linear.weight) is nn.Parameter
     torch.testing.assert_close(head(x)[:, :OLD], before[:, :OLD], rtol=0, atol=0.02)
     assert torch.equal(head(x)[:, OLD:], before[:, OLD:])
-    with pytest.raises(ValueError, match=r"as weight \(is it sharded or quantized already\?"):
+    with pytest.raises(ModelError, match=r"as weight \(is it sharded or quantized already\?"):
         FusionLinear.from_pretrained(quantize(nn.Linear(DIM, OLD)), NEW)
 
 
@@ -255,7 +256,7 @@ def hooked():
     ids=["subclass", "no linear", "fused", "hooked"],
 )
 def test_a_head_that_would_not_stay_intact_is_refused(given, complaint):
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ModelError, match=complaint):
         FusionLinear.from_pretrained(given(), NEW)
 
 
@@ -280,9 +281,9 @@ def test_bad_arguments(num_new, init, complaint):
 
 
 def test_bad_sizes_and_a_plain_embedding():
-    with pytest.raises(ValueError, match="embed_dim=-1, fusion_vocab_size=0"):
+    with pytest.raises(ConfigError, match="embed_dim=-1, fusion_vocab_size=0"):
         FusionLinear(-1, OLD, 0)
-    with pytest.raises(ValueError, match="needs a FusionEmbedding.*got a Embedding"):
+    with pytest.raises(ModelError, match="needs a FusionEmbedding.*got a Embedding"):
         TiedFusionLinear(nn.Embedding(OLD, DIM))
 
 

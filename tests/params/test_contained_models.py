@@ -29,6 +29,7 @@ from torchfuse import (
 )
 from torchfuse.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
+from torchfuse.errors import CheckpointError, ConfigError, ModelError
 from torchfuse.generation.sampling import Sampling
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model, named_parameters, unwrap_model
@@ -204,7 +205,7 @@ def test_a_run_of_a_module_around_a_model_is_the_models(hold, tmp_path):
     optimizer = trained(holder)
     kept = FreezeSchedule().trained_ever(holder)
     if isinstance(holder, AveragedModel):  # its count would be lost
-        with pytest.raises(ValueError, match="n_averaged is a buffer outside of the fused model"):
+        with pytest.raises(CheckpointError, match="n_averaged is a buffer outside of the fused model"):
             save_checkpoint(tmp_path, holder, optimizer, step=1)
         assert not list(tmp_path.iterdir())
         holder = holder.module
@@ -220,7 +221,7 @@ def test_a_run_of_a_module_around_a_model_is_the_models(hold, tmp_path):
 
 @every_holder
 def test_a_module_that_does_not_fit_is_refused_by_its_parts(hold, tmp_path):
-    with pytest.raises(ValueError, match="into encoder.nose: the model's parts are decoder, encoder"):
+    with pytest.raises(ConfigError, match="into encoder.nose: the model's parts are decoder, encoder"):
         load_pretrained(hold(make()), encoder={"nose": tmp_path})
 
 
@@ -232,7 +233,7 @@ def test_several_models_are_refused_by_their_paths():
     )
     before = [trains(holder["student"]), trains(holder["teacher"].model)]
     for act in ACTIONS.values():
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ModelError, match=re.escape(message)):
             act(holder)
     assert [trains(holder["student"]), trains(holder["teacher"].model)] == before
     holder["teacher"] = holder["student"]  # one model under two names is one model
@@ -248,7 +249,7 @@ def test_parameters_outside_of_the_model_are_refused_by_their_names():
         r"heads\.0\.weight, .* and 3 more\. Pass the fused model"
     )
     for act in ACTIONS.values():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ModelError, match=message):
             act(holder)
     tied = Lightning(make())
     tied.head = tied.model.decoder.layers[0].attn.q_proj

@@ -9,6 +9,7 @@ from torch import nn
 
 from torchfuse import fuse, param_groups, quantize, set_trainable
 from torchfuse.encoders.stub import RandomEncoder
+from torchfuse.errors import ConfigError
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSpec, apply_freeze_specs, freeze_params, partition
 
@@ -128,7 +129,7 @@ def test_freeze_params_is_the_simple_form():
     model = make(encoder_trainable=True)
     freeze_params(model, "encoder.patches", "encoder.layers.*")
     assert [n for n in trains(model) if n.startswith("encoder.")] == below(model, "encoder.norm.")
-    with pytest.raises(ValueError, match="Nothing to freeze: name at least one part or module"):
+    with pytest.raises(ConfigError, match="Nothing to freeze: name at least one part or module"):
         freeze_params(model)
 
 
@@ -244,12 +245,12 @@ def test_an_encoder_without_parameters_stays_in_evaluation():
     ],
 )
 def test_bad_patterns_are_refused_when_the_spec_is_made(module, frozen, complaint):
-    with pytest.raises(ValueError, match="^FreezeSpec: .*" + re.escape(complaint)):
+    with pytest.raises(ConfigError, match="^FreezeSpec: .*" + re.escape(complaint)):
         FreezeSpec(module, frozen)
 
 
 def test_all_problems_of_a_spec_are_one_error():
-    with pytest.raises(ValueError, match=r"empty component.*; frozen must be true"):
+    with pytest.raises(ConfigError, match=r"empty component.*; frozen must be true"):
         FreezeSpec("a..b", None)
 
 
@@ -264,7 +265,7 @@ def test_specs_that_match_nothing_are_all_named_and_nothing_changes():
         FreezeSpec("encoder.layers.*.mlp", False),
         FreezeSpec("decoder.layers.1.fusion_layer.atn", False),
     ]
-    with pytest.raises(ValueError, match="nothing has changed") as caught:
+    with pytest.raises(ConfigError, match="nothing has changed") as caught:
         apply_freeze_specs(model, specs)
     for problem in (
         "'encodr' matches no parameter; the model has decoder, encoder, fusion, adapter",
@@ -279,7 +280,7 @@ def test_specs_that_match_nothing_are_all_named_and_nothing_changes():
 
 
 def test_a_module_that_is_all_fusions_is_no_part_where_there_is_none():
-    with pytest.raises(ValueError, match="'fusion' matches no parameter; the model has decoder"):
+    with pytest.raises(ConfigError, match="'fusion' matches no parameter; the model has decoder"):
         freeze_params(tiny_decoder(), "fusion")
 
 
@@ -287,7 +288,9 @@ def test_quantized_weights_cannot_be_let_train():
     model = make()
     quantize(model, "int8_weight_only")
     before = trains(model)
-    with pytest.raises(ValueError, match=r"quantized weights and integers cannot train.*q_proj\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"quantized weights and integers cannot train.*q_proj\.weight"
+    ):
         freeze_params(model, "decoder", frozen=False)
     assert trains(model) == before
     apply_freeze_specs(model, [FreezeSpec("decoder", True), FreezeSpec("fusion", False)])

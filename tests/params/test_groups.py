@@ -6,6 +6,7 @@ from torchfuse import (
     param_groups,
     set_trainable,
 )
+from torchfuse.errors import ConfigError
 
 
 def test_param_groups_are_named_disjoint_and_complete():
@@ -28,11 +29,11 @@ def test_param_groups_are_named_disjoint_and_complete():
 def test_param_groups_name_what_is_wrong():
     model = named_model()
     with pytest.raises(
-        ValueError, match=r"lr must name the parts that train, fusion; unknown: encoder\.eye"
+        ConfigError, match=r"lr must name the parts that train, fusion; unknown: encoder\.eye"
     ):
         param_groups(model, lr={"encoder.eye": 1.0, "fusion": 1.0})
-    with pytest.raises(ValueError, match="missing: fusion"):
+    with pytest.raises(ConfigError, match="missing: fusion"):
         param_groups(model, lr={})
     set_trainable(model, fusion=False)
-    with pytest.raises(ValueError, match="No parameter trains"):
+    with pytest.raises(ConfigError, match="No parameter trains"):
         param_groups(model, lr=1.0)

@@ -22,6 +22,7 @@ from torch import distributed
 
 from torchfuse import get_fusion_params, param_groups
 from torchfuse.checkpoint import load_checkpoint, save_checkpoint
+from torchfuse.errors import ConfigError
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage, freeze_params
 from torchfuse.training.sharding import shard
@@ -110,10 +111,10 @@ def test_a_later_stage_trains_what_was_frozen_at_first():
     assert set(listed) == set(schedule.trained_ever(model))
     assert [g["name"] for g in param_groups(model, lr=1.0)] == ["fusion"]
     with pytest.raises(
-        ValueError, match="lr must name the parts that train, encoder, fusion.*missing: encoder"
+        ConfigError, match="lr must name the parts that train, encoder, fusion.*missing: encoder"
     ):
         param_groups(model, lr={"fusion": 1e-3}, stages=schedule)
-    with pytest.raises(ValueError, match="stage at step 0: 'nose' matches no parameter"):
+    with pytest.raises(ConfigError, match="stage at step 0: 'nose' matches no parameter"):
         param_groups(model, lr=1.0, stages=[FreezeSpec("nose", True)])
 
 

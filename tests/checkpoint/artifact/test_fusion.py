@@ -21,7 +21,7 @@ from torchfuse import (
 from torchfuse.checkpoint.artifact.description import describe_fusion
 from torchfuse.checkpoint.artifact.fusion import write_artifact
 from torchfuse.checkpoint.artifact.trained import load_trained
-from torchfuse.errors import CheckpointError
+from torchfuse.errors import CheckpointError, ModelError
 from torchfuse.modules.adapters import build_adapter
 
 
@@ -71,7 +71,7 @@ def test_all_that_does_not_fit_is_one_error_and_nothing_changes(tmp_path):
     save_fusion(learned(), tmp_path)
     model = make(every=3, num_kv_heads=3)
     before = state(model)
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(CheckpointError) as info:
         load_fusion(model, tmp_path)
     for part in (
         "missing: decoder.layers.2.fusion_layer.attn.q_proj.weight",
@@ -90,12 +90,13 @@ def test_shapes_and_empty_matches():
     model, given = make(), fusion_state_dict(learned())
     given = {name: value[:1] for name, value in given.items()}
     with pytest.raises(
-        ValueError, match=r"shape: adapter\.linear_1\.weight is \[1, 11\], the model's is \[18, 11\]"
+        CheckpointError,
+        match=r"shape: adapter\.linear_1\.weight is \[1, 11\], the model's is \[18, 11\]",
     ):
         load_fusion_state_dict(model, given)
-    with pytest.raises(ValueError, match="nothing was loaded"):
+    with pytest.raises(CheckpointError, match="nothing was loaded"):
         load_fusion_state_dict(model, {"other": torch.zeros(1)}, strict=False)
-    with pytest.raises(ValueError, match="has no fusion parameters"):
+    with pytest.raises(ModelError, match="has no fusion parameters"):
         fusion_state_dict(tiny_decoder())
 
 
@@ -105,7 +106,7 @@ def test_another_architecture_is_refused(tmp_path):
         tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=IMAGE, fusion_vocab_size=2
     )
     with pytest.raises(
-        ValueError, match="option: architecture 'cross_attention', the model's is 'joint_decoder'"
+        CheckpointError, match="option: architecture 'cross_attention', the model's is 'joint_decoder'"
     ):
         load_fusion(model, tmp_path)
     # Not strict, it loads what fits: the adapter and the new tokens.
@@ -141,7 +142,7 @@ def test_a_damaged_artifact_is_named(tmp_path, damage, complaint):
     damage(tmp_path / "fusion.safetensors")
     model = make()
     before = state(model)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(CheckpointError, match=complaint):
         load_fusion(model, tmp_path)
     assert same_state(before, model)
 
@@ -162,7 +163,7 @@ def test_a_failed_save_leaves_the_old_artifact(tmp_path, monkeypatch):
 
 def test_a_path_that_is_a_file_is_named(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(ValueError, match="x is a file; an artifact is a directory"):
+    with pytest.raises(CheckpointError, match="x is a file; an artifact is a directory"):
         save_fusion(learned(), tmp_path / "x")
 
 
@@ -170,7 +171,7 @@ def test_options_that_no_shape_shows_are_compared(tmp_path):
     save_fusion(learned(), tmp_path)
     other = make(fusion_first=False)
     before = state(other)
-    with pytest.raises(ValueError, match="option: fusion_first True, the model's is False"):
+    with pytest.raises(CheckpointError, match="option: fusion_first True, the model's is False"):
         load_fusion(other, tmp_path)
     assert same_state(before, other)
     load_fusion(make(num_kv_heads=1), tmp_path)  # which is what None means for these layers
@@ -180,13 +181,13 @@ def test_options_that_no_shape_shows_are_compared(tmp_path):
 
 def test_a_model_without_memory_is_refused(tmp_path):
     save_fusion(learned(), tmp_path)
-    with pytest.raises(ValueError, match="on the meta device: give them memory first"):
+    with pytest.raises(ModelError, match="on the meta device: give them memory first"):
         load_fusion(make().to("meta"), tmp_path)
 
 
 def test_a_header_that_is_no_description_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "fusion.safetensors", {"torchfuse": "[1]"})
-    with pytest.raises(ValueError, match="is no artifact of save_fusion, or damaged"):
+    with pytest.raises(CheckpointError, match="is no artifact of save_fusion, or damaged"):
         load_fusion(make(), tmp_path)
 
 
@@ -195,7 +196,7 @@ def test_a_header_that_is_no_description_is_refused(tmp_path):
 
 def refused(model, path, *complaints):
     before = state(model)
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(CheckpointError) as info:
         load_fusion(model, path)
     for complaint in ("nothing was loaded", "Fusion parameters belong to the base", *complaints):
         assert complaint in str(info.value)
@@ -305,7 +306,7 @@ def test_a_quantized_base_is_the_same_base(tmp_path):
     save_fusion(model, tmp_path / "quantized")
     assert not any(load_fusion(make(), tmp_path / "quantized"))
     model.decoder.norm.scale.detach().mul_(3)
-    with pytest.raises(ValueError, match=r"base: decoder\.norm\.scale is float32 \[18\]"):
+    with pytest.raises(CheckpointError, match=r"base: decoder\.norm\.scale is float32 \[18\]"):
         load_fusion(model, tmp_path)
 
 
@@ -324,7 +325,7 @@ def test_an_artifact_without_a_base_loads_over_any(tmp_path):
 def test_a_base_that_is_none_is_refused(tmp_path, base):
     model = learned()
     write_artifact(tmp_path, fusion_state_dict(model), describe_fusion(model) | {"base": base})
-    with pytest.raises(ValueError, match="is no artifact of save_fusion, or damaged"):
+    with pytest.raises(CheckpointError, match="is no artifact of save_fusion, or damaged"):
         load_fusion(make(), tmp_path)
 
 
@@ -350,7 +351,7 @@ def test_a_head_that_no_tensor_shows_is_compared(tmp_path):
 
     save_fusion(tied(True), tmp_path)
     load_fusion(tied(True), tmp_path)
-    with pytest.raises(ValueError, match="option: fusion_head True, the model's is False"):
+    with pytest.raises(CheckpointError, match="option: fusion_head True, the model's is False"):
         load_fusion(tied(False), tmp_path)
 
 
@@ -385,9 +386,9 @@ def test_an_adapter_of_the_same_shapes_and_another_kind_is_refused(tmp_path, sav
     other = adapted(loaded)
     before = state(other)
     for load in (load_fusion, load_trained):
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(CheckpointError, match=complaint):
             load(other, tmp_path)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(CheckpointError, match=complaint):
         seed_adapters(adapted(loaded, "mot"), tmp_path)
     assert same_state(before, other)
     assert load_fusion(other, tmp_path, strict=False).options[0] == complaint

@@ -19,6 +19,7 @@ from torchfuse import (
     seed_adapters,
 )
 from torchfuse.encoders.clip import ClipVisionEncoder
+from torchfuse.errors import CheckpointError
 from torchfuse.models import build_vlm_wrapper
 from torchfuse.models.decoders.llama import llama_decoder
 from torchfuse.training.sharding import shard
@@ -170,7 +171,7 @@ def test_a_whole_artifact_of_another_architecture_is_refused(arch, pretrained, t
     save_fusion(trained(pretrained), tmp_path)
     model = loaded(arch, pretrained)
     before = state(model)
-    with pytest.raises(ValueError, match=f"architecture 'joint_decoder', the model's is '{arch}'"):
+    with pytest.raises(CheckpointError, match=f"architecture 'joint_decoder', the model's is '{arch}'"):
         load_fusion(model, tmp_path)
     assert same_state(before, model)
     skipped = load_fusion(model, tmp_path, strict=False)
@@ -183,18 +184,18 @@ def test_adapters_that_do_not_fit_are_all_named_and_nothing_changes(pretrained, 
     model = loaded("mot", pretrained)
     before = state(model)
     with pytest.raises(
-        ValueError,
+        CheckpointError,
         match=r"(?s)adapters of .*linear do not fit this model; nothing was loaded.*missing in the "
         r"artifact: adapter\.linear_1\.weight \[24, 20\].*missing in the model: adapter\.linear\.weight",
     ):
         seed_adapters(model, tmp_path / "linear")
-    with pytest.raises(ValueError, match="nothing was loaded"):
+    with pytest.raises(CheckpointError, match="nothing was loaded"):
         seed_adapters(model, tmp_path / "linear", strict=False)
     narrow = nn.Sequential(nn.Linear(20, 7), nn.Linear(7, 24))
     save_fusion(fused_by_hand(narrow), tmp_path / "narrow")
     wide = fused_by_hand(nn.Sequential(nn.Linear(20, 5), nn.Linear(5, 24)), arch="mot")
     with pytest.raises(
-        ValueError, match=r"shape: adapter\.0\.weight is \[7, 20\], the model's is \[5, 2"
+        CheckpointError, match=r"shape: adapter\.0\.weight is \[7, 20\], the model's is \[5, 2"
     ):
         seed_adapters(wide, tmp_path / "narrow")
     assert seed_adapters(wide, tmp_path / "narrow", strict=False) == ["adapter.1.bias"]
@@ -222,16 +223,16 @@ def test_an_artifact_without_an_adapter_is_named(pretrained, tmp_path):
     model.adapter = None
     save_fusion(model, tmp_path)
     other = loaded("moma", pretrained)
-    with pytest.raises(ValueError, match=r"missing in the artifact: adapter\.linear_1\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing in the artifact: adapter\.linear_1\.weight"):
         seed_adapters(other, tmp_path)
-    with pytest.raises(ValueError, match="neither the artifact nor the model has an adapter"):
+    with pytest.raises(CheckpointError, match="neither the artifact nor the model has an adapter"):
         seed_adapters(model, tmp_path)
     with pytest.raises(
-        ValueError, match=r"is no artifact of save_fusion: it has no fusion\.safetensors"
+        CheckpointError, match=r"is no artifact of save_fusion: it has no fusion\.safetensors"
     ):
         seed_adapters(other, tmp_path / "nowhere")
     (tmp_path / "fusion.safetensors").write_bytes(b"{")
-    with pytest.raises(ValueError, match="is no artifact of save_fusion, or damaged"):
+    with pytest.raises(CheckpointError, match="is no artifact of save_fusion, or damaged"):
         seed_adapters(other, tmp_path)
 
 
@@ -241,7 +242,9 @@ def test_another_base_is_refused_if_strict(pretrained, tmp_path):
     with torch.no_grad():
         model.encoder.layers[0].mlp.w1.weight.mul_(1.5)
     before = state(model)
-    with pytest.raises(ValueError, match=r"encoder\.layers\.0\.mlp\.w1\.weight is .* with other values"):
+    with pytest.raises(
+        CheckpointError, match=r"encoder\.layers\.0\.mlp\.w1\.weight is .* with other values"
+    ):
         seed_adapters(model, tmp_path)
     assert same_state(before, model)
     assert len(seed_adapters(model, tmp_path, strict=False)) == 4

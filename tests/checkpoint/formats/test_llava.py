@@ -7,6 +7,7 @@ from hf import LLAMA, VISION, edit, llava, shake
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
 
 from torchfuse import export, from_pretrained
+from torchfuse.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -121,5 +122,5 @@ def test_an_image_token_outside_the_table_gets_a_row(pretrained, tmp_path):
 def test_settings_that_are_not_supported(tmp_path, changes, problem):
     llava(tmp_path)
     edit(tmp_path, **changes)
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(CheckpointError, match=problem):
         from_pretrained(tmp_path)

@@ -26,6 +26,7 @@ from torchtune_models import (
 
 from torchfuse import from_pretrained, load_pretrained
 from torchfuse.checkpoint.formats import Meta, Mllama, meta
+from torchfuse.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -143,7 +144,7 @@ def test_settings_are_compared(tmp_path):
     model = model_of_metas_sizes(intermediate_layers=[1, 3])
     before = state_of(model)
     with pytest.raises(
-        ValueError, match=r"intermediate_layers_indices \(0, 2\), the model has \(1, 3\)"
+        CheckpointError, match=r"intermediate_layers_indices \(0, 2\), the model has \(1, 3\)"
     ):
         load_pretrained(model, tmp_path)
     assert_same_tensors(model.state_dict(), before)
@@ -159,7 +160,7 @@ def test_unexpected_and_missing_keys(tmp_path):
 
     def refused(problem):
         for load in (lambda: load_pretrained(model, tmp_path), lambda: from_pretrained(tmp_path)):
-            with pytest.raises(ValueError, match=problem):
+            with pytest.raises(CheckpointError, match=problem):
                 load()
 
     refused(r"unexpected: text_model\.layers\.6\.ffn_norm")
@@ -174,7 +175,7 @@ def test_models_in_several_files_are_refused(tmp_path):
     for number in range(2):
         torch.save({"text_model.norm.weight": torch.ones(3)}, tmp_path / f"consolidated.0{number}.pth")
     (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"has 2 files, consolidated\.00\.pth and so on"):
+    with pytest.raises(CheckpointError, match=r"has 2 files, consolidated\.00\.pth and so on"):
         from_pretrained(tmp_path)
 
 
@@ -205,7 +206,7 @@ def test_a_hostile_file_is_refused(tmp_path, kind):
         lambda: load_pretrained(model, tmp_path),
         lambda: from_pretrained(tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"consolidated\.00\.pth cannot be read as tensors"):
+        with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth cannot be read as tensors"):
             load()
     assert not made.exists()
     assert_same_tensors(model.state_dict(), before)
@@ -315,10 +316,10 @@ def test_the_published_model_has_torchtunes_parameters():
 )
 def test_params_that_are_not_supported(tmp_path, changes, problem):
     params = {name: value for name, value in (PARAMS | changes).items() if value is not None}
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(CheckpointError, match=problem):
         Meta.from_config(params)
     meta_folder(tmp_path, reference_model(), params)
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(CheckpointError, match=problem):
         from_pretrained(tmp_path)
 
 

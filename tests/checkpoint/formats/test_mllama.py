@@ -8,6 +8,7 @@ from transformers import MllamaForConditionalGeneration
 
 from torchfuse import export, from_pretrained
 from torchfuse.encoders.mllama_tiles import encoder_mask_of_tiles
+from torchfuse.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -111,7 +112,7 @@ def test_cross_attention_layers_without_a_decoder_layer_after_them(tmp_path, lay
     mllama(tmp_path)
     text = {"num_hidden_layers": 5, "cross_attention_layers": layers, "hidden_size": 24}
     edit(tmp_path, text_config=text | {"num_attention_heads": 6, "num_key_value_heads": 2})
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(CheckpointError, match=problem):
         from_pretrained(tmp_path)
 
 

@@ -42,6 +42,7 @@ from torchfuse import (
 )
 from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.encoders.mllama_tiles import grid_to_table
+from torchfuse.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -181,10 +182,12 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     file = torchtune_file(tmp_path, torchtune_model(embed_dim=WIDTH, intermediate_dim=43), ".pt")
     model = torchfuse_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.w1\.weight is \[43, 24\].* is \[41, 24\]"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.mlp\.w1\.weight is \[43, 24\].* is \[41, 24\]"
+    ):
         load_pretrained(model, file)
     assert_same_tensors(model.state_dict(), before)
-    with pytest.raises(ValueError, match="there is no configuration of the model: build it"):
+    with pytest.raises(CheckpointError, match="there is no configuration of the model: build it"):
         from_pretrained(file)
 
 
@@ -236,7 +239,9 @@ def test_parts_that_no_configuration_describes(tmp_path):
     again = model_with_torchtune_tower("plain")
     load_pretrained(again, tmp_path / "export")
     assert_same_tensors(again.state_dict(), model.state_dict())
-    with pytest.raises(ValueError, match="does not describe the model: build it, and give it to load"):
+    with pytest.raises(
+        CheckpointError, match="does not describe the model: build it, and give it to load"
+    ):
         from_pretrained(tmp_path / "export")
 
 
@@ -254,7 +259,7 @@ def test_a_described_export_and_models_that_differ(tmp_path):
         fusion_vocab_size=NEW,
     )
     with pytest.raises(
-        ValueError, match=r"head_dim 4, the model has 8(.|\n)*intermediate_layers_indices"
+        CheckpointError, match=r"head_dim 4, the model has 8(.|\n)*intermediate_layers_indices"
     ):
         load_pretrained(other, tmp_path / "export")
 
@@ -375,7 +380,7 @@ def test_a_mllama_directory_becomes_what_torchtune_makes_of_it(tmp_path):
 
 def test_embeddings_of_tiles_that_no_grid_holds_are_named(tmp_path):
     model = from_pretrained(hf_directory(tmp_path / "hf", grids=False))
-    with pytest.raises(ValueError, match="The format torchtune cannot hold") as error:
+    with pytest.raises(CheckpointError, match="The format torchtune cannot hold") as error:
         export(model, tmp_path / "export", format="torchtune")
     text = str(error.value)
     for name in TILE_TABLES:
@@ -428,7 +433,7 @@ def test_embeddings_of_tiles_that_no_grid_holds_are_named(tmp_path):
     ids="adapter named unnamed prefix mot head tied".split(),
 )
 def test_what_torchtune_cannot_hold_is_named(tmp_path, make, problems):
-    with pytest.raises(ValueError, match="The format torchtune cannot hold") as error:
+    with pytest.raises(CheckpointError, match="The format torchtune cannot hold") as error:
         export(make(), tmp_path / "export", format="torchtune")
     assert [text for text in problems if text not in str(error.value)] == []
     assert re.search("Formats that can: .*torchfuse", str(error.value))

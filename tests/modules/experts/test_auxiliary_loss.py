@@ -10,6 +10,7 @@ from torch import distributed
 from torchtune.training import scale_grads, set_activation_checkpointing
 
 from torchfuse import fuse
+from torchfuse.errors import ModelError
 from torchfuse.modules.experts import expert_choice
 from torchfuse.modules.experts.auxiliary_loss import add_loss, mark_main_loss
 from torchfuse.modules.experts.modality_experts import MoMaLayer
@@ -228,7 +229,7 @@ def test_adding_and_marking_leave_values_alone():
     loss = torch.tensor(5.0, dtype=torch.float64)
     assert torch.equal(mark_main_loss(loss, 7), loss)
     assert not mark_main_loss(loss).requires_grad
-    with pytest.raises(ValueError, match=r"main loss must be a scalar, got \[2\]"):
+    with pytest.raises(ModelError, match=r"main loss must be a scalar, got \[2\]"):
         mark_main_loss(torch.ones(2))
 
 

@@ -4,6 +4,7 @@ from torch import nn
 from torch.func import functional_call
 from torchtune.modules import FeedForward, MultiHeadAttention, TransformerSelfAttentionLayer
 
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.experts.mixture_of_transformers import MoTLayer, MoTNorm
 from torchfuse.modules.experts.routing import Routing
 from torchfuse.modules.experts.transformer_expert import ExpertAttention, TransformerExpert
@@ -234,7 +235,7 @@ def test_keys_and_values_are_all_that_text_sees(mask):
     out, front = only(x, **call), LENGTH - TEXT
     torch.testing.assert_close(out[:, front:], whole(x, **call)[:, front:], rtol=0, atol=1e-12)
     assert torch.equal(out[:, :front], x[:, :front])
-    with pytest.raises(ValueError, match="keys and values only, which is for modalities in front"):
+    with pytest.raises(ModelError, match="keys and values only, which is for modalities in front"):
         only(x, routing=interleaved())
 
 
@@ -335,21 +336,21 @@ def expert(num_heads=HEADS, num_kv_heads=KV_HEADS, only=False):
 def test_what_does_not_fit_is_named():
     layer = plain_layer()
     with pytest.raises(
-        ValueError, match=r"width of a head, 3, 1, 6; 'eye' has 5, 1, 6; 'ear' has 3, 3, 6\."
+        ModelError, match=r"width of a head, 3, 1, 6; 'eye' has 5, 1, 6; 'ear' has 3, 3, 6\."
     ):
         MoTLayer(layer, {"eye": expert(5), "nose": expert(), "ear": expert(num_kv_heads=3)})
-    with pytest.raises(ValueError, match="keys and values only, or none is; here only 'ear'"):
+    with pytest.raises(ModelError, match="keys and values only, or none is; here only 'ear'"):
         MoTLayer(layer, {"eye": expert(), "ear": expert(only=True)})
-    with pytest.raises(ValueError, match='start must be "warm" or "zero", got \'cold\''):
+    with pytest.raises(ConfigError, match='start must be "warm" or "zero", got \'cold\''):
         MoTLayer.from_pretrained(layer, ["eye"], start="cold")
     maps = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "k_proj": layer.attn.k_proj}
-    with pytest.raises(ValueError, match="q_proj and output_proj are given together"):
+    with pytest.raises(ModelError, match="q_proj and output_proj are given together"):
         ExpertAttention(**maps, v_proj=layer.attn.v_proj, q_proj=layer.attn.q_proj)
-    with pytest.raises(ValueError, match="queries, mlp and mlp_norm, or none of them"):
+    with pytest.raises(ModelError, match="queries, mlp and mlp_norm, or none of them"):
         TransformerExpert(expert().attn, sa_norm=nn.RMSNorm(WIDTH))
-    with pytest.raises(ValueError, match="fusion_layer would be hidden"):
+    with pytest.raises(ModelError, match="fusion_layer would be hidden"):
         MoTLayer.from_pretrained(MoTLayer.from_pretrained(layer, ["eye"]), ["ear"])
     layer.mlp = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(ValueError, match="whose last map is w2, as torchtune's; got a Linear"):
+    with pytest.raises(ModelError, match="whose last map is w2, as torchtune's; got a Linear"):
         MoTLayer.from_pretrained(layer, ["eye"], start="zero")
     assert MoTLayer.from_pretrained(layer, ["eye"]).experts_are_fresh()

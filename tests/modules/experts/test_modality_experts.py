@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from torchtune.modules import FeedForward, MultiHeadAttention, TransformerSelfAttentionLayer
 
 from torchfuse import get_fusion_params
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.modules.experts.modality_experts import ExpertOptions, MoMaLayer, expert_load
 from torchfuse.modules.experts.routing import Routing
 from torchfuse.naming import canonical_name
@@ -276,7 +277,7 @@ def test_without_auxiliary_routers_evaluation_chooses_and_caches_are_refused():
     layer = moma(auxiliary_router=False)
     x, routing = hidden(), prefix()
     assert torch.equal(layer(x, routing=routing), layer.eval()(x, routing=routing))
-    with pytest.raises(ValueError, match="cannot generate.*those to come.*auxiliary_router=True"):
+    with pytest.raises(ModelError, match="cannot generate.*those to come.*auxiliary_router=True"):
         layer.setup_caches(ROWS, torch.float32, encoder_max_seq_len=None, decoder_max_seq_len=9)
     assert not layer.caches_are_setup()
     takes_all = moma(auxiliary_router=False, capacity=1.0)
@@ -286,7 +287,7 @@ def test_without_auxiliary_routers_evaluation_chooses_and_caches_are_refused():
 
 def test_one_modality_that_looks_ahead_is_enough_to_refuse_caches():
     one = moma(auxiliary_router=False, num_experts={"image": 1, "audio": 2}, num_text_experts=1)
-    with pytest.raises(ValueError, match="cannot generate"):
+    with pytest.raises(ModelError, match="cannot generate"):
         one.check_caches()
     moma(auxiliary_router=False, num_experts=1, num_text_experts=1).check_caches()
 
@@ -488,12 +489,12 @@ def test_load_names_layers_through_wrappers():
         "decoder.layers.1": ["image"]
     }
     assert expert_load(model)["decoder.layers.1"]["image"].tolist() == [0] * 4
-    with pytest.raises(ValueError, match="TransformerDecoder has no layer with experts"):
+    with pytest.raises(ModelError, match="TransformerDecoder has no layer with experts"):
         expert_load(tiny_decoder())
 
 
 def test_numbers_out_of_range_are_all_named():
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(ConfigError) as info:
         ExpertOptions(
             num_experts={"image": 0, "audio": 2},
             num_text_experts=0,
@@ -511,37 +512,37 @@ def test_numbers_out_of_range_are_all_named():
         "auxiliary_loss_weight must be 0 or more, got -1.0",
     ):
         assert problem in str(info.value)
-    with pytest.raises(ValueError, match=r"num_experts must be at least 1, got -3"):
+    with pytest.raises(ConfigError, match=r"num_experts must be at least 1, got -3"):
         ExpertOptions(num_experts=-3)
-    with pytest.raises(ValueError, match="weight must be 0 or more, got nan"):
+    with pytest.raises(ConfigError, match="weight must be 0 or more, got nan"):
         ExpertOptions(auxiliary_loss_weight=float("nan"))
 
 
 @pytest.mark.parametrize("names", [["text"], ["a.b"], [""], ["keys"], ["image", "image"]])
 def test_names_that_cannot_serve_are_refused(names):
-    with pytest.raises(ValueError, match=r"names of modalities become parts.*got \["):
+    with pytest.raises(ModelError, match=r"names of modalities become parts.*got \["):
         MoMaLayer(pretrained(), names)
 
 
 def test_layers_that_cannot_serve_are_refused():
-    with pytest.raises(ValueError, match="Linear cannot get experts: it lacks sa_norm, attn"):
+    with pytest.raises(ModelError, match="Linear cannot get experts: it lacks sa_norm, attn"):
         MoMaLayer(nn.Linear(3, 3), ["image"])
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(ModelError) as info:
         MoMaLayer(nn.Linear(3, 3), [], ExpertOptions(num_experts={"audio": 2}))
     for problem in ("no modality beside text", "names of the modalities, ; got audio", "it lacks"):
         assert problem in str(info.value)
-    with pytest.raises(ValueError, match=r"fusion_layer would be hidden"):
+    with pytest.raises(ModelError, match=r"fusion_layer would be hidden"):
         MoMaLayer(moma(), ["image"])
     layer = pretrained()
     layer.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH))
-    with pytest.raises(ValueError, match="last projection is w2"):
+    with pytest.raises(ModelError, match="last projection is w2"):
         MoMaLayer(layer, ["image"])
     layer = pretrained()
     layer.mlp.w2.lora = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"w2 of its mlp must be linear.*has lora\.bias, lora\.weight"):
+    with pytest.raises(ModelError, match=r"w2 of its mlp must be linear.*has lora\.bias, lora\.weight"):
         MoMaLayer(layer, ["image"], ExpertOptions(start="zero"))
     assert MoMaLayer(layer, ["image"]).fusion_layer.experts["image"][0].w2.lora is not layer.mlp.w2.lora
-    with pytest.raises(ValueError, match="feed-forward is quantized.*quantize after fusing"):
+    with pytest.raises(ModelError, match="feed-forward is quantized.*quantize after fusing"):
         MoMaLayer(quantized(pretrained()), ["image"])
 
 
@@ -554,7 +555,7 @@ def quantized(layer):
 
 def test_an_unknown_modality_is_named():
     stand_ins = {"smell": torch.zeros(1, 1, WIDTH)}
-    with pytest.raises(ValueError, match="No experts of smell, text, video.*built for image, audio"):
+    with pytest.raises(ModelError, match="No experts of smell, text, video.*built for image, audio"):
         moma()(hidden(), routing=Routing({"video": 2, "text": 1, "image": 1}, stand_ins=stand_ins))
 
 

@@ -56,7 +56,8 @@ class Runs:
     def encoder_states(self, run):
         """The encoder's values as pretrained and after each step."""
         config = yaml.safe_load((run / "config.yaml").read_text())
-        paths = {name: str(self.digits.parent / path) for name, path in config["pretrained"].items()}
+        given = {name: path for name, path in config["pretrained"].items() if path is not None}
+        paths = {name: str(self.digits.parent / path) for name, path in given.items()}
         states = []
         for step in range(STEPS + 1):
             model = build_model(config["model"], paths, device="cpu", dtype="fp32")

@@ -17,7 +17,7 @@ from torchfuse.naming import canonical_name, named_parameters, unwrap
         ("_orig_mod.layers.0.weight", "layers.0.weight"),
         ("layers.0._checkpoint_wrapped_module.weight", "layers.0.weight"),
         ("_fsdp_wrapped_module._orig_mod.a._checkpoint_wrapped_module.b", "a.b"),
-        # Only whole components are foreign.
+        # Only whole components are removed.
         ("my_orig_mod.weight", "my_orig_mod.weight"),
         ("module.weight", "module.weight"),
     ],
@@ -26,7 +26,7 @@ def test_canonical_name(name, canonical):
     assert canonical_name(name) == canonical
 
 
-def test_unwrap_peels_every_wrapper():
+def test_unwrap_removes_every_wrapper():
     linear = nn.Linear(3, 5)
     assert unwrap(linear) is linear
     assert unwrap(torch.compile(checkpoint_wrapper(linear))) is linear

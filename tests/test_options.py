@@ -187,7 +187,7 @@ class Size:
     name: Any = None
 
 
-def test_fields_are_checked_whoever_made_the_instance():
+def test_fields_are_checked_for_any_instance():
     check_fields(Size(3), "size")
     check_fields(Size(3, [5], name=7), "size")
     with pytest.raises(

@@ -264,7 +264,7 @@ def test_permissions_are_the_usual_ones(tmp_path, mask):
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o777 & ~mask
 
 
-def test_a_file_is_written_whole(tmp_path):
+def test_a_file_is_written_completely(tmp_path):
     path = tmp_path / "x"
     write_file(path, lambda file: file.write_text("2"))
 

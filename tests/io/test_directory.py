@@ -290,7 +290,7 @@ def test_an_index_beside_one_file(tmp_path):
     assert set(CheckpointDirectory(folder)) == set(TENSORS)
 
 
-def test_a_directory_of_pickles_alone_says_what_to_do(tmp_path):
+def test_a_directory_of_pickles_is_refused_with_advice(tmp_path):
     folder = make(tmp_path / "x")
     (folder / "model.safetensors").unlink()
     torch.save(TENSORS, folder / "pytorch_model.bin")
@@ -465,7 +465,7 @@ def test_files_are_regular_and_stay_in_their_directory(tmp_path):
         CheckpointFile(folder / "x.pt")
 
 
-def test_a_path_says_what_it_is(tmp_path):
+def test_open_checkpoint_chooses_the_reader_by_the_path(tmp_path):
     folder = make(tmp_path / "x.pt")
     file = save({"a": torch.ones(3)}, tmp_path / "y.pt")
     assert repr(open_checkpoint(str(folder))).startswith("CheckpointDirectory(")

@@ -29,7 +29,7 @@ POOLS = {
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp_2layer"])
-def test_says_what_comes_out(name):
+def test_forward_matches_output_num_tokens(name):
     adapter = build_adapter(name, IN, OUT)
     out = adapter(torch.randn(B, N, IN))
     assert out.shape == (B, adapter.output_num_tokens(N), OUT)

@@ -132,7 +132,7 @@ def test_without_features_nothing_happens():
     assert make()(x, encoder_input=None, encoder_mask=torch.ones(B, S, N, dtype=torch.bool)) is x
 
 
-def test_a_row_that_sees_nothing_passes_to_the_bit_with_finite_gradients():
+def test_a_fully_masked_row_is_unchanged_with_finite_gradients():
     layer = make()
     x, features = (t.requires_grad_() for t in data())
     mask = torch.rand(B, S, N) < 0.5
@@ -148,7 +148,7 @@ def test_a_row_that_sees_nothing_passes_to_the_bit_with_finite_gradients():
     assert torch.equal(x.grad[1], 2 * x[1])
 
 
-def test_a_batch_that_sees_nothing_has_zero_gradients_for_every_weight():
+def test_a_fully_masked_batch_has_zero_gradients_for_every_weight():
     layer = make()
     x, features = data()
     mask = torch.zeros(B, S, N, dtype=torch.bool)
@@ -216,7 +216,7 @@ def test_cached_features_equal_features_given_again(slots, masked):
     assert torch.equal(again, first)
 
 
-def test_an_empty_or_reset_cache_sees_nothing_and_refills():
+def test_an_empty_or_reset_cache_is_not_attended_to_and_refills():
     layer = cached(make(), N)
     x, features = data()
     with torch.no_grad():

@@ -98,7 +98,7 @@ def test_a_model_without_parts_is_all_decoder():
     assert meant(decoder, "decoder") == [n for n, _ in decoder.named_parameters()]
 
 
-def test_a_shared_parameter_goes_by_each_of_its_names():
+def test_a_shared_parameter_is_matched_by_each_of_its_names():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     assert meant(model, "1") == ["0.weight", "1.bias"]

@@ -151,7 +151,7 @@ def test_applying_again_changes_nothing_and_undoes_what_others_did():
     assert trains(model) == before
 
 
-def test_a_stage_that_changes_nothing_says_so():
+def test_apply_returns_false_for_a_stage_that_changes_nothing():
     schedule = FreezeSchedule([FreezeStage(0, (OFF,)), FreezeStage(2, (OFF,))])
     model = make(encoder_trainable=True)
     assert [schedule.apply(model, step) for step in range(4)] == [True, False, False, False]

@@ -132,7 +132,7 @@ def test_what_is_frozen_has_no_gradient_no_state_and_no_decay():
     assert all(optimizer.state[p]["step"] == 1 for p in encoder)
 
 
-def test_what_a_stage_freezes_amid_a_run_stands_still():
+def test_parameters_frozen_during_a_run_stay_constant():
     stages = [FreezeSpec("encoder", False), FreezeStage(2, (FreezeSpec("encoder.layers.1", True),))]
     model, schedule = make().train(), FreezeSchedule(stages)
     optimizer = adamw(model, schedule)

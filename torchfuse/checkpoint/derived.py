@@ -1,4 +1,4 @@
-"""Fusion parameters that were initialized from pretrained values, computed anew when those are loaded.
+"""Fusion parameters that are initialized from pretrained values, and again when those are loaded.
 
 These are new rows of embedding and head that are the mean of the pretrained rows, and experts that are
 copies of pretrained modules.
@@ -19,7 +19,7 @@ __all__ = ["reinitializers"]
 
 
 def reinitializers(model: nn.Module, loaded: Iterable[Tensor]) -> list[Callable[[], None]]:
-    """Return the calls that compute derived parameters anew; those that have changed since are kept.
+    """Return the calls that compute derived parameters again; parameters that have changed are kept.
 
     Args:
         model: a fused model, before loading.

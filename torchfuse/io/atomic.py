@@ -66,7 +66,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_files(folder: str | Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write several files, of which the first is renamed when all have been written.
+    """Write several files beside their paths, and rename them in their order when all are written.
 
     Args:
         folder: the directory of the files, made if need be.
@@ -150,7 +150,7 @@ def tmp_path(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what killed processes left under names of ``tmp_path``; the lock of the path must be held.
+    """Remove files of killed processes under names of ``tmp_path``; the path must be locked.
 
     Args:
         folder: the directory of the path.
@@ -195,7 +195,7 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name for a path; lock the path and remove leftovers before, sync afterwards."""
+    """Yield a temporary name beside a path, under its lock and without leftovers; sync afterwards."""
     lock = SaveLock(path.with_name(f".{path.name}.lock"))
     tmp = tmp_path(path)
     with disk_errors(path):
@@ -206,7 +206,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             yield tmp
             fsync_path(path.parent)
         finally:
-            # Either what could not be written or, after an exchange, what was replaced.
+            # Either an incomplete write or, after an exchange, the content that was replaced.
             shutil.rmtree(tmp, ignore_errors=True)
             lock.release()
 

@@ -61,7 +61,7 @@ def disk_errors(
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """Return the system's error behind an exception of Python, safetensors or torch.save."""
+    """Return the system's error that caused an exception of Python, safetensors or torch.save."""
     if isinstance(error, OSError):
         return error
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors

@@ -74,7 +74,7 @@ class SaveLock:
                     os.close(handle)
 
     def release(self) -> None:
-        """Give the lock back and remove its file; nothing happens if it is not held."""
+        """Release the lock and remove its file; nothing happens if it is not held."""
         if self._handle is None:
             return
         import fcntl

@@ -1,4 +1,4 @@
-"""Parts of a fused model, on torch alone; sizes and foreign layers are arguments."""
+"""Parts of a fused model, which need only torch; sizes and pretrained layers are arguments."""
 
 from torchfuse.modules.adapters import (
     Adapter,

@@ -142,12 +142,12 @@ def test_in_evaluation_the_auxiliary_router_decides(training):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_who_takes_all_needs_no_auxiliary_router():
+def test_capacity_one_needs_no_auxiliary_router():
     x, scoring = tokens(), router(Fraction(1), auxiliary_dim=7).eval()
     assert scoring.auxiliary is None
-    assert not scoring.looks_ahead
-    assert router(auxiliary_dim=None).looks_ahead
-    assert not router(auxiliary_dim=7).looks_ahead
+    assert not scoring.depends_on_batch
+    assert router(auxiliary_dim=None).depends_on_batch
+    assert not router(auxiliary_dim=7).depends_on_batch
     expert = nn.ModuleList([nn.Linear(DIM, DIM).double() for _ in range(EXPERTS)])
     whole = scoring(x).combine(x, expert)
     alone = torch.cat([scoring(row[None]).combine(row[None], expert) for row in x])

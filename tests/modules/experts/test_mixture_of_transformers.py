@@ -220,7 +220,7 @@ def test_zero_experts_let_their_stream_pass_and_are_seen(layout):
 
 
 @pytest.mark.parametrize("mask", [True, False], ids=["mask", "causal"])
-def test_keys_and_values_are_all_that_text_sees(mask):
+def test_text_attends_only_to_keys_and_values(mask):
     whole, only = mot(), mot(keys_and_values_only=True)
     given = {n: p for n, p in whole.state_dict().items() if n in only.state_dict()}
     only.load_state_dict(given)
@@ -266,7 +266,7 @@ def test_a_stand_in_takes_part_and_changes_no_bit(there, only):
     assert all(not stand_in.grad.any() for stand_in in absent.values())
 
 
-def test_names_are_the_pretrained_layers_and_new_ones_stand_beside_them():
+def test_pretrained_names_stay_and_new_ones_have_a_prefix():
     layer, plain = mot(), plain_layer()
     names = list(layer.state_dict())
     own = list(plain.state_dict())
@@ -281,7 +281,7 @@ def test_names_are_the_pretrained_layers_and_new_ones_stand_beside_them():
 
 
 @pytest.mark.parametrize("start", ["warm", "zero"])
-def test_experts_start_anew_from_what_was_loaded(start):
+def test_experts_are_reset_to_loaded_values(start):
     layer = mot(random=False, start=start)
     assert layer.experts_are_fresh()
     layer.load_state_dict(plain_layer().state_dict(), strict=False)

@@ -285,7 +285,7 @@ def test_without_auxiliary_routers_evaluation_chooses_and_caches_are_refused():
     assert takes_all.caches_are_setup()
 
 
-def test_one_modality_that_looks_ahead_is_enough_to_refuse_caches():
+def test_caches_are_refused_if_any_modality_depends_on_the_batch():
     one = moma(auxiliary_router=False, num_experts={"image": 1, "audio": 2}, num_text_experts=1)
     with pytest.raises(ModelError, match="cannot generate"):
         one.check_caches()

@@ -96,7 +96,7 @@ class Writer(FileSystemWriter):
             return super().write_data(*args)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        # Runs on rank zero alone, after the others have written and before they are told.
+        # Runs on rank zero only, after all ranks have written and before save returns on any.
         with self._disk_errors():
             super().finish(metadata, results)
             (self._tmp / DESCRIPTION).write_text(self._text, encoding="utf-8")

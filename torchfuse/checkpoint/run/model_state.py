@@ -91,7 +91,7 @@ def trained_problems(
 
 
 def tensor_problems(tensors: Mapping[str, Any]) -> list[str]:
-    """Return which values of ``model_tensors`` can be neither saved nor loaded."""
+    """List the values of ``model_tensors`` that can be neither saved nor loaded."""
     problems = [
         f"{name} is a {type(value).__name__}: a checkpoint of a model holds tensors only"
         for name, value in tensors.items()

@@ -3,7 +3,7 @@
 The paper (https://arxiv.org/abs/2407.21770, sections 2.2 to 2.4) lets each expert take the ``k`` tokens
 that score highest with it, so that every expert has the same load without a loss for balance. The choice
 depends on all tokens, those of other rows and later ones too, so it is for training only. An auxiliary
-router learns to predict from a token alone whether each expert would take it, and decides in evaluation.
+router learns to predict from a token alone whether each expert takes it, and is used in evaluation.
 Its loss joins the backward pass at the experts' output, so any training loop trains it, and its inputs
 are detached, so its gradient reaches nothing else.
 
@@ -37,7 +37,7 @@ _Count = TypeVar("_Count", int, Tensor)
 
 
 def num_taken(num_tokens: _Count, capacity: Fraction) -> _Count:
-    """How many of so many tokens an expert takes, ``min(n, max(1, ceil(capacity * n)))``.
+    """Return how many of ``n`` tokens an expert takes, ``min(n, max(1, ceil(capacity * n)))``.
 
     Examples:
         >>> [num_taken(n, Fraction(1, 3)) for n in (0, 1, 3, 4)]
@@ -50,12 +50,12 @@ def num_taken(num_tokens: _Count, capacity: Fraction) -> _Count:
 
 
 def logistic_noise(like: Tensor) -> Tensor:
-    """Independent draws of one Gumbel(0, 1) variable minus another, which is a logistic one."""
+    """Draw logistic noise: one Gumbel(0, 1) variable minus another, for each element."""
     return torch.rand_like(like).logit(eps=torch.finfo(like.dtype).eps / 2)
 
 
 class Dispatch(NamedTuple):
-    """Which tokens each expert runs on, and how much its answer counts.
+    """Which tokens each expert runs on, and the weights of its outputs.
 
     Attributes:
         tokens: indices of tokens, ``[E, k]``, each once in a row; None: every expert runs on all ``n``.
@@ -88,7 +88,7 @@ class ExpertChoiceRouter(nn.Module):
     all. In evaluation an expert takes the tokens that the auxiliary router, two linear maps with SiLU
     between them, gives it with a probability above one half.
 
-    Scores are computed in float32 at least. An expert whose capacity is 1 takes every token anyway; it
+    Scores are computed in float32 at least. An expert whose capacity is 1 takes every token, and
     gets no auxiliary router.
 
     Args:
@@ -135,8 +135,8 @@ class ExpertChoiceRouter(nn.Module):
         self.register_buffer("num_tokens", counts.new_zeros(()), persistent=False)
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether in evaluation, too, other tokens of the batch decide over a token."""
+    def depends_on_batch(self) -> bool:
+        """Whether the choice of a token depends on the rest of the batch in evaluation too."""
         return self.auxiliary is None and self.capacity < 1
 
     def forward(self, x: Tensor, valid: Tensor | None = None, *, stand_in: bool = False) -> Dispatch:
@@ -173,7 +173,7 @@ class ExpertChoiceRouter(nn.Module):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def _choose(self, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best tokens of each expert ``[k, E]``, their weights, and who took whom, ``[n, E]``."""
+        """Return each expert's best tokens ``[k, E]``, their weights, and which it takes, ``[n, E]``."""
         places = num_taken(scores.shape[0], self.capacity)
         best = scores.detach().masked_fill(~valid.unsqueeze(-1), -torch.inf).topk(places, dim=0).indices
         rank = torch.arange(places, device=scores.device).unsqueeze(-1)
@@ -192,11 +192,11 @@ class ExpertChoiceRouter(nn.Module):
 
 
 class ModalityExperts(nn.Module):
-    """New experts of each modality, and the routers by which they choose.
+    """New experts of each modality, and their routers.
 
     Args:
         experts: feed-forwards, ``d -> d``, by modality.
-        routers: what they choose by, under the same names.
+        routers: the routers, under the same names.
         auxiliary_loss_weight: what the loss of the auxiliary routers is multiplied by, relative to the
             main loss.
 
@@ -218,12 +218,12 @@ class ModalityExperts(nn.Module):
         self.auxiliary_loss_scale = 1.0
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether in evaluation, too, other tokens of the batch decide over a token."""
-        return any(self.router(name).looks_ahead for name in self.routers)
+    def depends_on_batch(self) -> bool:
+        """Whether the choice of a token depends on the rest of the batch in evaluation too."""
+        return any(self.router(name).depends_on_batch for name in self.routers)
 
     def router(self, name: str) -> ExpertChoiceRouter:
-        """The router of a modality."""
+        """Return the router of a modality."""
         router = self.routers[name]
         assert isinstance(router, ExpertChoiceRouter)
         return router
@@ -266,7 +266,7 @@ class ModalityExperts(nn.Module):
 
 
 def _prediction_loss(predicted: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
-    """Binary cross-entropy of what was predicted against what was taken, the mean over what counts."""
+    """Return the mean binary cross-entropy of predictions against choices, over valid tokens."""
     each = F.binary_cross_entropy_with_logits(predicted, taken.to(predicted.dtype), reduction="none")
     counted = torch.where(valid.unsqueeze(-1), each, 0).sum()
     return counted / (valid.sum() * predicted.shape[-1]).clamp(min=1)

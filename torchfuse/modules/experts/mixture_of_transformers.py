@@ -75,7 +75,7 @@ class MoTLayer(_Experts):
         layer: the pretrained layer, with the children of torchtune's ``TransformerSelfAttentionLayer``
             and ``MultiHeadAttention``. Its rotary embedding, caches and dropout serve all modalities.
         experts: the other modalities' weights, by name.
-        start: what ``reset_experts`` starts from, see there.
+        start: the experts' first values: ``"warm"`` or ``"zero"``, as in ``reset_experts``.
 
     Raises:
         ModelError: if heads of a modality differ from the layer's, some experts are keys and values
@@ -108,11 +108,12 @@ class MoTLayer(_Experts):
         Args:
             layer: as for the class.
             names: the modalities.
-            start: first values, see ``reset_experts``.
+            start: the experts' first values, as in ``reset_experts``.
             keys_and_values_only: whether the hidden states of the modalities are not used after this
                 layer.
 
         Raises:
+            ConfigError: for an unknown ``start``.
             ModelError: as the class, or if ``start="zero"`` and the feed-forward has no ``w2``.
         """
         _check_start(start, unwrap(layer))
@@ -156,7 +157,7 @@ class MoTLayer(_Experts):
         if self.keys_and_values_only and routing.places is not None:
             raise ModelError(
                 "The experts of this layer are keys and values only, which is for modalities in front "
-                "of the text: where they alternate, hidden states of all of them are read."
+                "of the text: where they alternate, the hidden states of all are used."
             )
         # Activation checkpointing around the pretrained layer alone is meant for all that runs here.
         checkpoint = getattr(self.wrapped, "checkpoint_fn", None)
@@ -165,7 +166,7 @@ class MoTLayer(_Experts):
         return self._mix(x, mask, input_pos, routing)
 
     def _mix(self, x: Tensor, mask: Tensor | None, input_pos: Tensor | None, routing: Routing) -> Tensor:
-        """Algorithm 1, then the stand-ins of modalities that the batch lacks."""
+        """Run algorithm 1, then the stand-ins of modalities that the batch lacks."""
         b, t, _ = x.shape
         at = torch.arange(t, device=x.device) if input_pos is None else input_pos
         at = at.view(-1, t).expand(b, -1)[:, :, None]
@@ -185,7 +186,7 @@ class MoTLayer(_Experts):
         return self._keep_in_graph(routing.merge(text, parts), routing.stand_ins)
 
     def _project(self, part: Any, x: Tensor, at: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Queries (None without the map), keys and values ``[b, s, heads * head_dim]``, rotated."""
+        """Return queries (None without the map), keys, values, ``[b, s, heads * head_dim]``, rotated."""
         attn, h = part.attn, part.sa_norm(x)
         q = None if attn.q_proj is None else self._heads(attn.q_proj(h), attn.q_norm, at)
         return q, self._heads(attn.k_proj(h), attn.k_norm, at), attn.v_proj(h)
@@ -197,7 +198,7 @@ class MoTLayer(_Experts):
         return (x if norm is None else norm(x)).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of the last tokens to all, ``[b, s, heads * head_dim]``."""
+        """Attend from the last tokens to all, ``[b, s, heads * head_dim]``."""
         attn = self.attn
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in (q, k, v))
         s, t = q.shape[2], k.shape[2]
@@ -217,7 +218,7 @@ class MoTLayer(_Experts):
         return grouped_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
     def _keep_in_graph(self, x: Tensor, stand_ins: Mapping[str, Tensor]) -> Tensor:
-        """``x``, as a function of every weight of the experts that are not needed for it."""
+        """Return ``x`` as a function of every weight of experts that the batch does not need, too."""
         for name, features in stand_ins.items():
             expert, h = self.fusion_layer[name], features.to(x.dtype)
             at = torch.arange(h.shape[1], device=h.device)[None, :, None]

@@ -31,9 +31,9 @@ from torchfuse.naming import canonical_name, unwrap, unwrap_model
 
 __all__ = ["ExpertOptions", "MoMaLayer", "expert_load", "scale_auxiliary_losses"]
 
-_LOOKS_AHEAD: Final = (
-    "each chooses its tokens among all of a batch, those to come and those of other rows too. Build "
-    "them with auxiliary_router=True, and train them, so that every token is decided by itself"
+_DEPENDS_ON_BATCH: Final = (
+    "each chooses its tokens among all of a batch, later ones and those of other rows too. Build "
+    "them with auxiliary_router=True, and train them, so that each token is chosen independently"
 )
 
 
@@ -44,9 +44,9 @@ class MoMaLayer(FusionWrapper):
     feed-forward's for text, the new experts' for other modalities, and both for text with more than one
     expert. Names are the pretrained layer's (see ``torchfuse.naming.TransparentWrapper``); new
     parameters are under ``fusion_layer.experts.<modality>.<i>.`` and
-    ``fusion_layer.routers.<modality>.`` and are what ``fusion_params`` names. Whatever else the
-    pretrained layer has, its cache too, is reached here as it is there. Without auxiliary routers other
-    tokens decide over a token in evaluation, too; a fused model refuses to run then, see ``check_mode``.
+    ``fusion_layer.routers.<modality>.`` and are what ``fusion_params`` names. Other attributes
+    of the pretrained layer, its cache too, are attributes of this layer. Without auxiliary routers other
+    tokens affect the choice in evaluation, too; a fused model raises an error then (``check_mode``).
 
     Args:
         layer: a decoder layer with torchtune's parts: ``sa_norm``, ``attn``, ``sa_scale``,
@@ -145,20 +145,20 @@ class MoMaLayer(FusionWrapper):
 
     def check_caches(self) -> None:
         """Raise a ``ModelError`` if the experts choose among all tokens of a batch in evaluation too."""
-        if self.fusion_layer.looks_ahead:
-            raise ModelError(f"These experts cannot generate: {_LOOKS_AHEAD}.")
+        if self.fusion_layer.depends_on_batch:
+            raise ModelError(f"These experts cannot generate: {_DEPENDS_ON_BATCH}.")
 
     def check_mode(self, *, training: bool, cached: bool) -> None:
-        """Raise a ``ModelError`` if other tokens would decide over one where that makes answers wrong.
+        """Raise a ``ModelError`` if the choice of a token would depend on others where that is wrong.
 
         Args:
             training: whether the model is in training mode. The layer's own mode does not show it: a
                 frozen layer is in evaluation mode in training, too.
             cached: whether caches are read and written.
         """
-        if not training and self.fusion_layer.looks_ahead:
+        if not training and self.fusion_layer.depends_on_batch:
             raise ModelError(
-                f"These experts cannot be evaluated: {_LOOKS_AHEAD}. For the training loss call "
+                f"These experts cannot be evaluated: {_DEPENDS_ON_BATCH}. For the training loss call "
                 "model.train()."
             )
         if cached and self.fusion_layer.training:

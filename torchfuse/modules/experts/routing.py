@@ -75,11 +75,11 @@ class Routing:
         self.features.update({name: self.take(name, embeds) for name in self.slots})
 
     def text(self, x: Tensor) -> Tensor:
-        """What text's weights run on, ``[b, text, d]``: all of ``x`` where modalities alternate."""
+        """Return the input of text's weights, ``[b, text, d]``: all of ``x`` if modalities alternate."""
         return x if self.places is not None else x[:, sum(self.slots.values()) :]
 
     def take(self, name: str, x: Tensor) -> Tensor:
-        """The tokens of a modality, ``[b, slots, d]``; a slot without a token repeats some other."""
+        """Return a modality's tokens, ``[b, slots, d]``; a slot without a token repeats another."""
         if self.places is None:
             start = 0
             for other, length in self.slots.items():
@@ -91,7 +91,7 @@ class Routing:
         return x.gather(1, index)
 
     def merge(self, text: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """What text ``[b, text, d]`` and each modality ``[b, slots, d]`` came to, as ``[b, t, d]``."""
+        """Merge outputs of text ``[b, text, d]`` and of modalities ``[b, slots, d]``: ``[b, t, d]``."""
         if self.places is None:
             return torch.cat([*(parts[name] for name in self.slots), text], dim=1)
         for name, part in parts.items():
@@ -100,14 +100,14 @@ class Routing:
         return text
 
     def is_text(self, x: Tensor) -> Tensor | None:
-        """Which of ``text(x)`` are tokens of text, bool ``[b, text]``; None: all."""
+        """Return which of ``text(x)`` are tokens of text, bool ``[b, text]``; None: all."""
         if not self.places:
             return self.valid_text
         others = torch.stack(list(self.places.values())).any(dim=0)
         return ~others if self.valid_text is None else self.valid_text & ~others
 
     def holds_token(self, name: str) -> Tensor | None:
-        """Which slots of a modality hold a token, bool ``[b, slots]``; None: all."""
+        """Return which slots of a modality hold a token, bool ``[b, slots]``; None: all."""
         if self.places is None:
             return self.valid.get(name)
         counts = self.places[name].sum(dim=1, keepdim=True)

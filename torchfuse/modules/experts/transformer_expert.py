@@ -1,7 +1,7 @@
 """The weights of one modality in a transformer layer, copied from a pretrained layer.
 
-They have the pretrained layer's shapes, and start from its values. What pretrained maps carry besides
-(adapters of low rank, weights in fewer bits) stays the text's: an expert's maps are plain and train.
+They have the pretrained layer's shapes, and start from its values. Low-rank adapters and quantization
+of the pretrained layer are not copied: an expert's maps are plain and trainable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "first_values",
 ]
 
-# What ends a residual: at zero, an expert's stream passes through its layer unchanged.
+# The last maps of each residual: at zero, hidden states pass through the layer unchanged.
 LAST_MAPS: Final = ("attn.output_proj.", "mlp.w2.")
 
 
@@ -76,7 +76,7 @@ class ExpertAttention(nn.Module):
 
 
 class TransformerExpert(nn.Module):
-    """What one modality has of a transformer layer; children are named as in torchtune's layers.
+    """One modality's weights of a transformer layer; children are named as in torchtune's layers.
 
     Args:
         attn: its maps of the shared attention.
@@ -119,7 +119,7 @@ class TransformerExpert(nn.Module):
 
 
 def expert_like(layer: Any, keys_and_values_only: bool) -> TransformerExpert:
-    """An expert with the shapes of a pretrained layer; its values are still to be set."""
+    """Return an expert with the shapes of a pretrained layer, without values."""
     attn = layer.attn
     maps, parts = ["k_proj", "v_proj", "k_norm"], ["sa_norm"]
     if not keys_and_values_only:
@@ -128,7 +128,7 @@ def expert_like(layer: Any, keys_and_values_only: bool) -> TransformerExpert:
     copies: dict[str, Any] = {
         name: copy_of(pretrained)
         for name in maps
-        if (pretrained := getattr(attn, name)) is not None  # norms are for those who have them
+        if (pretrained := getattr(attn, name)) is not None  # norms may be absent
     }
     shared = ExpertAttention(
         num_heads=attn.num_heads,
@@ -141,7 +141,7 @@ def expert_like(layer: Any, keys_and_values_only: bool) -> TransformerExpert:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A copy, to be trained, in which whatever holds a matrix is a plain linear map without values."""
+    """Return a trainable copy in which each layer with a matrix is an ``nn.Linear`` without values."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         weight = getattr(part, "weight", None)
@@ -160,7 +160,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 def first_values(
     pretrained: nn.Module, expert: nn.Module, zeros: tuple[str, ...]
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each parameter of an expert and the values that it starts with."""
+    """Yield each parameter of an expert and its first values."""
     named = unwrap(pretrained).named_parameters(remove_duplicate=False)
     source: dict[str, Any] = {canonical_name(name): parameter for name, parameter in named}
     for name, parameter in expert.named_parameters():

@@ -7,6 +7,7 @@ from generation.models import ARCHS, GREEDY, prompt
 from support import FEATURES, IMAGE, VOCAB, TinyEncoder, inputs, text
 
 from torchfuse import generate
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.generation import Session
 from torchfuse.generation.sampling import Sampling
 
@@ -62,7 +63,8 @@ def test_a_bad_call_encodes_nothing(name, problem, compile_it):
     call = {"max_new_tokens": 3, "length": 11, "compile": compile_it} | call
     tokens = prompt(name, length=call.pop("length"))
     tokens[:, -1] = call.pop("last", 1)
-    with pytest.raises(ValueError, match=complaint):
+    kind = ModelError if problem in ("prompt", "new tokens") else ConfigError
+    with pytest.raises(kind, match=complaint):
         generate(model, tokens, encoder_input=inputs(), **call)
     assert model.encoder.ran == 0
     assert not model.caches_are_setup()
@@ -78,7 +80,7 @@ def test_padding_cannot_be_a_token_that_features_replace():
 @pytest.mark.parametrize("pad_id", [-1, VOCAB])
 def test_a_session_whose_padding_the_model_does_not_embed_sets_up_nothing(pad_id):
     model = make("cross_attention")
-    with pytest.raises(ValueError, match=rf"Session: pad_id \[{pad_id}\] must lie in \[0, {VOCAB}\)"):
+    with pytest.raises(ConfigError, match=rf"Session: pad_id \[{pad_id}\] must lie in \[0, {VOCAB}\)"):
         Session(model, batch_size=2, max_tokens=ROOM, pad_id=pad_id)
     assert not model.caches_are_setup()
 

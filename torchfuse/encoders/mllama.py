@@ -260,12 +260,12 @@ class MllamaVisionEncoder(nn.Module):
             problems.append("aspect_ratio and aspect_ratio_ids mean the same; give one of them")
         if ratio is None and ids is None and (shape[2] > 1 or (1, 1) not in self.aspect_ratios):
             problems.append(f"give aspect_ratio [b, m, 2], without which {shape[2]} tiles are ambiguous")
-        for name, given, wanted in (
+        for name, given, expected in (
             ("aspect_ratio", ratio, [*shape[:2], 2]),
             ("aspect_ratio_ids", ids, shape[:2]),
             ("aspect_ratio_mask", mask, shape[:3]),
         ):
-            if given is not None and list(given.shape) != wanted:
-                problems.append(f"{name} must have shape {wanted}, got {list(given.shape)}")
+            if given is not None and list(given.shape) != expected:
+                problems.append(f"{name} must have shape {expected}, got {list(given.shape)}")
         if problems:
             raise ModelError(f"Mllama vision tower, images {shape}: {'; '.join(problems)}.")

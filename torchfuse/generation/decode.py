@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.generation.caches import num_extra_tokens, num_slots
 from torchfuse.generation.checks import Scores, answer_problems, input_id_problems
 from torchfuse.generation.features import num_features
@@ -71,8 +71,8 @@ def generate(
         that and ``[b, n, v]``.
 
     Raises:
-        ModelError: if arguments or ids are out of range, before any module runs; if the sequence does
-            not fit the model, before the decoder runs.
+        ConfigError: if arguments or ids are out of range, before any module runs.
+        ModelError: if the sequence or the features do not fit the model, before the decoder runs.
     """
     model = find_model(model)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -81,7 +81,7 @@ def generate(
     if encoder_input is not None and encoder_embeds is not None:
         problems.append("give encoder_input or encoder_embeds, not both")
     if problems:
-        raise ModelError(f"generate: {'; '.join(problems)}.")
+        raise ConfigError(f"generate: {'; '.join(problems)}.")
     fused: Any = model
     strategy = getattr(unwrap(model), "strategy", None)
     if strategy is not None:

@@ -10,14 +10,13 @@ address: a step is one graph, and needs nothing from the host but the next token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torchfuse.data.masks import left_padding
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.generation.caches import Caches
 from torchfuse.generation.checks import (
     Scores,
@@ -55,8 +54,8 @@ class Session:
             the lengths of ``bucket``, so that they share a few graphs.
 
     Raises:
-        ModelError: if the model or its caches are too small, the caches hold a sequence, or the model
-            does not embed ``pad_id``.
+        ConfigError: if the model does not embed ``pad_id``.
+        ModelError: if the model or its caches are too small, or the caches hold a sequence.
 
     Examples:
         >>> from torchtune.models.llama3_2 import llama3_2
@@ -82,7 +81,7 @@ class Session:
     ) -> None:
         fused: Any = find_model(model)
         if problems := input_id_problems(fused, {"pad_id": [pad_id]}):
-            raise ModelError(f"Session: {'; '.join(problems)}.")
+            raise ConfigError(f"Session: {'; '.join(problems)}.")
         self.model = fused
         self.pad_id, self.compile, self.max_tokens = pad_id, compile, max_tokens
         self._caches = Caches(
@@ -156,16 +155,16 @@ class Session:
             New tokens ``[b, n]``, and scores ``[b, n, v]``, or None without ``scores``.
 
         Raises:
-            ModelError: if the turn does not fit into what is left of the session, or an argument is out
-                of range; the conversation is unchanged then.
+            ConfigError: if an argument is out of range.
+            ModelError: if the turn does not fit into what is left of the session. The conversation is
+                unchanged in both cases.
         """
         sampling = sampling or Sampling()
-        problems = answer_problems(
+        if problems := answer_problems(
             self.model, tokens, max_new_tokens, sampling, stop_tokens, generator, scores
-        )
-        if not problems:  # otherwise tokens may have no rows and columns
-            problems = self._room_problems(tokens, max_new_tokens, num_features(encoder_embeds))
-        if problems:
+        ):
+            raise ConfigError(f"answer: {'; '.join(problems)}.")
+        if problems := self._room_problems(tokens, max_new_tokens, num_features(encoder_embeds)):
             raise ModelError(f"answer: {'; '.join(problems)}.")
         padding = self._padding(tokens, max_new_tokens)
         stop = stop_table(stop_tokens, tokens)
@@ -293,10 +292,5 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

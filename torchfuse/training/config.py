@@ -1,4 +1,4 @@
-"""Configurations of recipes: typed, with components by name, and one sentence for all that is wrong.
+"""Configurations of recipes: typed, with components by name, and one error for all problems.
 
 Nothing here imports torchtune: a mistyped key is reported before the seconds that its import takes.
 """
@@ -117,8 +117,8 @@ def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
         kind: the type that the component must return.
 
     Raises:
-        ConfigError: if there is no such component, it does not take the keywords, it refuses their
-            values, or it returns another type.
+        ConfigError: if there is no such component, it does not take the keywords or their values, or
+            it returns another type.
     """
     options = dict(section) if isinstance(section, Mapping) else {"_component_": section}
     path = options.pop("_component_", None)

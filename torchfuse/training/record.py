@@ -1,4 +1,4 @@
-"""What training was like, as it goes and as it is kept in a checkpoint."""
+"""The record of a training run: losses, accuracies, tokens and time, saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["TrainingRecord"]
 
 @dataclass
 class TrainingRecord:
-    """What training was like.
+    """The record of a training run.
 
     Attributes:
-        losses: steps, counted from 1, each with its loss.
-        accuracies: steps after which questions were asked, each with the share of right answers.
-        tokens: how many this rank trained on, by modality.
-        seconds: how long it took, without those in which questions were asked or the run was saved.
-        before: the share of right answers before the first step, by kind of question.
+        losses: pairs of a step, counted from 1, and its loss.
+        accuracies: pairs of a step and the accuracy after it.
+        tokens: number of tokens that this rank trained on, by modality.
+        seconds: seconds of training, without evaluation and saving.
+        before: accuracy before the first step, by kind of question.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -32,10 +32,10 @@ class TrainingRecord:
     before: dict[str, float] = field(default_factory=dict)
 
     def of_all_ranks(self, device: torch.device) -> TrainingRecord:
-        """The record with the tokens of all ranks, each of which calls this.
+        """Return the record with the tokens of all ranks, each of which calls this.
 
         Args:
-            device: where the ranks can add up.
+            device: device of the reduction.
         """
         tokens = Counter(self.tokens)
         if distributed.is_initialized():
@@ -46,7 +46,7 @@ class TrainingRecord:
         return TrainingRecord(self.losses, self.accuracies, tokens, self.seconds, self.before)
 
     def state(self) -> dict[str, Any]:
-        """The record in JSON's types.
+        """Return the record as JSON values.
 
         Examples:
             >>> record = TrainingRecord(losses=[(1, 2.5)], tokens=Counter(text=7))
@@ -63,11 +63,11 @@ class TrainingRecord:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], rank: int = 0) -> TrainingRecord:
-        """The record that ``state`` was of.
+        """Return the record from its ``state``.
 
         Args:
-            state: what ``state`` returned for the record of all ranks.
-            rank: of this process; the first one goes on counting where all of them were.
+            state: the state of a record of all ranks.
+            rank: rank of this process. Rank 0 starts with the tokens of all ranks, the others with none.
         """
         return cls(
             losses=[(step, loss) for step, loss in state["losses"]],

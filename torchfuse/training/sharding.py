@@ -40,7 +40,7 @@ def shard(model: nn.Module, **options: Any) -> None:
     if getattr(unwrap(model), "on_missing", "participate") != "participate":
         raise ModelError(
             'A sharded model needs on_missing="participate": without it a rank whose batch has no image '
-            "runs fewer modules than the others, which then wait forever."
+            "runs fewer modules than the others, and they hang."
         )
     for tensor in [*get_fusion_params(model).values(), *fusion_buffers(model).values()]:
         if not tensor.is_meta:
@@ -52,11 +52,11 @@ def shard(model: nn.Module, **options: Any) -> None:
         fully_shard(module, **options)
     fully_shard(model, **options)
     if hasattr(unwrap(model), "encode"):
-        register_fsdp_forward_method(unwrap(model), "encode")  # another way in, beside forward
+        register_fsdp_forward_method(unwrap(model), "encode")  # called beside forward
 
 
 def _layers(part: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost module lists of a part."""
+    """Iterate over the members of the outermost module lists of a part."""
     for child in part.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,6 +1,6 @@
-"""An architecture of one's own: one class, one decorator.
+"""An architecture that is not built in: one class, one decorator.
 
-Registered for the tests that use it only, so that no other test meets a sixth architecture.
+It is registered for the tests that use it only, so that no other test has a sixth architecture.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ ARCH = "greeting"
 
 @register_modality_strategy(ARCH)
 class GreetingStrategy(ModalityStrategy):
-    """What a row's features are on average is added to the embedding of its first token.
+    """Add the mean of a row's features to the embedding of its first token.
 
     Args:
-        scale: what the average is multiplied by.
+        scale: factor of the mean.
     """
 
     scale: float = 1.0
@@ -48,7 +48,7 @@ strategy._REGISTRY.pop(ARCH)
 
 
 def register(patch=None):
-    """Have the architecture known, until a test ends if its ``monkeypatch`` is given."""
+    """Register the architecture, until a test ends if its ``monkeypatch`` is given."""
     if patch is None:
         strategy._REGISTRY[ARCH] = GreetingStrategy
     else:

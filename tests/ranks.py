@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks; whatever fails on one of them fails the test."""
+"""Run a function on several gloo ranks; an error on one of them fails the test."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def text(batch: int = 2, length: int = 13, seed: int = 3) -> Tensor:
 
 
 def text_with_image(batch: int = 2, length: int = 13, num: int = FEATURES) -> Tensor:
-    """Text in which ``num`` placeholders stand from position 2 on."""
+    """Text with ``num`` placeholders from position 2 on."""
     tokens = text(batch, length)
     tokens[:, 2 : 2 + num] = IMAGE
     return tokens

@@ -1,4 +1,4 @@
-"""Whoever calls torchtune 0.6.1's fusion modules can call ours."""
+"""Every call of torchtune 0.6.1's fusion modules is accepted."""
 
 import inspect
 
@@ -26,39 +26,39 @@ def own_methods(cls):
     ]
 
 
-def assert_accepts(ours, theirs, what):
-    """Every call that fits their signature fits ours."""
-    mine = inspect.signature(ours).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in mine.values())
-    for position, (name, parameter) in enumerate(inspect.signature(theirs).parameters.items()):
+def assert_accepts(function, reference, what):
+    """Check that every call that fits the reference's signature fits the function's."""
+    parameters = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for position, (name, parameter) in enumerate(inspect.signature(reference).parameters.items()):
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        assert name in mine or anything, f"{what} lacks {name}"
-        if name not in mine:
+        assert name in parameters or anything, f"{what} lacks {name}"
+        if name not in parameters:
             continue
-        got = mine[name]
+        got = parameters[name]
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             assert got.kind is got.POSITIONAL_OR_KEYWORD, f"{what}: {name} is no longer positional"
-            assert list(mine)[position] == name, f"{what}: {name} has moved"
+            assert list(parameters)[position] == name, f"{what}: {name} has moved"
         if parameter.default is not parameter.empty:
             assert got.default is not got.empty, f"{what}: {name} is no longer optional"
             assert got.default == parameter.default, f"{what}: {name} has another default"
     required = {
         n
-        for n, p in mine.items()
+        for n, p in parameters.items()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
-    assert required <= set(inspect.signature(theirs).parameters), f"{what} asks for more"
+    assert required <= set(inspect.signature(reference).parameters), f"{what} requires more"
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_methods_accept_torchtunes_calls(name):
-    ours, theirs = getattr(torchfuse, name), getattr(model_fusion, name)
-    methods = own_methods(theirs)
+    cls, reference = getattr(torchfuse, name), getattr(model_fusion, name)
+    methods = own_methods(reference)
     assert "forward" in methods
     assert "__init__" in methods
     for method in methods:
-        assert_accepts(getattr(ours, method), getattr(theirs, method), f"{name}.{method}")
+        assert_accepts(getattr(cls, method), getattr(reference, method), f"{name}.{method}")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -87,7 +87,7 @@ def test_everything_public_of_a_decoder_is_there(index):
     assert_accepts(model.forward, decoder.forward, "forward")
 
 
-def test_attributes_are_assigned_where_they_live():
+def test_attributes_are_assigned_to_the_decoder():
     model = next(models())
     keys = list(model.state_dict())
     model.output_hidden_states = [1]
@@ -151,19 +151,19 @@ def test_caches_with_torchtunes_own_calls():
         assert model.encoder_max_cache_seq_len == 9
         assert model.decoder_max_cache_seq_len == 8
         causal = torch.ones(8, 8, dtype=torch.bool).tril()[None].expand(2, -1, -1)
-        seen = torch.ones(2, 4, 7, dtype=torch.bool)
+        visible = torch.ones(2, 4, 7, dtype=torch.bool)
         got = [
             model(
                 tokens[:, :4],
                 encoder_input=image,
-                encoder_mask=seen,
+                encoder_mask=visible,
                 mask=causal[:, :4],
                 input_pos=torch.arange(4),
             )
         ]
         for at in (4, 5):
             step = {"mask": causal[:, at : at + 1], "input_pos": torch.tensor([at])}
-            got.append(model(tokens[:, at : at + 1], encoder_mask=seen[:, :1], **step))
+            got.append(model(tokens[:, at : at + 1], encoder_mask=visible[:, :1], **step))
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-5)
     delete_kv_caches(model)
     with torch.no_grad():

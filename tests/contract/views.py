@@ -1,8 +1,7 @@
 """The views in which a pretrained parameter must keep its name, and the wrappers it must survive.
 
 Every view is a function of the fused model and of the plain decoder, both wrapped in the same way. The
-plain decoder is the reference: what fusion must not change is what PyTorch says of a model that was
-never fused.
+plain decoder is the reference: fusion must not change any of its names.
 """
 
 from __future__ import annotations

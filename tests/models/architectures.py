@@ -90,7 +90,7 @@ def two_encoders() -> dict[str, nn.Module]:
 
 
 def rows_of_images() -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
-    """Rows with two images, one in the middle, none, and a second encoder's among them."""
+    """Rows with two images, one, none, and a second encoder's among them."""
     tokens = text(4, 14)
     tokens[0, 1:7], tokens[0, 9:11] = IMAGE, IMAGE + 1
     tokens[1, 5:8], tokens[3, 2:5] = IMAGE, IMAGE
@@ -105,8 +105,8 @@ def equals_its_rows(together: Tensor, model: nn.Module) -> None:
     tokens, given, masks = rows_of_images()
     for row in range(4):
         one = slice(row, row + 1)
-        mine = {n: {"x": given[n]["x"][one][:, masks[n][row]]} for n in given if masks[n][row].any()}
-        alone = model(tokens[one], encoder_input=mine)
+        own = {n: {"x": given[n]["x"][one][:, masks[n][row]]} for n in given if masks[n][row].any()}
+        alone = model(tokens[one], encoder_input=own)
         torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Options of architectures: which layers are fused, and whose option is whose."""
+"""Options of architectures: the layers that are fused, and options of another architecture."""
 
 from pathlib import Path
 

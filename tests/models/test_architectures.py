@@ -29,9 +29,9 @@ def test_text_is_scored_as_by_the_decoder_to_the_bit(name, training):
     expected = tiny_decoder().train(training)(text())
     model = fresh(name, fusion_vocab_size=2).train(training)
     assert torch.equal(model(text()), expected)
-    if name == "cross_attention":  # whose features add nothing at first
+    if name == "cross_attention":  # zero gates
         assert torch.equal(model(text(), encoder_input=inputs()), expected)
-    if "num_text_experts" not in ARCHS[name]:  # and whatever is learned of features, text stays
+    if "num_text_experts" not in ARCHS[name]:  # new weights act on features alone
         assert torch.equal(move(model)(text()), expected)
 
 
@@ -79,8 +79,8 @@ def test_a_row_does_not_depend_on_its_batch(name):
         tokens[:, 2 : 2 + FEATURES] = torch.where(valid, IMAGE, tokens[:, 2 : 2 + FEATURES])
     together = model(tokens, encoder_input=inputs(3), encoder_mask=valid)
     for row, num in enumerate((FEATURES, 4, 0)):
-        mine = {"encoder_input": {"x": inputs(3)["x"][row : row + 1, :num]}} if num else {}
-        alone = model(tokens[row : row + 1], **mine)
+        own = {"encoder_input": {"x": inputs(3)["x"][row : row + 1, :num]}} if num else {}
+        alone = model(tokens[row : row + 1], **own)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -170,14 +170,14 @@ def test_compiled_generation_is_the_same_in_two_graphs(name, monkeypatch):
 def test_rows_with_no_one_and_two_images_generate_as_they_do_alone(name):
     model = make(name).eval()
     many = inputs(3, 2 * FEATURES)["x"]
-    seen = torch.tensor([[0, 0], [1, 0], [1, 1]]).bool().repeat_interleave(FEATURES, dim=1)
+    valid = torch.tensor([[0, 0], [1, 0], [1, 1]]).bool().repeat_interleave(FEATURES, dim=1)
     call = {"max_new_tokens": 5, "temperature": 0}
-    together = generate(model, text(3), encoder_input={"x": many}, encoder_mask=seen, **call)
+    together = generate(model, text(3), encoder_input={"x": many}, encoder_mask=valid, **call)
     for row in range(3):
         alone = {"encoder_input": {"x": many[row : row + 1, : row * FEATURES]}} if row else {}
         one = generate(model, text(3)[row : row + 1], **alone, **call)
         assert torch.equal(together[row : row + 1], one), row
         full = model(one[:, :-1], **alone)[:, -1]
         assert torch.equal(full.argmax(-1), one[:, -1]), row
-    other = generate(model, text(3), encoder_input={"x": many * -3}, encoder_mask=seen, **call)
+    other = generate(model, text(3), encoder_input={"x": many * -3}, encoder_mask=valid, **call)
     assert torch.equal(other[0], together[0])

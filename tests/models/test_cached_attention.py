@@ -51,9 +51,9 @@ def test_replaced_projections_stay():
     attn.q_proj = LoRALinear(18, 18, rank=2, alpha=3.0)
     torch.nn.init.normal_(attn.q_proj.lora_b.weight)
     model.eval()
-    said = generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)
+    tokens = generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)
     assert model.layers[0].attn.q_proj is attn.q_proj
-    assert torch.equal(said[:, -1], model(text(), encoder_input=inputs())[:, -1].argmax(-1))
+    assert torch.equal(tokens[:, -1], model(text(), encoder_input=inputs())[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_replaced_projections_stay():
 )
 def test_a_copy_decodes_on_its_own(copied):
     model, call = make(), {"encoder_input": inputs(), "max_new_tokens": 3, "temperature": 0}
-    said = generate(model, text(), **call)
+    tokens = generate(model, text(), **call)
     for attn in attentions(model):
         attn._attention_call = (
             None  # a local function of torchtune's, which no model of its layers pickles
@@ -73,7 +73,7 @@ def test_a_copy_decodes_on_its_own(copied):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(generate(other, text(), **call), said)
+    assert torch.equal(generate(other, text(), **call), tokens)
 
 
 class Other(MultiHeadAttention):

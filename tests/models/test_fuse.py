@@ -277,10 +277,10 @@ def test_no_features_are_a_batch_of_text(arch, placement, shape):
     if shape == (2, 0):
         masked = {**none, "encoder_mask": torch.zeros(2, 0, dtype=torch.bool)}
         assert torch.equal(model(text(), **masked), out)
-        said = [
+        logits = [
             generate(model, text(), max_new_tokens=3, temperature=0, **given) for given in (none, {})
         ]
-        assert torch.equal(*said)
+        assert torch.equal(*logits)
     if "encoder_token" in options:
         with pytest.raises(ValueError, match=f"every token {IMAGE} needs one feature, .* and 0 feat"):
             model(text_with_image(), **none)
@@ -409,10 +409,10 @@ def test_a_fused_model_is_no_decoder(options):
 
 def test_a_decoder_keeps_its_own_attributes_of_the_same_names():
     decoder = tiny_decoder()
-    decoder.adapter, decoder.strategy = "theirs", "theirs too"
+    decoder.adapter, decoder.strategy = "own", "own too"
     model = fuse(decoder, TinyEncoder(), every=2)
     assert set(model._modules) == {"decoder", "encoder", "adapter"}
-    assert (decoder.adapter, decoder.strategy) == ("theirs", "theirs too")
+    assert (decoder.adapter, decoder.strategy) == ("own", "own too")
 
 
 def test_caches_before_fusion_are_refused():
@@ -432,8 +432,8 @@ def test_a_refused_fusion_leaves_the_adapter_as_it_was():
     adapter = nn.Linear(FEATURE_DIM, WIDTH)
     with pytest.raises(ValueError, match="every=99"):
         fuse(tiny_decoder(), TinyEncoder(), adapter=adapter, every=99)
-    with pytest.raises(ValueError, match="No encoder named nobody"):
-        fuse(tiny_decoder(), TinyEncoder(), adapter=adapter, every=1, encoder_trainable={"nobody": True})
+    with pytest.raises(ValueError, match="No encoder named nose"):
+        fuse(tiny_decoder(), TinyEncoder(), adapter=adapter, every=1, encoder_trainable={"nose": True})
     assert not hasattr(adapter, "fusion_params")
 
 

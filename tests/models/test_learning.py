@@ -134,9 +134,8 @@ def test_a_batch_without_a_target_has_zero_gradients(name):
     assert loss.item() == count.item() == 0
     loss.backward()
     for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad.isfinite().all(), parameter_name
-        # Auxiliary routers have a loss of their own.
-        assert parameter.grad.any() == ("auxiliary" in parameter_name), parameter_name
+        assert parameter.grad is not None, parameter_name
+        assert not parameter.grad.any(), parameter_name  # nor is it NaN
 
 
 def assert_equal(got, expected):

@@ -55,12 +55,12 @@ def eye(x: dict[str, Tensor]):
 
 def test_deep_fusion_calls_it_with_features():
     model, x = DeepFusionModel(Minimal(), encoder()), {"input": inputs()["x"]}
-    seen = torch.ones(2, 13, FEATURES, dtype=torch.bool)
+    visible = torch.ones(2, 13, FEATURES, dtype=torch.bool)
     at = torch.arange(13)
-    out = model(text(), encoder_input=x, encoder_mask=seen, input_pos=at)
+    out = model(text(), encoder_input=x, encoder_mask=visible, input_pos=at)
     assert torch.equal(out, Minimal()(text(), encoder_input=model.encoder(**x)))
     mask, at_decoder = model.decoder.calls[0]
-    assert torch.equal(mask, seen)
+    assert torch.equal(mask, visible)
     assert at_decoder is at
     assert torch.equal(model(text()), Minimal()(text()))
 
@@ -102,7 +102,7 @@ def test_its_names_and_caches_are_its_own(make):
     model.load_state_dict(make().state_dict())
     model.setup_caches(2, torch.float32)
     assert model.caches_are_setup()
-    assert not model.caches_are_enabled()  # it has no method that tells
+    assert not model.caches_are_enabled()  # it has no such method
     model.reset_caches()
     assert not model.caches_are_setup()
 

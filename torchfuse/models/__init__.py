@@ -1,4 +1,4 @@
-"""Fused models behind the decoder's own call, and the strategies that make them."""
+"""Fused models, called as their decoders are, and the strategies of their architectures."""
 
 from torchfuse.models.base import FusedModel
 from torchfuse.models.fuse import fuse

@@ -31,7 +31,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
     ``encoders.<name>.<its own>`` and ``adapters.<name>.<its own>`` when encoders are given by name.
 
     Args:
-        decoder: a ``TransformerDecoder``, with fusion layers in it where the strategy wants any.
+        decoder: a ``TransformerDecoder``, with the fusion layers that the strategy needs.
         encoder: one module, or modules by name. An encoder returns features ``[b, n, d_e]``.
         strategy: how features reach the decoder.
         adapter: maps features to the decoder's width, one for each encoder. None: the encoder does. Its

@@ -1,4 +1,4 @@
-"""Named models with plain scalars, for ``_component_:`` in a YAML.
+"""Builders of named models from plain scalars, for ``_component_:`` in a YAML.
 
 Decoder and encoder are built with fresh weights; ``load_pretrained`` (or a checkpointer) fills them.
 """
@@ -42,7 +42,7 @@ def llama3_2_1b_clip_vit_l_14_336(
     keep_cls: bool = False,
     **fuse_options: Any,
 ) -> FusedModel:
-    """Llama 3.2 1B with the CLIP ViT-L/14 tower for images of 336 pixels.
+    """Build Llama 3.2 1B with the CLIP ViT-L/14 tower for images of 336 pixels.
 
     Args:
         arch: the name of an architecture, see ``torchfuse.fuse``.
@@ -80,7 +80,7 @@ def llama_clip(
     arch: str = "cross_attention",
     **fuse_options: Any,
 ) -> FusedModel:
-    """A Llama of any size with a CLIP tower of any size.
+    """Build a Llama of any size with a CLIP tower of any size.
 
     Args:
         vocab_size: tokens of the pretrained vocabulary.
@@ -149,7 +149,7 @@ def digits(
     keep_cls: bool = True,
     **options: Any,
 ) -> FusedModel:
-    """The two tiny checkpoints that ``torchfuse.recipes.prepare_digits`` makes, fused.
+    """Build the fusion of the two tiny checkpoints that ``torchfuse.recipes.prepare_digits`` makes.
 
     Args:
         arch: the name of an architecture, see ``torchfuse.fuse``.

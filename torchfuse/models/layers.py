@@ -1,4 +1,4 @@
-"""Layers that fusion adds, built from numbers out of torchtune's parts."""
+"""Builders of the layers that fusion adds, from numbers and torchtune's modules."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["cross_attention_layer", "mot_layer"]
 
 
 class _CrossAttentionLayer(GatedCrossAttentionLayer, TransformerCrossAttentionLayer):
-    """Ours in all it does, and torchtune's by class.
+    """``GatedCrossAttentionLayer`` as a subclass of torchtune's layer.
 
-    torchtune's decoder sizes encoder caches, and its ``compile_model`` compiles, by that class alone.
+    torchtune's decoder sizes encoder caches, and its ``compile_model`` compiles, by that class.
     """
 
 
@@ -43,7 +43,7 @@ def cross_attention_layer(
     qk_norm: bool = True,
     attn_dropout: float = 0.0,
 ) -> GatedCrossAttentionLayer:
-    """A gated cross-attention layer with both gates at zero, as in Llama 3.2 Vision.
+    """Build a gated cross-attention layer with both gates at zero, as in Llama 3.2 Vision.
 
     Args:
         embed_dim: width of the decoder, and of the features after the adapter.
@@ -93,7 +93,7 @@ def cross_attention_layer(
 def mot_layer(
     layer: nn.Module, names: Sequence[str], *, start: Start = "warm", keys_and_values_only: bool = False
 ) -> MoTLayer:
-    """A decoder layer of torchtune's with weights for other modalities beside its own.
+    """Build a torchtune decoder layer with weights for other modalities beside its own.
 
     Args:
         layer: the pretrained layer, for text.
@@ -102,13 +102,13 @@ def mot_layer(
         keys_and_values_only: see ``MoTLayer.from_pretrained``.
 
     Raises:
-        ModelError: if the layer or its attention computes something of its own, which would not be done
-            to the other modalities; if its weights are quantized other than by QLoRA's NF4.
+        ModelError: if the layer or its attention is a subclass, whose computation the other modalities
+            would not have; if its weights are quantized other than by QLoRA's NF4.
     """
     inner: Any = unwrap(layer)
     attn = getattr(inner, "attn", None)
     problems = [
-        f"a {type(module).__name__} is not torchtune's {name}, so what it computes is not known here"
+        f"a {type(module).__name__} is not torchtune's {name}, so its computation is unknown here"
         for module, known, name in (
             (inner, (TransformerSelfAttentionLayer,), "TransformerSelfAttentionLayer"),
             (attn, (MultiHeadAttention, CachedAttention), "MultiHeadAttention"),

@@ -77,7 +77,7 @@ def check_lengths(
     return None if unknown else total
 
 
-def tokens_of_frame(adapter: Adapter | None, num: int, frames: int, name: str = "") -> int:
+def tokens_of_frame(adapter: Adapter | None, num: int, frames: int, name: str = UNNAMED) -> int:
     """Return the tokens of one frame after the adapter.
 
     Args:

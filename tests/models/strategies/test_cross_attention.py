@@ -58,7 +58,7 @@ def test_a_batch_equals_its_rows_one_by_one():
     assert torch.equal(together[2], model(tokens)[2])
 
 
-def test_text_before_its_image_does_not_see_it():
+def test_text_before_its_image_does_not_attend_to_it():
     model = make()
     mask = torch.zeros(2, 13, FEATURES, dtype=torch.bool)
     mask[:, 5:] = True
@@ -69,7 +69,7 @@ def test_text_before_its_image_does_not_see_it():
     assert not torch.allclose(one[:, 5:], other[:, 5:])
 
 
-def test_a_row_mask_stands_for_all_positions():
+def test_a_row_mask_is_the_same_for_all_positions():
     model = make()
     rows = torch.rand(2, FEATURES) < 0.5
     every = rows[:, None].expand(-1, 13, -1)
@@ -148,19 +148,19 @@ def test_an_encoder_that_returns_no_tensor_is_named():
 
 class Recording(TinyEncoder):
     def forward(self, x):
-        self.seen = (torch.is_grad_enabled(), x.dtype)
+        self.recorded = (torch.is_grad_enabled(), x.dtype)
         return super().forward(x)
 
 
 def test_a_frozen_encoder_runs_without_grad_and_a_training_one_with():
     model = make(Recording())
     model(text(), encoder_input=inputs())
-    assert model.encoder.seen[0] is False
+    assert model.encoder.recorded[0] is False
     model = make(Recording(), encoder_trainable=True)
     model(text(), encoder_input=inputs()).sum().backward()
-    assert model.encoder.seen[0] is True
+    assert model.encoder.recorded[0] is True
     assert model.encoder.layers[0].weight.grad.any()
-    # A frozen encoder still lets through what its input asks for.
+    # A frozen encoder passes on the gradient of its input.
     model = make(Recording())
     x = inputs()["x"].requires_grad_()
     model(text(), encoder_input={"x": x}).square().sum().backward()
@@ -171,7 +171,7 @@ def test_features_are_cast_where_they_enter():
     model = make(Recording().double())
     model.adapter.bfloat16()
     out = model(text(), encoder_input={"x": inputs()["x"].half()})
-    assert model.encoder.seen[1] == torch.float64
+    assert model.encoder.recorded[1] == torch.float64
     assert out.dtype == torch.float32
     assert model.encode(inputs()).dtype == torch.float32
 
@@ -186,7 +186,7 @@ def test_a_mask_over_features_compiles_to_one_graph(backend):
     torch.testing.assert_close(compiled(text(), **given), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fusion_behind_the_layer():
+def test_fusion_after_the_layer():
     model = fuse(tiny_decoder(), TinyEncoder(), every=3, fusion_first=False)
     open_gates(model)
     x = text()
@@ -242,25 +242,25 @@ def test_caches_that_are_set_up_but_disabled_change_nothing():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("of_torchtune", [False, True])
 @pytest.mark.parametrize("width", ["none", "features", "slots"])
-def test_a_cache_wider_than_the_features_for_whosever_layers(theirs, width):
-    """Our layers and torchtune's, masks of both widths: cached steps equal the full forward."""
+def test_a_cache_wider_than_the_features_changes_nothing(of_torchtune, width):
+    """Cached steps equal the full forward, for both kinds of layers and masks of both widths."""
     model = make().eval()
-    if theirs:
+    if of_torchtune:
         for layer in model.layers:
             if isinstance(layer, FusionLayer):
                 layer.fusion_layer = torchtunes(layer.fusion_layer)
     tokens, s = text(2, 13), 13
     mask = torch.rand(2, s, FEATURES, generator=torch.Generator().manual_seed(5)) < 0.6
     mask[:, 3] = False
-    mask[:, 9:] = mask[:, 9:10]  # new tokens see what the one before saw
+    mask[:, 9:] = mask[:, 9:10]  # new tokens attend to what the one before attends to
     mask = None if width == "none" else mask
     expected = model(tokens, encoder_input=inputs(), encoder_mask=mask)
     slots = FEATURES + 5
     model.setup_caches(2, torch.float32, encoder_max_seq_len=slots, decoder_max_seq_len=s)
-    # Of slots that hold nothing our layers see none, whatever the mask says; torchtune's believe it.
-    wide = nn.functional.pad(mask, (0, 5), value=not theirs) if width == "slots" else mask
+    # Empty slots are masked out whatever the mask holds; torchtune's layers use the mask as it is.
+    wide = nn.functional.pad(mask, (0, 5), value=not of_torchtune) if width == "slots" else mask
     causal = torch.ones(s, s, dtype=torch.bool).tril().expand(2, s, s)
     pos = torch.arange(s).expand(2, s)
     at = slice(0, 10)
@@ -274,9 +274,9 @@ def test_a_cache_wider_than_the_features_for_whosever_layers(theirs, width):
 
 
 def torchtunes(layer):
-    """torchtune's cross-attention layer with the weights of ours."""
+    """Build torchtune's cross-attention layer with the same weights."""
     attn = layer.attn
-    theirs = TransformerCrossAttentionLayer(
+    built = TransformerCrossAttentionLayer(
         MultiHeadAttention(
             embed_dim=18,
             num_heads=attn.num_heads,
@@ -297,12 +297,12 @@ def torchtunes(layer):
         ca_scale=layer.ca_scale,
         mlp_scale=layer.mlp_scale,
     )
-    assert theirs.state_dict().keys() == layer.state_dict().keys()
-    return theirs
+    assert built.state_dict().keys() == layer.state_dict().keys()
+    return built
 
 
 def test_a_decoder_of_torchtunes_with_torchtunes_fusion_embedding():
-    """A drop-in: torchtune's own Llama 3.2 Vision parts, in its model and in ours."""
+    """A drop-in: torchtune's own Llama 3.2 Vision parts, in its model and in DeepFusionModel."""
     sizes = {"num_heads": 4, "num_layers": 2, "embed_dim": 32, "num_kv_heads": 2, "max_seq_len": 40}
     torch.manual_seed(0)
     decoder = llama3_2_vision_decoder(
@@ -338,16 +338,16 @@ def test_a_decoder_of_torchtunes_with_torchtunes_fusion_embedding():
     cached = generate(
         model, tokens, encoder_input=images, encoder_mask=mask, max_new_tokens=5, temperature=0
     )
-    grown, sees = tokens, mask
+    grown, visible = tokens, mask
     for _ in range(5):
         with torch.no_grad():
-            last = model(grown, encoder_input=images, encoder_mask=sees)[:, -1]
+            last = model(grown, encoder_input=images, encoder_mask=visible)[:, -1]
         grown = torch.cat([grown, last.argmax(-1, keepdim=True)], dim=1)
-        sees = torch.cat([sees, sees[:, -1:]], dim=1)
+        visible = torch.cat([visible, visible[:, -1:]], dim=1)
     assert torch.equal(cached, grown)
 
 
-def test_torchtunes_helpers_know_our_layers():
+def test_torchtunes_helpers_act_on_fusion_layers():
     model = make()
     model.decoder.setup_caches(2, torch.float32, encoder_max_seq_len=7, decoder_max_seq_len=20)
     assert all(layer.caches_are_setup() for layer in model.layers)

@@ -37,7 +37,7 @@ def fresh(layout="prefix", *, encoder=None, arch="deepstack", **options):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_begins_as_the_joint_decoder_to_the_bit(layout, training):
+def test_it_starts_as_the_joint_decoder_to_the_bit(layout, training):
     model, joint = (fresh(layout, arch=arch).train(training) for arch in ("deepstack", "joint_decoder"))
     call = {"encoder_input": inputs()}
     expected = joint(prompt(layout), **call)
@@ -46,7 +46,7 @@ def test_it_begins_as_the_joint_decoder_to_the_bit(layout, training):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_maps_add_features_behind_their_layers_where_features_stand(layout):
+def test_maps_add_features_to_their_positions_after_their_layers(layout):
     model = move(fresh(layout, layers=[0, 2], hidden_dim=11))
     tokens, features = prompt(layout), model.encode(inputs())
     plain, at = tiny_decoder(num_layers=4), slice(0, FEATURES)
@@ -80,7 +80,7 @@ def fused(**options):
 def test_which_layers_are_fused():
     assert fused() == [True, True, True, False]
     assert fused(layout="placeholder", layers=[3, 1]) == [False, True, False, True]
-    assert fused(every=2) == [False, True, False, False]  # nobody reads features behind the last
+    assert fused(every=2) == [False, True, False, False]  # features after the last layer are unused
     assert fused(layout="placeholder", every=2) == [False, True, False, True]
     many = fuse(tiny_decoder(num_layers=7), TinyEncoder(), arch="deepstack")
     assert [isinstance(layer, DeepStackLayer) for layer in many.layers] == [True] * 3 + [False] * 4
@@ -117,5 +117,5 @@ def test_what_does_not_fit_is_named_and_nothing_has_changed(options, complaint):
 def test_only_the_base_is_quantized():
     model = move(fresh()).eval()
     out = only_the_base_is_quantized(model)
-    said = generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)
-    assert torch.equal(said[:, -1], out[:, -1].argmax(-1))
+    tokens = generate(model, text(), encoder_input=inputs(), max_new_tokens=1, temperature=0)
+    assert torch.equal(tokens[:, -1], out[:, -1].argmax(-1))

@@ -17,14 +17,14 @@ def prefix(**options):
 
 
 class Given(nn.Module):
-    """In place of an embedding: whatever embeddings are to be scored."""
+    """In place of an embedding: returns embeddings as they are."""
 
     def forward(self, embeds):
         return embeds
 
 
 def score(embeds, **call):
-    """What the plain decoder makes of these embeddings."""
+    """Logits of the plain decoder for these embeddings."""
     decoder = tiny_decoder()
     decoder.tok_embeddings = Given()
     return decoder(embeds, **call)
@@ -33,7 +33,7 @@ def score(embeds, **call):
 # --- placeholder ---------------------------------------------------------------------------------
 
 
-def test_features_stand_where_the_tokens_stood():
+def test_features_are_in_place_of_the_tokens():
     model, tokens = placeholder(), text_with_image()
     embeds = tiny_decoder().tok_embeddings(tokens.clamp(max=VOCAB - 1))
     embeds[:, 2 : 2 + FEATURES] = model.encode(inputs())
@@ -113,14 +113,14 @@ def test_gradients_of_features_and_of_text():
     model(text_with_image(), encoder_input=inputs()).square().mean().backward()
     assert all(p.grad.any() for p in model.adapter.parameters())
     assert model.encoder.layers[0].weight.grad.any()
-    # The row that was looked up for placeholders learns nothing from them.
+    # The row that is looked up for placeholders has no gradient from them.
     assert not model.tok_embeddings.weight.grad[0].any()
 
 
 # --- prefix --------------------------------------------------------------------------------------
 
 
-def test_features_stand_in_front_and_are_cut_off_before_the_head():
+def test_features_are_in_front_and_are_cut_off_before_the_head():
     model, tokens = prefix(), text()
     widths = []
     model.norm.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
@@ -145,7 +145,7 @@ def test_rows_with_fewer_features_equal_them_alone():
     assert all(p.grad.isfinite().all() for p in model.adapter.parameters())
 
 
-def test_text_that_may_not_see_the_prefix():
+def test_text_that_may_not_attend_to_the_prefix():
     model, tokens = prefix(), text()
     mask = torch.zeros(2, 13, FEATURES, dtype=torch.bool)
     mask[:, 6:] = True
@@ -156,7 +156,7 @@ def test_text_that_may_not_see_the_prefix():
 
 
 def test_a_mask_and_positions_of_the_text_are_the_texts():
-    """Two documents packed into a row, each with its own positions, behind one prefix."""
+    """Two documents packed into a row, each with its own positions, after one prefix."""
     model, tokens = prefix(), text()
     documents = torch.tensor([0] * 6 + [1] * 7).expand(2, -1)
     mask = torch.ones(13, 13, dtype=torch.bool).tril() & (documents[:, :, None] == documents[:, None])
@@ -169,17 +169,17 @@ def test_a_mask_and_positions_of_the_text_are_the_texts():
 
 
 def test_prefix_mask_by_hand():
-    sees = torch.tensor([[[True, False], [True, False], [True, False]]])
-    got = Prefix.from_mask(sees).full_mask(None, slots=None)[0].int().tolist()
+    mask = torch.tensor([[[True, False], [True, False], [True, False]]])
+    got = Prefix.from_mask(mask).full_mask(None, slots=None)[0].int().tolist()
     assert got == [
         [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],  # counts for nothing, sees itself
+        [1, 1, 0, 0, 0],  # invalid, attends to itself
         [1, 0, 1, 0, 0],
         [1, 0, 1, 1, 0],
         [1, 0, 1, 1, 1],
     ]
-    assert Prefix.from_mask(sees).full_positions(None).tolist() == [[0, 0, 1, 2, 3]]
-    assert Prefix.from_mask(sees).full_mask(None, slots=6).shape == (1, 5, 6)
+    assert Prefix.from_mask(mask).full_positions(None).tolist() == [[0, 0, 1, 2, 3]]
+    assert Prefix.from_mask(mask).full_mask(None, slots=6).shape == (1, 5, 6)
 
 
 @pytest.mark.parametrize("make", [placeholder, prefix])
@@ -224,7 +224,7 @@ def test_tokens_of_several_encoders(tokens, complaint):
         EarlyFusionModel(tiny_decoder(), {"eye": TinyEncoder(), "ear": TinyEncoder()}, tokens)
 
 
-def test_a_mask_over_flat_features_says_nothing_and_is_refused():
+def test_a_mask_over_flat_features_is_refused():
     model = fuse(tiny_decoder(), TinyEncoder(), arch="joint_decoder", encoder_token=IMAGE)
     tokens = text(3, 13)
     tokens[0, :FEATURES] = IMAGE
@@ -234,7 +234,7 @@ def test_a_mask_over_flat_features_says_nothing_and_is_refused():
 
 
 @pytest.mark.parametrize("first", ["image", "text"])
-def test_a_prefix_stands_in_front_of_everything_or_is_refused(first):
+def test_a_prefix_is_the_start_of_the_sequence_or_is_refused(first):
     model = fuse(tiny_decoder(), TinyEncoder(), arch="joint_decoder", placement="prefix").eval()
     model.setup_caches(2, torch.float32, decoder_max_seq_len=40)
     mask = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, 40, 40)

@@ -1,4 +1,4 @@
-"""What of modality-aware experts is a model's: which layers, what pads do, what comes back from disk."""
+"""Models with modality-aware experts: fused layers, padding, evaluation, losses, directories."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_every_modality_has_as_many_experts_as_are_given():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_pad_competes_in_training(layout):
+def test_padding_does_not_compete_in_training(layout):
     options = {"num_text_experts": 3, "noise": False, "decoder_trainable": True}
 
     def learned(num_pads, pad_id=0):
@@ -85,18 +85,18 @@ def test_no_pad_competes_in_training(layout):
 
     plain, gradients, taken = learned(0)
     for num_pads in (1, 5):
-        out, theirs, shares = learned(num_pads)
+        out, padded, shares = learned(num_pads)
         torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
         for name, gradient in gradients.items():
             if "tok_embeddings" not in name:
-                torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+                torch.testing.assert_close(padded[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
         assert all(torch.equal(share, taken[name]) for name, share in shares.items())
-    # Where the id of padding is not known, pads take the places of text.
+    # Without the id of padding, padding takes places of text.
     out, _, _ = learned(5, pad_id=None)
     assert not torch.allclose(out, plain, rtol=1e-3, atol=1e-3)
 
 
-def test_features_that_count_for_nothing_do_not_compete_in_training():
+def test_features_that_are_masked_out_do_not_compete_in_training():
     model = move(fresh(noise=False))
     valid = torch.ones(2, FEATURES, dtype=torch.bool)
     valid[0, 3:] = False
@@ -121,7 +121,7 @@ def test_without_auxiliary_routers_it_refuses_to_generate_and_is_as_it_was():
     assert not model.caches_are_setup()
     assert not any(layer.caches_are_setup() for layer in model.layers)
     assert [type(layer.attn) for layer in model.layers] == kinds
-    takes_all = fresh(auxiliary_router=False, capacity=1.0)  # nothing to foretell
+    takes_all = fresh(auxiliary_router=False, capacity=1.0)  # there is no choice to predict
     assert generate(takes_all, text(), encoder_input=inputs(), max_new_tokens=3).shape == (2, 16)
 
 
@@ -282,7 +282,7 @@ def fused(**options):
 
 
 def test_which_layers_are_fused():
-    assert fused() == [True, True, False]  # nobody reads features behind the last
+    assert fused() == [True, True, False]  # features after the last layer are unused
     assert fused(layout="placeholder") == [True, True, True]
     assert fused(every=2) == [False, True, False]
     assert fused(layers=[0]) == [True, False, False]

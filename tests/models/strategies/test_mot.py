@@ -44,7 +44,7 @@ def make(layout, **options):
 
 
 class Given(nn.Module):
-    """In place of an embedding: whatever embeddings are to be scored."""
+    """In place of an embedding: returns embeddings as they are."""
 
     def forward(self, embeds):
         return embeds
@@ -76,7 +76,7 @@ def test_text_is_scored_as_before_to_the_bit(layout, start, changes):
 
 @pytest.mark.parametrize("options", [{}, {"every": 2}, {"layers": [0]}], ids=str)
 def test_warm_prefix_is_the_decoder_over_features_and_text(options):
-    """Copies of the text's weights do what those do; only positions are each modality's own."""
+    """Copies of the text's weights compute the same; only positions are each modality's own."""
     model = fresh("prefix", encoder=two_encoders(), **options)
     given = {"eye": inputs(), "ear": inputs(num=3)}
     features = model.encode(given)
@@ -94,11 +94,11 @@ def test_warm_placeholders_are_the_decoder_over_features_and_text():
     for row in range(4):
         counts = dict.fromkeys(("text", *TWO), 0)
         for column, token in enumerate(tokens[row].tolist()):
-            whose = next((name for name, special in TWO.items() if special == token), "text")
-            if whose != "text":
-                embeds[row, column] = features[whose][row][masks[whose][row]][counts[whose]]
-            at[row, column] = counts[whose]
-            counts[whose] += 1
+            modality = next((name for name, special in TWO.items() if special == token), "text")
+            if modality != "text":
+                embeds[row, column] = features[modality][row][masks[modality][row]][counts[modality]]
+            at[row, column] = counts[modality]
+            counts[modality] += 1
     out = model(tokens, encoder_input=given, encoder_mask=masks)
     torch.testing.assert_close(out, score(embeds, input_pos=at), rtol=1e-5, atol=1e-5)
 
@@ -112,8 +112,8 @@ def test_a_batch_equals_its_rows_one_by_one():
     valid[0], valid[1, :4] = True, True
     together = front(text(3), encoder_input=inputs(3), encoder_mask=valid)
     for row, num in enumerate((7, 4, 0)):
-        mine = {"encoder_input": {"x": inputs(3)["x"][row : row + 1, :num]}} if num else {}
-        alone = front(text(3)[row : row + 1], **mine)
+        own = {"encoder_input": {"x": inputs(3)["x"][row : row + 1, :num]}} if num else {}
+        alone = front(text(3)[row : row + 1], **own)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -170,7 +170,7 @@ def test_with_labels_on_answers_alone_the_last_layer_learns_keys_and_values_only
     assert unmoved(whole, answers) == unread
     assert not unmoved(whole, labels)
     one = answers.clone()
-    one[:, 9] = labels[:, 9]  # behind the last feature
+    one[:, 9] = labels[:, 9]  # after the last feature
     assert not unmoved(whole, one)
     # Without the last layer, only the norm is left.
     assert unmoved(fresh("placeholder", layers=[0, 1]), answers) == {norm}

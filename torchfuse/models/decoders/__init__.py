@@ -1,1 +1,1 @@
-"""Decoders out of torchtune's parts, one file a family."""
+"""Decoders built from torchtune's modules, one file per family."""

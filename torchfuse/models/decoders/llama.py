@@ -1,7 +1,7 @@
-"""Llama decoders of any size, out of torchtune's parts.
+"""Llama decoders of any size, built from torchtune's modules.
 
-torchtune's own builders fix what configurations of Hugging Face leave open: the width of a head, the
-frequencies between which Llama 3.1 scales its rotary embedding, and whether it does.
+torchtune's own builders have no arguments for some values in Hugging Face configurations: the width of a
+head, and the frequencies between which Llama 3.1 scales its rotary embedding, if it does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def llama_decoder(
     rope_high_freq_factor: float = 4.0,
     rope_old_context_len: float = 8192.0,
 ) -> TransformerDecoder:
-    """A Llama decoder with fresh weights.
+    """Build a Llama decoder with fresh weights.
 
     Args:
         vocab_size: rows of the embedding.
@@ -58,8 +58,9 @@ def llama_decoder(
         tie_word_embeddings: whether the head shares the embedding's weight.
         rope_base: base of the rotary embedding.
         rope_scale_factor: Llama 3.1's scaling of it; 1 is none.
-        rope_low_freq_factor: where that scaling is whole, in ``rope_old_context_len`` per wavelength.
-        rope_high_freq_factor: where it is none.
+        rope_low_freq_factor: full scaling below this frequency, in ``rope_old_context_len`` per
+            wavelength.
+        rope_high_freq_factor: no scaling above this frequency, in the same unit.
         rope_old_context_len: longest sequence that the unscaled embedding was trained on.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A fifth architecture is one class and one decorator, and works wherever the four do.
+"""An architecture that is registered works wherever the built-in ones do.
 
 The class is in ``greeting``; the recipe runs it in ``tests/recipes/test_architectures_by_name.py``.
 """

@@ -13,8 +13,8 @@ from torchfuse.options import call_with_options, check_fields, passes_options_to
 T = TypeVar("T")
 
 
-class Speaks(Protocol):
-    def speak(self): ...
+class SomeProtocol(Protocol):
+    def method(self): ...
 
 
 def takes(a, /, b, *, c=3):
@@ -59,7 +59,7 @@ def test_what_has_no_signature_is_not_called(target):
 
 
 def fits(annotation, value):
-    """Whether an option with this annotation takes the value; if not, what it says it wants."""
+    """True if an option with this annotation takes the value; else what the error message expects."""
 
     def target(option):
         assert option is value
@@ -68,15 +68,15 @@ def fits(annotation, value):
     try:
         call_with_options(target, what="it", options={"option": value})
     except ValueError as error:
-        said = str(error)
+        message = str(error)
         start, end = "it: option must be ", f", got {value!r}."
-        assert said.startswith(start) and said.endswith(end)
-        return said[len(start) : -len(end)]
+        assert message.startswith(start) and message.endswith(end)
+        return message[len(start) : -len(end)]
     return True
 
 
 @pytest.mark.parametrize(
-    ("annotation", "good", "bad", "wanted"),
+    ("annotation", "good", "bad", "expected"),
     [
         (bool, [True, False], [1, 0.0, "maybe", None, []], "true or false"),
         (int, [3, -2], [3.0, 1.5, True, "3", None, {}], "an integer"),
@@ -113,17 +113,17 @@ def fits(annotation, value):
     ],
     ids=str,
 )
-def test_values_that_yaml_can_say_must_fit(annotation, good, bad, wanted):
+def test_values_of_a_yaml_must_fit_the_annotation(annotation, good, bad, expected):
     assert [fits(annotation, value) for value in good] == [True] * len(good)
-    assert [fits(annotation, value) for value in bad] == [wanted] * len(bad)
+    assert [fits(annotation, value) for value in bad] == [expected] * len(bad)
 
 
 @pytest.mark.parametrize(
     "annotation",
-    [Any, object, T, Speaks, Annotated[int, "small"], "NoSuchName", "int | NoSuchName"],
+    [Any, object, T, SomeProtocol, Annotated[int, "small"], "NoSuchName", "int | NoSuchName"],
     ids=str,
 )
-def test_annotations_that_say_nothing_fit_everything(annotation):
+def test_annotations_without_a_checkable_type_accept_everything(annotation):
     for value in (None, True, 3, 0.5, "x", [1], {"a": 1}):
         assert fits(annotation, value) is True
 
@@ -173,9 +173,9 @@ OPTIONS = {
     [(arch, field.name) for arch, cls in strategy._REGISTRY.items() for field in fields(cls)],
 )
 def test_no_option_of_any_architecture_takes_a_value_of_another_type(arch, name):
-    wanted, wrong = OPTIONS[name]
+    expected, wrong = OPTIONS[name]
     for value in wrong:
-        complaint = re.escape(f"architecture {arch!r}: {name} must be {wanted}, got {value!r}.")
+        complaint = re.escape(f"architecture {arch!r}: {name} must be {expected}, got {value!r}.")
         with pytest.raises(ValueError, match=f"^{complaint}$"):
             build_modality_strategy(arch, **{name: value})
 

@@ -3,12 +3,12 @@
 All have the same weights, of a random Llama 3.2 Vision: transformers' is saved and read again, torchtune's
 decoder takes the same state dict around the same tower. Every answer is greedy. A call for one token is
 the time of the prompt (the image is encoded in it, caches are made); what a call for more takes beyond
-that is the time of the steps. Contestants take turns within each round, so that whatever else the machine
-does hits all alike; ratios are taken round by round.
+that is the time of the steps. Implementations alternate within each round, so that other load
+on the machine affects all equally; ratios are computed for each round.
 
 "Of the bandwidth" is the bytes that a step must read (weights of the decoder, each once, and the keys and
-values of every slot) times steps per second, over what the machine reads per second in this very run.
-Memory is the weights plus what a call allocates at its most.
+values of every slot) times steps per second, divided by the bytes per second that the machine reads in the
+same run. Memory is the weights plus the peak allocation of a call.
 
 Run: python tests/benchmarks/decode.py [--size 27M 200M] [--dtype fp32 bf16] [--rows 1 8] [--rounds 5]
 On a GPU: python tests/benchmarks/decode.py --device cuda --size 11B --dtype bf16 --tiles 1 4
@@ -52,7 +52,7 @@ else:
     from decoders import DTYPES, SIZES, Torchfuse, Torchtune, Transformers, build, images_of, make_prompt
 
 PROFILE_HINT = "--profile prints where the compiled steps spend their time"
-# The speed of compiled (or quantized) decoding to reach, times that of the better of the two peers.
+# The speed of compiled (or quantized) decoding to reach, as a multiple of the better of transformers and torchtune.
 TARGETS = {
     ("27M", "fp32", "compiled"): 1.4,
     ("27M", "bf16", "compiled"): 1.5,
@@ -64,10 +64,10 @@ BATCH_TARGET = 3.0
 GPU_TARGETS = {"bandwidth": 0.75, "torchtune": 3.0, "transformers": 2.0}
 
 
-def seconds(options, contestant, prompt, new):
+def seconds(options, implementation, prompt, new):
     synchronize(options.device)
     start = time.perf_counter()
-    contestant(prompt, new)
+    implementation(prompt, new)
     synchronize(options.device)
     return time.perf_counter() - start
 
@@ -82,17 +82,17 @@ def bytes_of_step(options, model, prompt):
         return step_bytes(model)
 
 
-def memory(options, contestant, prompt):
+def memory(options, implementation, prompt):
     """Return the most bytes that a call adds; None where they cannot be measured."""
     if options.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        contestant(prompt, options.new)
+        implementation(prompt, options.new)
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
     if not status.exists():
-        contestant(prompt, options.new)
+        implementation(prompt, options.new)
         return None
 
     def anonymous():
@@ -109,7 +109,7 @@ def memory(options, contestant, prompt):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        contestant(prompt, options.new)
+        implementation(prompt, options.new)
     finally:
         done.set()
         watcher.join()
@@ -122,9 +122,9 @@ def spread(values, digits=2):
     )
 
 
-def contestants(options, hf_model, torchtune_model, model):
-    """Return all contestants, peers first."""
-    entered = [
+def build_implementations(options, hf_model, torchtune_model, model):
+    """Return all implementations, those of other libraries first."""
+    implementations = [
         Transformers(hf_model, "dynamic"),
         Transformers(hf_model, "static"),
         Torchtune(torchtune_model),
@@ -134,45 +134,49 @@ def contestants(options, hf_model, torchtune_model, model):
     for scheme in options.quantized:
         smaller = copy.deepcopy(model).requires_grad_(False)
         quantize(smaller, scheme, fusion=True)
-        entered.append(Torchfuse(smaller, f"torchfuse {scheme}, compiled", compile=True))
-    return entered
+        implementations.append(Torchfuse(smaller, f"torchfuse {scheme}, compiled", compile=True))
+    return implementations
 
 
-def race(options, prompt, entered, read, title):
-    """Print one table; tokens per second of every round, by contestant, and its share of the bandwidth."""
+def measure(options, prompt, implementations, bandwidth, title):
+    """Print one table; tokens per second of every round, by implementation, and its share of the bandwidth."""
     rows = prompt[0].shape[0]
     answers, most = {}, {}
-    for contestant in entered:  # the first call compiles
-        contestant(prompt, 1)
-        answers[contestant.name] = contestant(prompt, options.new)
-        most[contestant.name] = memory(options, contestant, prompt)
-    first = {contestant.name: [] for contestant in entered}
-    rate = {contestant.name: [] for contestant in entered}
+    for implementation in implementations:  # the first call compiles
+        implementation(prompt, 1)
+        answers[implementation.name] = implementation(prompt, options.new)
+        most[implementation.name] = memory(options, implementation, prompt)
+    first = {implementation.name: [] for implementation in implementations}
+    rate = {implementation.name: [] for implementation in implementations}
     for turn in tqdm(range(options.rounds), desc=title, disable=None, leave=False):
-        for contestant in entered if turn % 2 == 0 else reversed(entered):
-            one = seconds(options, contestant, prompt, 1)
-            whole = seconds(options, contestant, prompt, options.new)
-            first[contestant.name].append(one)
-            rate[contestant.name].append(rows * (options.new - 1) / (whole - one))
-    fused = next(contestant.model for contestant in entered if isinstance(contestant, Torchfuse))
+        for implementation in implementations if turn % 2 == 0 else reversed(implementations):
+            one = seconds(options, implementation, prompt, 1)
+            whole = seconds(options, implementation, prompt, options.new)
+            first[implementation.name].append(one)
+            rate[implementation.name].append(rows * (options.new - 1) / (whole - one))
+    fused = next(
+        implementation.model
+        for implementation in implementations
+        if isinstance(implementation, Torchfuse)
+    )
     features = num_features(fused, prompt)
     print(f"\n{title}, {features} encoder tokens")
     head = ("prompt, ms", "tokens/s", "of the bandwidth", "memory, MB")
     print(f"{'':<38} {head[0]:<24} {head[1]:<27} {head[2]:<17} {head[3]:<11} same tokens")
     used = {}
-    for contestant in entered:
-        name, model = contestant.name, contestant.model
-        read_by = model if isinstance(contestant, Torchfuse) else fused
+    for implementation in implementations:
+        name, model = implementation.name, implementation.model
+        read_by = model if isinstance(implementation, Torchfuse) else fused
         needed = bytes_of_step(options, read_by, prompt)
-        used[name] = statistics.median(rate[name]) / rows * needed / read
+        used[name] = statistics.median(rate[name]) / rows * needed / bandwidth
         weights = sum(
             storage_nbytes(tensor) for tensor in {id(p): p for p in model.parameters()}.values()
         )
-        held = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"
+        megabytes = "" if most[name] is None else f"{(weights + most[name]) / 1e6:,.0f}"
         same = (answers[name] == answers["torchfuse eager"]).float().mean()
         print(
             f"{name:<38} {spread([1e3 * s for s in first[name]], 0):<24} {spread(rate[name], 1):<27} "
-            f"{used[name]:<17.0%} {held:<11} {same:.0%}"
+            f"{used[name]:<17.0%} {megabytes:<11} {same:.0%}"
         )
     return rate, used
 
@@ -189,15 +193,15 @@ def better_of(rate, names):
 def ratio_line(rate, name, other, target):
     """Print a ratio of every round, and return its median."""
     ratios = [a / b for a, b in zip(rate[name], rate[other], strict=True)]
-    print(f"{name} / {other}: {spread(ratios)}{goal(statistics.median(ratios), target)}")
+    print(f"{name} / {other}: {spread(ratios)}{target_note(statistics.median(ratios), target)}")
     return statistics.median(ratios)
 
 
-def goal(value, target):
-    return "" if target is None else f", asked {target}: {'reached' if value >= target else 'MISSED'}"
+def target_note(value, target):
+    return "" if target is None else f", target {target}: {'reached' if value >= target else 'MISSED'}"
 
 
-def verdicts(options, size, dtype, rate, used):
+def print_ratios(options, size, dtype, rate, used):
     """Print the ratios of the fewest rows, and return them."""
     peers = [name for name in rate if not name.startswith("torchfuse")]
     quantized = [name for name in rate if name.endswith(", compiled")]
@@ -213,48 +217,52 @@ def verdicts(options, size, dtype, rate, used):
             best = better_of(rate, [name for name in peers if name.startswith(peer)])
             ratio_line(rate, "torchfuse compiled", best, GPU_TARGETS[peer])
         share = used["torchfuse compiled"]
-        print(f"of the bandwidth: {share:.0%}{goal(share, GPU_TARGETS['bandwidth'])}")
+        print(f"of the bandwidth: {share:.0%}{target_note(share, GPU_TARGETS['bandwidth'])}")
     return ratios
 
 
-def profile(options, prompt, contestant):
+def profile(options, prompt, implementation):
     """Print where the compiled steps spend their time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if options.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        contestant(prompt, options.new)
+        implementation(prompt, options.new)
     print(profiler.key_averages().table(sort_by=f"self_{options.device}_time_total", row_limit=12))
 
 
-def compete(options, size, dtype, folder):
+def benchmark(options, size, dtype, folder):
     """Run one size and dtype, with each number of rows, and return the ratios."""
     from transformers import logging
 
     logging.disable_progress_bar()
     models = build(options, size, DTYPES[dtype], folder)
-    read = bytes_per_second(options.device)
+    bandwidth = bytes_per_second(options.device)
     parameters = sum(p.numel() for p in models[2].parameters())
-    print(f"\n{parameters / 1e6:,.1f} M parameters; this machine reads {read / 1e9:.1f} GB/s")
-    entered = contestants(options, *models)
+    print(f"\n{parameters / 1e6:,.1f} M parameters; this machine reads {bandwidth / 1e9:.1f} GB/s")
+    implementations = build_implementations(options, *models)
     ratios = {}
     for tiles in options.tiles:
         rates = {}
         for rows in options.rows:
             prompt = make_prompt(options, size, DTYPES[dtype], rows, tiles)
             title = f"{size}, {dtype}, {rows} row{'s' * (rows > 1)}"
-            rates[rows], used = race(options, prompt, entered, read, title)
+            rates[rows], used = measure(options, prompt, implementations, bandwidth, title)
             if rows == min(options.rows):
-                ratios |= verdicts(options, size, dtype, rates[rows], used)
+                ratios |= print_ratios(options, size, dtype, rates[rows], used)
                 if options.profile:
-                    profile(options, prompt, next(c for c in entered if c.name == "torchfuse compiled"))
+                    profile(
+                        options,
+                        prompt,
+                        next(c for c in implementations if c.name == "torchfuse compiled"),
+                    )
         fewest, most = min(rates), max(rates)
         if most > fewest:
             name = "torchfuse compiled"
             gains = [a / b for a, b in zip(rates[most][name], rates[fewest][name], strict=True)]
             gain = ratios[size, dtype, "batch"] = statistics.median(gains)
             target = BATCH_TARGET if (fewest, most) == (1, 8) else None
-            print(f"{name}, {most} rows / {fewest}: {spread(gains)}{goal(gain, target)}")
+            print(f"{name}, {most} rows / {fewest}: {spread(gains)}{target_note(gain, target)}")
     return ratios
 
 
@@ -275,8 +283,8 @@ def main(argv=None):
     import transformers
 
     torch.set_num_threads(options.threads)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}")
+    device_name = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {device_name}")
     print(f"prompt {options.prompt}, {options.new} new tokens, median of {options.rounds} rounds and")
     print(f"[least .. most]; {options.threads} threads; {PROFILE_HINT}")
     if options.device == "cpu":
@@ -286,7 +294,7 @@ def main(argv=None):
         warnings.simplefilter("ignore")
         for size, dtype in itertools.product(options.size, options.dtype):
             with tempfile.TemporaryDirectory() as folder:
-                ratios |= compete(options, size, dtype, Path(folder))
+                ratios |= benchmark(options, size, dtype, Path(folder))
             torch._dynamo.reset()
     return ratios
 

@@ -1,4 +1,4 @@
-"""The decoding benchmark runs, at a size whose speed means nothing."""
+"""The decoding benchmark runs, at a size too small for meaningful speeds."""
 
 from functools import partial
 

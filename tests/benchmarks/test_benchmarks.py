@@ -27,7 +27,7 @@ def test_fusion_embedding(capsys):
     assert printed.count("torchtune  ") == 4
 
 
-@pytest.mark.long  # each contestant loads in a process of its own
+@pytest.mark.long  # each implementation loads in a process of its own
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 def test_load(capsys, tmp_path):
     sizes = ["--width", "64", "--layers", "6", "--vocab", "101", "--shard", "100KB", "--rounds", "1"]

@@ -14,8 +14,8 @@ from torchfuse.errors import CheckpointError, ConfigError, DataError
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 CROP = {"crop_size": {"height": 11, "width": 11}}
-# What a preprocessor file may ask: steps apart and together, sizes in each of their ways.
-ASKED = [
+# Options of preprocessor files: steps alone and together, sizes in every form.
+OPTIONS = [
     {"size": {"shortest_edge": 11}, **CROP},
     {"size": {"shortest_edge": 14}, **CROP, "resample": 2},
     {"size": {"shortest_edge": 7}, **CROP},
@@ -47,7 +47,7 @@ def pixels(processor, image):
 
 
 @pytest.mark.parametrize("size", [(23, 17), (17, 24), (11, 11), (8, 9), (31, 5)])
-@pytest.mark.parametrize("options", ASKED, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_transformers_processor(tmp_path, size, options):
     processor = CLIPImageProcessorPil(image_mean=MEAN, image_std=STD, **options)
     processor.save_pretrained(tmp_path)
@@ -58,7 +58,7 @@ def test_equals_transformers_processor(tmp_path, size, options):
     )
 
 
-@pytest.mark.parametrize("options", ASKED[:2], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
 def test_is_near_transformers_torchvision_backend(tmp_path, options):
     processor = CLIPImageProcessor(image_mean=MEAN, image_std=STD, **options)
     processor.save_pretrained(tmp_path)

@@ -57,7 +57,7 @@ def causal_mask(
             its softmax is defined.
         document_ids: which document each token belongs to, ``[b, s]``, where several are packed into a
             row; nothing attends to another document.
-        slots: width of a cache that is wider than the sequence; slots behind it are masked out.
+        slots: width of a cache that is wider than the sequence; slots after it are masked out.
 
     Returns:
         Bool ``[b, s, s]``, or ``[b, s, slots]``.

@@ -172,10 +172,10 @@ class QuestionTransform:
 
     Args:
         tokenizer: directory of the language model, with its ``tokenizer.json``.
-        image_token: id that marks images in the sequence; usually the first one behind the pretrained
+        image_token: id that marks images in the sequence; usually the first one after the pretrained
             vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` adds a row. None only for
             ``layout="prefix"``.
-        features_per_image: features of an image behind encoder and adapter.
+        features_per_image: features of an image after encoder and adapter.
         image_transform: directory of the encoder, with its ``preprocessor_config.json``, or an
             ``ImageTransform``.
         layout: the tokens of an image in the sequence. ``"marker"``: one ``image_token`` (for

@@ -36,7 +36,7 @@ def optimizer_steps(
         questions: the questions.
         batch_size: questions in a batch.
         batches_per_step: batches whose gradients are accumulated.
-        epochs: passes over the questions; each drops the questions behind its last whole step.
+        epochs: passes over the questions; each drops the questions after its last whole step.
         max_steps: the most steps.
         seed: of the order.
         world_size: how many ranks share a step, with equally many batches each.

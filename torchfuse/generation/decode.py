@@ -58,7 +58,7 @@ def generate(
         repetition_penalty: above 1 makes tokens that a row holds already less likely.
         stop_tokens: ids after which a row is finished, or a list of them for each row; generation ends
             when all rows are.
-        pad_id: id of padding, in the prompt and behind finished rows. The model must embed it.
+        pad_id: id of padding, in the prompt and after finished rows. The model must embed it.
         generator: source of randomness, on the device of ``tokens``; a list with one for each row makes
             a row's answer independent of the batch.
         compile: whether prompt and steps run as one compiled graph each. Graphs are kept: prompts of one

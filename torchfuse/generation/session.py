@@ -2,8 +2,8 @@
 
 Prompts are padded on the left, so that every row's next token has the same column; padding is masked and
 positions are counted from each row's first token, so that a row's result is that of the row alone. What
-a row must not attend to later (padding behind a finished answer) is masked in the same way, so that the
-next turn is written behind it. Everything that changes from step to step is a tensor with a fixed
+a row must not attend to later (padding after a finished answer) is masked in the same way, so that the
+next turn is written after it. Everything that changes from step to step is a tensor with a fixed
 address: a step is one graph, and needs nothing from the host but the next token.
 """
 
@@ -49,7 +49,7 @@ class Session:
         batch_size: rows.
         max_tokens: most tokens of text of all turns together: prompts, their padding, and answers.
         max_features: most encoder tokens of one turn.
-        pad_id: id of padding, in prompts and behind finished rows. The model must embed it.
+        pad_id: id of padding, in prompts and after finished rows. The model must embed it.
         compile: whether prompts and steps run as one compiled graph each. Prompts are then padded to
             the lengths of ``bucket``, so that they share a few graphs.
 
@@ -245,7 +245,7 @@ class Session:
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         sampling: Sampling,
     ) -> Tensor:
-        """Run the model on a prompt; return the logits ``[b, v]`` of the token behind it."""
+        """Run the model on a prompt; return the logits ``[b, v]`` of the token after it."""
         valid = left_padding(tokens, self.pad_id)
         front, front_valid = tokens[:, :0], valid[:, :0]
         if self._pending is not None:

@@ -1,4 +1,4 @@
-"""The functions that run the model on a prompt and on each token behind it.
+"""The functions that run the model on a prompt and on each token after it.
 
 Each is one graph: nothing in it depends on a value, and what later calls need is written in place, to
 tensors with fixed addresses.
@@ -41,7 +41,7 @@ def run_prompt(
     special: Tensor,
     given: Mapping[str, Any],
 ) -> Tensor:
-    """Run the model on a prompt; return the logits ``[b, v]`` of the token behind it.
+    """Run the model on a prompt; return the logits ``[b, v]`` of the token after it.
 
     Args:
         model: with caches set up.

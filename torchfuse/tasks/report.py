@@ -30,7 +30,7 @@ class Report:
         prompt_tokens: tokens of the prompts, without padding.
         tokens: tokens of the answers, their stop tokens included.
         seconds: by phase: ``"encode"`` (encoder and adapter), ``"prefill"`` (prompts), ``"decode"`` (all
-            steps behind them) and ``"compile"``, which is in none of the others.
+            steps after them) and ``"compile"``, which is in none of the others.
     """
 
     prompts: int = 0

@@ -17,6 +17,7 @@ from torchfuse.encoders.registry import (
     register_encoder,
 )
 from torchfuse.encoders.stub import RandomEncoder
+from torchfuse.errors import CheckpointError, ConfigError, ModelError
 
 CLIP = {"image_size": 12, "patch_size": 4, "embed_dim": 10, "num_layers": 2, "num_heads": 5}
 SIZES = {"hidden_size": 20, "intermediate_size": 43, "num_hidden_layers": 2, "num_attention_heads": 5}
@@ -75,31 +76,31 @@ def test_a_tower_is_nan_until_it_is_loaded(towers):
 
 
 def test_options_that_do_not_fit_are_named(towers):
-    with pytest.raises(ValueError, match="Unknown encoder 'vit'; there are .*clip, .*hf, .*siglip2"):
+    with pytest.raises(ConfigError, match="Unknown encoder 'vit'; there are .*clip, .*hf, .*siglip2"):
         build_encoder("vit")
     with pytest.raises(
-        ValueError, match="encoder 'random': unknown option 'width', missing option 'num_"
+        ConfigError, match="encoder 'random': unknown option 'width', missing option 'num_"
     ):
         build_encoder("random", width=7, feature_dim=3)
     with pytest.raises(
-        ValueError, match="encoder 'clip': unknown option 'path', missing option 'image_s"
+        ConfigError, match="encoder 'clip': unknown option 'path', missing option 'image_s"
     ):
         build_encoder("clip", path="x")
-    with pytest.raises(ValueError, match="encoder 'hf': missing option 'path'; it takes path"):
+    with pytest.raises(ConfigError, match="encoder 'hf': missing option 'path'; it takes path"):
         build_encoder("hf")
     with pytest.raises(
-        ValueError, match="encoder 'hf': unknown option 'layer'; it takes feature_layer, k"
+        ConfigError, match="encoder 'hf': unknown option 'layer'; it takes feature_layer, k"
     ):
         build_encoder("hf", path="x", layer=2)
     with pytest.raises(
-        ValueError, match="encoder 'hf': feature_layer must be an integer or null, got '2"
+        ConfigError, match="encoder 'hf': feature_layer must be an integer or null, got '2"
     ):
         build_encoder("hf", path="x", feature_layer="2")
     with pytest.raises(
-        ValueError, match="clip holds a 'clip_vision_model', and must hold one of siglip_"
+        ConfigError, match="clip holds a 'clip_vision_model', and must hold one of siglip_"
     ):
         build_encoder("siglip2", path=towers / "clip")
-    with pytest.raises(ValueError, match="nowhere is not a directory"):
+    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         build_encoder("siglip2", path=towers / "nowhere")
 
 
@@ -124,9 +125,9 @@ def test_a_new_encoder_takes_one_class_and_one_decorator(names):
     embeds = model.encode({"images": torch.randn(2, 3, 8, 8)})
     assert embeds.shape == (2, encoder.num_tokens, WIDTH)
     assert model(tokens, encoder_embeds=embeds).shape[:2] == tokens.shape
-    with pytest.raises(ValueError, match="encoder 'patches': unknown option 'size'; it takes side"):
+    with pytest.raises(ConfigError, match="encoder 'patches': unknown option 'size'; it takes side"):
         build_encoder("patches", size=3)
-    with pytest.raises(ValueError, match="There is an encoder 'patches' already: Patches"):
+    with pytest.raises(ConfigError, match="There is an encoder 'patches' already: Patches"):
         register_encoder("patches")(Patches)
 
 
@@ -141,9 +142,9 @@ def test_an_encoder_must_have_its_sizes(names):
     def nothing():
         return None
 
-    with pytest.raises(ValueError, match="feature_dim must .*, it is 0; num_tokens must .*'missing'"):
+    with pytest.raises(ConfigError, match="feature_dim must .*, it is 0; num_tokens must .*'missing'"):
         build_encoder("sizeless", width=0)
-    with pytest.raises(ValueError, match="encoder 'nothing', a NoneType, must state"):
+    with pytest.raises(ConfigError, match="encoder 'nothing', a NoneType, must state"):
         build_encoder("nothing")
 
 
@@ -155,7 +156,7 @@ def test_the_keyword_of_pixels_is_the_encoders():
     assert pixels_keyword(Patches()) == "images"
     assert pixels_keyword(nn.Linear(3, 5)) == "input"
     assert pixels_keyword(checkpoint_wrapper(torch.compile(Patches(), backend="eager"))) == "images"
-    with pytest.raises(ValueError, match="Which keyword of Keywords takes pixels is not known"):
+    with pytest.raises(ModelError, match="Which keyword of Keywords takes pixels is not known"):
         pixels_keyword(Keywords())
     encoder = Keywords()
     encoder.example_input = lambda: {"pixel_attention_mask": 1, "pixel_values": 2}

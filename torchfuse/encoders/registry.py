@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from torch import nn
 
 from torchfuse.encoders.stub import RandomEncoder
-from torchfuse.errors import ConfigError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
@@ -109,7 +109,7 @@ def pixels_keyword(encoder: nn.Module) -> str:
         encoder: any encoder.
 
     Raises:
-        ConfigError: if there is none of these.
+        ModelError: if there is none of these.
 
     Examples:
         >>> pixels_keyword(RandomEncoder(5, 7)), pixels_keyword(nn.Linear(3, 5))
@@ -122,7 +122,7 @@ def pixels_keyword(encoder: nn.Module) -> str:
         names = [name for name in inner.example_input() if name in _PIXELS]
     found = next((name for name in _PIXELS if name in names), next(iter(names), None))
     if found is None:
-        raise ConfigError(
+        raise ModelError(
             f"Which keyword of {type(inner).__name__} takes pixels is not known: its forward must "
             f"have a parameter {' or '.join(_PIXELS)}."
         )

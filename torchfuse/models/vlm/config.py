@@ -50,7 +50,7 @@ class _Section:
 
 
 def _merged(section: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options and what is given outside of them, of which none may be given in both places."""
+    """Return the union of two mappings; a name in both is a ``ConfigError``."""
     if twice := [str(name) for name in given if name in options]:
         raise ConfigError(
             f"{section}: {', '.join(twice)} cannot be in options, as it is given outside of them; "
@@ -219,7 +219,7 @@ class VLMConfig(_Section):
 
     @classmethod
     def read(cls, given: Self | Mapping[str, Any]) -> Self:
-        """As the other sections' ``read``; options of the architecture may be beside ``arch``."""
+        """Return a configuration; in a mapping, options of the architecture may be beside ``arch``."""
         if not isinstance(given, Mapping) or "arch" not in given:
             return super().read(given)
         fields = {f.name for f in dataclasses.fields(cls)}

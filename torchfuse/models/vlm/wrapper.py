@@ -175,7 +175,7 @@ class VLMWrapper(TransparentWrapper):
         return self.wrapped(tokens, **decoder_call)
 
     def _features_of(self, pixels: Tensor | None, frame_mask: Tensor | None) -> dict[str, Any]:
-        """The fused model's keywords for pixels."""
+        """Return the fused model's keywords for pixels."""
         num_frames = None if pixels is None or pixels.dim() != 5 else pixels.shape[1]
         if self.num_frames is not None and num_frames is not None and num_frames > self.num_frames:
             raise ModelError(f"Clips must have at most {self.num_frames} frames, got {num_frames}.")
@@ -188,7 +188,7 @@ class VLMWrapper(TransparentWrapper):
             )
         fused: Any = self.wrapped
         encoder: Any = unwrap(fused.encoder)
-        # The number is computed, not read off encode(): under FSDP2 that would be one more root forward.
+        # The number is computed, not taken from encode(), which under FSDP2 is one more root forward.
         each = features_per_image(fused, "encoder")
         tokens_of_frame(fused.adapter, encoder.num_tokens, num_frames)
         images = hide_padding(pixels, frame_mask, min_frames=getattr(encoder, "min_frames", 0))

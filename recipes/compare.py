@@ -43,7 +43,7 @@ TICKS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 class Config:
     """Keys of the recipe.
 
-    ``configs`` are configurations of the finetune recipe; the keys in ``budget`` replace theirs.
+    ``configs`` are configurations of the finetune recipe; the keys in ``budget`` replace those of each.
     """
 
     output_dir: str = MISSING

@@ -246,7 +246,7 @@ def make_clip(folder: Path, tokenizer: Tokenizer, digits: Digits, steps: int) ->
     train_images, train_targets = images[digits.train], targets[digits.train]
 
     def loss(batch: Tensor) -> Tensor:
-        # The batch is scored against all ten captions; images of one digit share theirs.
+        # The batch is scored against all ten captions; images of one digit share a caption.
         out = model(input_ids=captions, pixel_values=shift(train_images[batch]))
         return F.cross_entropy(out.logits_per_image, train_targets[batch])
 

@@ -46,7 +46,7 @@ def fill(sources: Sequence[Source], modules: Iterable[nn.Module], device: torch.
         tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=None) as bar,
         ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool,
     ):
-        # Half of the time goes into page faults, which threads take in parallel. Sharded tensors may
+        # Half of the time goes into page faults, which threads handle in parallel. Sharded tensors may
         # communicate with other ranks, so they are copied in order, in the caller's thread.
         for nbytes in (map if sharded else pool.map)(_copy, each):
             bar.update(nbytes)

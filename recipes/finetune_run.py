@@ -36,7 +36,7 @@ from torchfuse.tasks.evaluation import (
 )
 from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_settings import PromptSettings
-from torchfuse.tasks.runs import build_model, check_images
+from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.training import build, shard
 
 
@@ -66,6 +66,9 @@ def run(config: Config, stages: FreezeSchedule) -> None:
     settings.check(model)
     pretrained = config.pretrained
     check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
+    check_lengths(model, transform, questions.questions, config.data.train)
+    if test:
+        check_lengths(model, transform, test, test_file)
     trainer = Trainer(model, stages, questions, config)
     log(f"\n{describe(model)}\n")
 

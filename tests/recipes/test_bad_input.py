@@ -62,6 +62,17 @@ def break_image(demo):
     (demo / "questions" / "test.jsonl").write_text(json.dumps(record))
 
 
+def lengthen(name):
+    """Append a question of 200 words to a file."""
+
+    def damage(demo):
+        record = {"question": "which " * 200, "answer": "one"}
+        with (demo / "questions" / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("override", "damage", "message"),
     [
@@ -91,6 +102,16 @@ def break_image(demo):
         ("data.train=demo/nowhere.jsonl", None, "demo/nowhere.jsonl cannot be read"),
         ("seed=7", break_line, "questions/train.jsonl, line 6: no JSON"),
         ("seed=7", break_image, "broken.png is no image that can be opened"),
+        (
+            "transform.max_seq_len=null",
+            lengthen("train"),
+            "train.jsonl, question 65: 203 tokens with its answer, and 128 fit",
+        ),
+        (
+            "transform.max_seq_len=null",
+            lengthen("test"),
+            "test.jsonl, question 49: 203 tokens with its answer, and 128 fit",
+        ),
         ("train.batch_size=999", None, "64 questions are too few for one step of 1 x 999 x 1"),
         ("output_dir=demo/prompt.yaml/run", None, "is not a directory that can be written to"),
         ("model.fusion_trainable=false", None, "No parameter trains: set model.fusion_trainable=true"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,23 @@ from torch import nn
 from torchfuse.checkpoint.artifact.trained import load_trained
 from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.questions import QuestionTransform
-from torchfuse.errors import CheckpointError
+from torchfuse.data.questions import Question, QuestionTransform, name_problems
+from torchfuse.errors import CheckpointError, DataError
+from torchfuse.generation.caches import room_for_text
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 from torchfuse.training.config import build, read_config
 from torchfuse.training.device import device_and_dtype
 
-__all__ = ["ModelSource", "build_model", "check_images", "load_run", "read_model", "read_run"]
+__all__ = [
+    "ModelSource",
+    "build_model",
+    "check_images",
+    "check_lengths",
+    "load_run",
+    "read_model",
+    "read_run",
+]
 
 
 def build_model(
@@ -67,6 +76,33 @@ def check_images(
         size = getattr(unwrap(owner.get_encoder(name)), "image_size", None)
         folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder
         transform.check(size, preprocessor=folder, what=name)
+
+
+def check_lengths(
+    model: nn.Module, transform: QuestionTransform, questions: Sequence[Question], path: str | Path
+) -> None:
+    """Check that every question fits the model with its answer, beside the features of its images.
+
+    Args:
+        model: a fused model.
+        transform: turns questions into sequences.
+        questions: questions with answers.
+        path: their file, for the message.
+
+    Raises:
+        DataError: naming every question that is too long.
+    """
+    problems = []
+    for number, question in enumerate(questions, 1):
+        length = sum(map(len, transform.encode(question)))
+        room = room_for_text(model, len(question.images) * transform.features_per_image)
+        if length > room:
+            problems.append(
+                f"question {number}: {length} tokens with its answer, and {room} fit into the model's "
+                f"max_seq_len beside {len(question.images)} images."
+            )
+    if problems:
+        raise DataError(name_problems(path, problems))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from torch import nn
 
 from torchfuse import quantize
 from torchfuse.data.questions import Question, read_questions
-from torchfuse.errors import ConfigError, ModelError
+from torchfuse.errors import ConfigError, FusionError
 from torchfuse.generation import Sampling as TokenSampling
 from torchfuse.generation.caches import room_for_text
 from torchfuse.io.atomic import write_text
@@ -212,7 +212,7 @@ def _load(config: Config, source: ModelSource) -> nn.Module:
     if config.quantization is not None:
         try:
             print(quantize(model, config.quantization, parts=config.quantization_parts))
-        except ModelError as error:
+        except FusionError as error:
             raise ConfigError(f"quantization={config.quantization}: {error}") from error
     return model
 

@@ -32,6 +32,10 @@ def rope(**values):
             {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None},
             "rope type 'linear' is not supported",
         ),
+        (
+            {"rope_scaling": {"factor": 2.0}, "rope_parameters": None},
+            "rope_parameters or rope_scaling: factor=2.0 is not supported for type 'default'",
+        ),
         ({"rope_scaling": [2]}, "rope_parameters and rope_scaling must be sections"),
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported, only llama"),
         ({"num_hidden_layers": 10**9}, "has 1000000000 layers, but there are only"),

@@ -127,6 +127,8 @@ def header_and_data(content):
 
 def to_tensor(entry):
     dtype, shape, values = entry
+    if not values:
+        return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(bytearray(values), dtype=DTYPES[dtype]).reshape(shape)
 
 
@@ -196,7 +198,7 @@ def expected_of(files, names):
 
 def check_settings(config):
     """The settings that no shape depends on must be those of the model."""
-    rope = config.get("rope_parameters") or {}
+    rope = {k: v for k, v in (config.get("rope_parameters") or {}).items() if v is not None}
     scaling = config.get("rope_scaling") or {}
     assert config["model_type"] == "llama"
     assert config["num_attention_heads"] == 3
@@ -423,6 +425,8 @@ def convert_all(draw, found, key):
 
 def special(draw, files):
     """A link, a pipe, a folder or nothing in place of a file."""
+    if not files:
+        return set()
     name = draw(st.sampled_from(sorted(files)))
     instead = draw(st.sampled_from(["gone", FIFO, FOLDER, "inside", *OUTSIDE]))
     content = files.pop(name)

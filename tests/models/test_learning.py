@@ -154,7 +154,10 @@ def test_one_graph_equals_eager_in_values_and_gradients(name, backend):
         make(name, decoder=tiny_decoder(num_layers=2), decoder_trainable=True) for _ in range(2)
     )
     called = torch.compile(model, backend=backend, fullgraph=True)
-    assert_equal(learning(model, name, called=called), learning(plain, name))
+    # Inductor has random numbers of its own; here the experts' noise must be that of the plain model.
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = learning(model, name, called=called)
+    assert_equal(compiled, learning(plain, name))
 
 
 @pytest.mark.parametrize("around", ["fused", "pretrained"])

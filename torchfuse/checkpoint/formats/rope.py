@@ -53,16 +53,25 @@ def rope_from_config(given: Settings) -> dict[str, Any]:
             f"rope_parameters and rope_scaling must be sections, got {new!r} and {old!r}"
         )
         new = old = {}
-    merged = {"rope_theta": given.values.get("rope_theta"), **old}
-    rope = Settings(merged | {k: v for k, v in new.items() if v is not None}, "")
+    merged = {"rope_theta": given.values.get("rope_theta")}
+    for section in (old, new):
+        merged |= {key: value for key, value in section.items() if value is not None}
+    rope = Settings(merged, "")
     rope.allow_only("partial_rotary_factor", 1.0)
     values = {"rope_base": rope.number("rope_theta", 10_000.0)}
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    kinds = (rope.values.get("rope_type"), rope.values.get("type"))
+    kind = next((kind for kind in kinds if kind is not None), "default")
     scaled = kind == "llama3"
     if not scaled and kind != "default":
         given.problems.append(f"rope type {kind!r} is not supported, only 'default' and 'llama3'")
     for key, (name, unscaled) in _SCALING.items():
         values[f"rope_{name}"] = float(rope.number(key)) if scaled else unscaled
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *(_SCALING if scaled else ())}
+    unknown = [f"{key}={value!r}" for key, value in rope.values.items() if key not in known]
+    if unknown and not given.problems:
+        given.problems.append(
+            f"rope_parameters or rope_scaling: {', '.join(unknown)} is not supported for type {kind!r}"
+        )
     given.problems += [f"rope: {problem}" for problem in rope.problems]
     return values
 

@@ -198,8 +198,13 @@ def expected_of(files, names):
 
 def check_settings(config):
     """The settings that no shape depends on must be those of the model."""
-    rope = {k: v for k, v in (config.get("rope_parameters") or {}).items() if v is not None}
-    scaling = config.get("rope_scaling") or {}
+    rope = {}  # later sections take precedence, and null counts as missing
+    for section in (
+        {"rope_theta": config.get("rope_theta")},
+        config.get("rope_scaling") or {},
+        config.get("rope_parameters") or {},
+    ):
+        rope |= {key: value for key, value in section.items() if value is not None}
     assert config["model_type"] == "llama"
     assert config["num_attention_heads"] == 3
     assert config["num_key_value_heads"] == 1
@@ -207,8 +212,9 @@ def check_settings(config):
     assert config.get("hidden_act") in (None, "silu")
     assert config.get("head_dim") in (None, HEAD_DIM)
     assert not config.get("attention_bias") and not config.get("mlp_bias")
-    assert rope.get("rope_type", "default") == "default" and not scaling
-    assert rope.get("rope_theta", config.get("rope_theta", 10_000.0)) == 10_000.0
+    assert rope.pop("rope_theta", 10_000.0) == 10_000.0
+    assert rope.pop("rope_type", "default") == "default"
+    assert not rope
 
 
 # Damages. Each changes the files and returns words of which an error may name one.

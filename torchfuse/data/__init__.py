@@ -8,6 +8,7 @@ from torchfuse.data.masks import causal_mask, image_mask, left_padding, position
 
 if TYPE_CHECKING:
     from torchfuse.data.images import ImageTransform, open_image
+    from torchfuse.data.media import MediaInput, MediaTransform, collate_media
     from torchfuse.data.questions import (
         Question,
         QuestionDataset,
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ImageTransform",
+    "MediaInput",
+    "MediaTransform",
     "Question",
     "QuestionDataset",
     "QuestionTransform",
     "TextTokenizer",
     "causal_mask",
     "check_questions",
+    "collate_media",
     "image_mask",
     "left_padding",
     "open_image",
@@ -39,11 +43,14 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "ImageTransform": "images",
+        "MediaInput": "media",
+        "MediaTransform": "media",
         "Question": "questions",
         "QuestionDataset": "questions",
         "QuestionTransform": "questions",
         "TextTokenizer": "tokenizer",
         "check_questions": "questions",
+        "collate_media": "media",
         "open_image": "images",
         "optimizer_steps": "steps",
         "read_questions": "questions",

@@ -67,7 +67,9 @@ class Media:
                 f"The {self.modality} {self} cannot be read: {error.strerror or error}."
             ) from error
         if len(content) != self.span[1]:
-            raise DataError(f"The {self.modality} {self} cannot be read: {self.path} has become shorter.")
+            raise DataError(
+                f"The {self.modality} {self} cannot be read: {self.path} has become shorter."
+            )
         return content
 
     def digest(self) -> str:
@@ -97,9 +99,13 @@ class Media:
             try:
                 if not comma or not kind.endswith(";base64"):
                     raise ValueError
-                return cls(data=base64.b64decode(text, validate=True), name="data: URL", modality=modality)
+                return cls(
+                    data=base64.b64decode(text, validate=True), name="data: URL", modality=modality
+                )
             except ValueError as error:
-                raise DataError(f"expected data:{modality}/...;base64,..., got {url[:40]!r}...") from error
+                raise DataError(
+                    f"expected data:{modality}/...;base64,..., got {url[:40]!r}..."
+                ) from error
         raise DataError(f"{url!r} would have to be downloaded; save it and give its path")
 
 

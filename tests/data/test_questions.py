@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from torchfuse.data.images import ImageTransform
+from torchfuse.data.images import ImageTransform, TiledImageTransform
 from torchfuse.data.questions import (
     Question,
     QuestionDataset,
@@ -244,3 +244,8 @@ def test_check_questions(folder):
         check_questions(encode, [short, long], "file")
     with pytest.raises(DataError, match="file: .* has no answer"):
         check_questions(encode, [Question("which ?")], "file")
+
+
+def test_tiles_are_refused(folder):
+    with pytest.raises(ConfigError, match="image_transform is a TiledImageTransform, but every image"):
+        transform(folder, image_transform=TiledImageTransform(8))

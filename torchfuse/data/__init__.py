@@ -8,7 +8,13 @@ from torchfuse.data.masks import causal_mask, image_mask, left_padding, position
 
 if TYPE_CHECKING:
     from torchfuse.data.documents import merge_documents
-    from torchfuse.data.images import ImageTransform, open_image
+    from torchfuse.data.images import (
+        GridImageTransform,
+        ImageTransform,
+        TiledImageTransform,
+        image_size,
+        open_image,
+    )
     from torchfuse.data.media import MediaInput, MediaTransform, collate_media
     from torchfuse.data.packing import FirstFit, Packs, pack
     from torchfuse.data.questions import (
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FirstFit",
+    "GridImageTransform",
     "ImageTransform",
     "MediaInput",
     "MediaTransform",
@@ -32,11 +39,13 @@ __all__ = [
     "QuestionDataset",
     "QuestionTransform",
     "TextTokenizer",
+    "TiledImageTransform",
     "causal_mask",
     "check_questions",
     "collate_media",
     "cut_between_turns",
     "image_mask",
+    "image_size",
     "left_padding",
     "merge_documents",
     "open_image",
@@ -51,6 +60,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "FirstFit": "packing",
+        "GridImageTransform": "images",
         "ImageTransform": "images",
         "MediaInput": "media",
         "MediaTransform": "media",
@@ -59,9 +69,11 @@ __getattr__ = lazy_exports(
         "QuestionDataset": "questions",
         "QuestionTransform": "questions",
         "TextTokenizer": "tokenizer",
+        "TiledImageTransform": "images",
         "check_questions": "questions",
         "collate_media": "media",
         "cut_between_turns": "truncate",
+        "image_size": "images",
         "merge_documents": "documents",
         "open_image": "images",
         "optimizer_steps": "steps",

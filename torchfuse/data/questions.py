@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from torchfuse.data.images import ImageTransform, open_image
+from torchfuse.data.images import GridImageTransform, ImageTransform, TiledImageTransform, open_image
 from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.errors import ConfigError, DataError
@@ -176,8 +176,8 @@ class QuestionTransform:
             vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` adds a row. None only for
             ``layout="prefix"``.
         features_per_image: features of an image after encoder and adapter.
-        image_transform: directory of the encoder, with its ``preprocessor_config.json``, or an
-            ``ImageTransform``.
+        image_transform: directory of the encoder, with its image processor, or an ``ImageTransform``
+            of whole images.
         layout: the tokens of an image in the sequence. ``"marker"``: one ``image_token`` (for
             cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: none.
         scope: which images a token may attend to, see ``image_mask``; with ``"marker"``.
@@ -213,6 +213,11 @@ class QuestionTransform:
             self.image_transform = image_transform
         else:
             self.image_transform = ImageTransform.from_directory(image_transform)
+        if isinstance(self.image_transform, TiledImageTransform | GridImageTransform):
+            raise ConfigError(
+                f"image_transform is a {type(self.image_transform).__name__}, but every image of a "
+                "question has the same number of features: give an ImageTransform of whole images."
+            )
         self.image_token = image_token
         self.features_per_image = features_per_image
         self.markers_per_image = {"marker": 1, "placeholder": features_per_image, "prefix": 0}[layout]
@@ -260,10 +265,10 @@ class QuestionTransform:
         prompt, answer = self.encode(question, with_answer=with_answer)
         tokens = prompt + answer
         images = [self.pixels(path) for path in question.images]
-        size = self.image_transform.size
+        sides = self.image_transform.height, self.image_transform.width
         sample = {
             "tokens": tokens,
-            "images": torch.stack(images) if images else torch.empty(0, 3, size, size),
+            "images": torch.stack(images) if images else torch.empty(0, 3, *sides),
             "encoder_mask": self.encoder_mask(tokens, len(images)),
         }
         if with_answer:

@@ -12,7 +12,7 @@ from torch import nn
 
 from torchfuse.checkpoint.artifact.trained import load_trained
 from torchfuse.checkpoint.load import from_pretrained, load_pretrained
-from torchfuse.data.images import ImageTransform
+from torchfuse.data.images import ImageTransform, find_processor
 from torchfuse.data.questions import Question, QuestionTransform, name_problems
 from torchfuse.errors import CheckpointError, DataError
 from torchfuse.generation.caches import room_for_text
@@ -65,8 +65,8 @@ def check_images(
     Args:
         model: a fused model.
         transform: turns images into pixels.
-        encoder: the encoders' directories, as for ``load_pretrained``; where they hold a
-            ``preprocessor_config.json``, mean and standard deviation are compared too.
+        encoder: the encoders' directories, as for ``load_pretrained``; where they hold an image
+            processor, mean and standard deviation are compared too.
 
     Raises:
         ConfigError: naming each number that differs.
@@ -75,7 +75,8 @@ def check_images(
     for name in owner.encoder_names:
         size = getattr(unwrap(owner.get_encoder(name)), "image_size", None)
         folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder
-        transform.check(size, preprocessor=folder, what=name)
+        compared = folder if folder is not None and find_processor(folder) else None
+        transform.check(size, preprocessor=compared, what=name)
 
 
 def check_lengths(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchfuse.data.steps import optimizer_steps
     from torchfuse.data.tokenizer import TextTokenizer
     from torchfuse.data.truncate import cut_between_turns
+    from torchfuse.data.video import VideoTransform
 
 __all__ = [
     "FirstFit",
@@ -40,6 +41,7 @@ __all__ = [
     "QuestionTransform",
     "TextTokenizer",
     "TiledImageTransform",
+    "VideoTransform",
     "causal_mask",
     "check_questions",
     "collate_media",
@@ -70,6 +72,7 @@ __getattr__ = lazy_exports(
         "QuestionTransform": "questions",
         "TextTokenizer": "tokenizer",
         "TiledImageTransform": "images",
+        "VideoTransform": "video",
         "check_questions": "questions",
         "collate_media": "media",
         "cut_between_turns": "truncate",

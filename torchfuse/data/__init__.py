@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         check_questions,
         read_questions,
     )
+    from torchfuse.data.readers import Mixture, Samples, read_samples
+    from torchfuse.data.samples import Media, Message, Sample
     from torchfuse.data.steps import optimizer_steps
     from torchfuse.data.tokenizer import TextTokenizer
     from torchfuse.data.truncate import cut_between_turns
@@ -33,12 +35,17 @@ __all__ = [
     "FirstFit",
     "GridImageTransform",
     "ImageTransform",
+    "Media",
     "MediaInput",
     "MediaTransform",
+    "Message",
+    "Mixture",
     "Packs",
     "Question",
     "QuestionDataset",
     "QuestionTransform",
+    "Sample",
+    "Samples",
     "TextTokenizer",
     "TiledImageTransform",
     "VideoTransform",
@@ -56,6 +63,7 @@ __all__ = [
     "padded_collate_images",
     "positions",
     "read_questions",
+    "read_samples",
 ]
 
 __getattr__ = lazy_exports(
@@ -64,12 +72,17 @@ __getattr__ = lazy_exports(
         "FirstFit": "packing",
         "GridImageTransform": "images",
         "ImageTransform": "images",
+        "Media": "samples",
         "MediaInput": "media",
         "MediaTransform": "media",
+        "Message": "samples",
+        "Mixture": "readers",
         "Packs": "packing",
         "Question": "questions",
         "QuestionDataset": "questions",
         "QuestionTransform": "questions",
+        "Sample": "samples",
+        "Samples": "readers",
         "TextTokenizer": "tokenizer",
         "TiledImageTransform": "images",
         "VideoTransform": "video",
@@ -82,5 +95,6 @@ __getattr__ = lazy_exports(
         "optimizer_steps": "steps",
         "pack": "packing",
         "read_questions": "questions",
+        "read_samples": "readers",
     },
 )

@@ -1,10 +1,12 @@
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from support import VOCAB, TinyEncoder, text, tiny_decoder
 
 from torchfuse import fuse
+from torchfuse.errors import ModelError
 from torchfuse.training.loss import next_token_loss
 
 
@@ -20,6 +22,25 @@ def test_labels_are_shifted_once():
     ]
     torch.testing.assert_close(total, torch.stack(expected).sum())
     assert int(count) == len(expected) == 10
+
+
+def test_labels_have_weights():
+    logits, labels = torch.randn(2, 7, 11, requires_grad=True), torch.randint(0, 11, (2, 7))
+    labels[0, :3] = -100
+    weights = torch.rand(2, 7)
+    weights[1, 2:5] = 0
+    total, count = next_token_loss(logits, labels, loss_weights=weights)
+    counted = [(b, t) for b in range(2) for t in range(6) if labels[b, t + 1] != -100]
+    each = [-logits[b, t].log_softmax(-1)[labels[b, t + 1]] * weights[b, t + 1] for b, t in counted]
+    torch.testing.assert_close(total, torch.stack(each).sum())
+    torch.testing.assert_close(count, torch.stack([weights[b, t + 1] for b, t in counted]).sum())
+    total.backward()
+    assert not logits.grad[1, 1:4].any()
+    ones, number = next_token_loss(logits, labels, loss_weights=torch.ones(2, 7))
+    torch.testing.assert_close(ones, next_token_loss(logits, labels)[0])
+    assert number == next_token_loss(logits, labels)[1]
+    with pytest.raises(ModelError, match=r"must be \[2, 7\] as the labels are, got \[2, 6\]"):
+        next_token_loss(logits, labels, loss_weights=weights[:, 1:])
 
 
 def test_logits_that_predict_a_token_do_not_depend_on_it():

@@ -18,6 +18,7 @@ from torchfuse.models.minimal_decoder import accept_embeddings, is_minimal
 from torchfuse.models.strategy import ModalityStrategy
 from torchfuse.models.surface import DecoderSurface
 from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
+from torchfuse.modules.documents import document_mask, document_positions
 from torchfuse.naming import ModelWithParts, unwrap_model
 from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
 
@@ -137,6 +138,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         encoder_mask: EncoderMask | None = None,
         input_pos: Tensor | None = None,
         encoder_embeds: Tensor | Mapping[str, Tensor] | None = None,
+        document_ids: Tensor | None = None,
     ) -> Any:
         """Score tokens, given inputs of the encoders.
 
@@ -153,6 +155,9 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
                 With caches it may be as wide as the encoder's cache.
             input_pos: positions, ``[b, s]`` or ``[s]``. None: ``0 .. s - 1``. Needed with caches.
             encoder_embeds: what ``encode`` returned, in place of ``encoder_input``.
+            document_ids: which document each token belongs to, ``[b, s]``, -1: padding, where rows hold
+                several that follow each other (see ``torchfuse.data.pack``). A token attends to its own
+                document alone, and positions start at 0 in each. In place of ``mask``, not with caches.
 
         Returns:
             Logits ``[b, s, v]``, aligned with ``tokens``. With ``num_output_chunks`` a list of chunks,
@@ -162,6 +167,11 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
             ModelError: if inputs do not fit the model or each other.
         """
         cached = self.caches_are_enabled()
+        call: dict[str, Any] = {}
+        if document_ids is not None:
+            self._check_documents(tokens, document_ids, mask)
+            call["document_ids"], mask = document_ids, document_mask(document_ids)
+            input_pos = document_positions(document_ids) if input_pos is None else input_pos
         if mask is None and not cached and self.caches_are_setup():
             # torchtune's attention is causal without a mask only where no cache exists.
             s = tokens.shape[1]
@@ -186,12 +196,30 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
             encoder_slots=self.encoder_max_cache_seq_len if cached else None,
         )
         context = self.strategy.prepare(
-            self, tokens, features, mask=mask, encoder_mask=encoder_mask, input_pos=input_pos
+            self, tokens, features, mask=mask, encoder_mask=encoder_mask, input_pos=input_pos, **call
         )
         output = self._decode(context)
         if cached and context.cache_state is not None:
             self.cache_state = context.cache_state
         return output
+
+    def _check_documents(self, tokens: Tensor, document_ids: Tensor, mask: Tensor | None) -> None:
+        problems = []
+        if document_ids.shape != tokens.shape or document_ids.is_floating_point():
+            problems.append(
+                f"they must be integers {list(tokens.shape)} as the tokens are, got "
+                f"{document_ids.dtype} {list(document_ids.shape)}"
+            )
+        if mask is not None:
+            problems.append("they take the place of mask, so give one of them")
+        if self.caches_are_enabled():
+            problems.append("caches hold one document a row: delete them, or call without")
+        if not self.strategy.takes_documents:
+            problems.append(
+                f"{type(self.strategy).__name__} has takes_documents=False: its rows hold one document"
+            )
+        if problems:
+            raise ModelError(f"document_ids cannot be used: {'; '.join(problems)}.")
 
     def _decode(self, context: ModalityContext) -> Any:
         """Run the decoder."""
@@ -207,7 +235,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         if is_minimal(self.decoder):
             output = self.decoder(context.embeds, mask=context.mask, input_pos=context.input_pos)
             return output[:, scored]
-        self._check_embeds(context.embeds)
+        self._check_embeds(context.embeds, several_documents=context.document_ids is not None)
         if context.routing is not None:
             kwargs["routing"] = context.routing
         hidden, h = [], context.embeds
@@ -222,8 +250,9 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         """Score hidden states ``[b, s, d]`` of the positions in ``context.output_slice``."""
         return self.decoder.unembed(h)
 
-    def _check_embeds(self, embeds: Tensor) -> None:
-        if embeds.shape[1] > self.max_seq_len:
+    def _check_embeds(self, embeds: Tensor, *, several_documents: bool) -> None:
+        # A row of several documents may be longer: positions start at 0 in each.
+        if embeds.shape[1] > self.max_seq_len and not several_documents:
             raise ModelError(
                 f"The sequence of text and features is {embeds.shape[1]} tokens long, and the decoder's "
                 f"max_seq_len is {self.max_seq_len}. Shorten the text or use fewer features."

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
-from torchfuse.errors import ConfigError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
@@ -25,6 +25,7 @@ from torchfuse.options import call_with_options
 __all__ = [
     "ModalityStrategy",
     "build_modality_strategy",
+    "check_documents",
     "check_rows",
     "features_per_image",
     "register_modality_strategy",
@@ -43,6 +44,9 @@ class ModalityStrategy(ABC):
 
     caches_features: ClassVar[bool] = False
     """Whether layers of the decoder cache keys and values of the features."""
+
+    takes_documents: ClassVar[bool] = False
+    """Whether rows may hold several documents, whose ``document_ids`` are passed to ``prepare``."""
 
     model_class: ClassVar[Any] = None
     """The class of the fused model, below ``FusedModel``. None: ``FusedModel``."""
@@ -122,6 +126,7 @@ class ModalityStrategy(ABC):
         mask: Tensor | None,
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         input_pos: Tensor | None,
+        document_ids: Tensor | None = None,
     ) -> ModalityContext:
         """Turn one call of the model into the input of the decoder.
 
@@ -133,6 +138,9 @@ class ModalityStrategy(ABC):
             mask: the caller's mask over tokens, True: may attend.
             encoder_mask: the caller's mask over features, for features cached earlier.
             input_pos: the caller's positions of tokens.
+            document_ids: which document each token belongs to, ``[b, s]``, -1: padding; ``mask`` and
+                ``input_pos`` are those of the documents. Passed only if rows hold several, and the
+                strategy's ``takes_documents`` is True.
         """
 
     def describe(self, decoder: nn.Module) -> dict[str, Any]:
@@ -250,4 +258,15 @@ def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
                 f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
                 f"{tokens.shape[0]}. There must be a row of features [b, n, d] for each row of text: "
                 "pad rows with fewer images, and mask the padding by encoder_mask."
+            )
+
+
+def check_documents(features: Mapping[str, EncoderFeatures]) -> None:
+    """Raise a ``ModelError`` unless masks tell which document may attend to which feature."""
+    for name, given in features.items():
+        if given.present and (given.mask is None or given.mask.dim() != 3):
+            got = "none" if given.mask is None else list(given.mask.shape)
+            raise ModelError(
+                f"Rows hold several documents, so the encoder_mask of {name!r} must be [b, s, n]: True "
+                f"where a token may attend to a feature, of its own document alone. Got {got}."
             )

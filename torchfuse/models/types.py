@@ -104,6 +104,8 @@ class ModalityContext:
         routing: the modality of each of the ``t`` tokens, for layers that take it; only with
             ``embeds``. None: all are text.
         cache_state: the model's state after this call. None: the state does not change.
+        document_ids: where rows hold several documents: the one that each token of ``tokens`` belongs
+            to, ``[b, s]``. None: a row is one.
     """
 
     tokens: Tensor
@@ -115,6 +117,7 @@ class ModalityContext:
     output_slice: slice | None = None
     routing: Routing | None = None
     cache_state: CacheState | None = None
+    document_ids: Tensor | None = None
 
 
 class StrategyModel(Protocol):

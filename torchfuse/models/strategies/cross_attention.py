@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
-from torchfuse.models.strategy import ModalityStrategy, check_rows, register_modality_strategy
+from torchfuse.models.strategy import (
+    ModalityStrategy,
+    check_documents,
+    check_rows,
+    register_modality_strategy,
+)
 from torchfuse.models.types import (
     CacheState,
     EncoderFeatures,
@@ -95,6 +100,7 @@ class CrossAttentionStrategy(ModalityStrategy):
     """
 
     caches_features = True
+    takes_documents = True
     model_class = DeepFusionModel
 
     layers: Sequence[int] | None = None
@@ -179,12 +185,15 @@ class CrossAttentionStrategy(ModalityStrategy):
         mask: Tensor | None,
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         input_pos: Tensor | None,
+        document_ids: Tensor | None = None,
     ) -> ModalityContext:
         cached = model.caches_are_enabled()
         if not features:
             step_mask = self._mask_of_cached(model, tokens, encoder_mask) if cached else None
             return ModalityContext(tokens, mask=mask, input_pos=input_pos, encoder_mask=step_mask)
         check_rows(tokens, features)
+        if document_ids is not None:
+            check_documents(features)
         joined = _join_masks(tokens, features, always=cached)
         state = None
         if joined is not None and cached:

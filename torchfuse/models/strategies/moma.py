@@ -60,7 +60,11 @@ class MoMaStrategy(RoutedLayersStrategy, ExpertOptions):
         RoutedLayersStrategy.__post_init__(self)
         ExpertOptions.__post_init__(self)
 
-    def padding(self, model: StrategyModel, tokens: Tensor) -> Tensor | None:
+    def padding(
+        self, model: StrategyModel, tokens: Tensor, document_ids: Tensor | None
+    ) -> Tensor | None:
+        if document_ids is not None:
+            return document_ids < 0
         # With caches too, so that a token of this id is scored the same with and without them.
         return None if self.pad_id is None else tokens == self.pad_id
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchfuse.models.types import CacheState, EncoderFeatures
+from torchfuse.modules.documents import positions_within
 
 __all__ = ["Prefix", "by_row"]
 
@@ -21,10 +22,13 @@ class Prefix:
     Attributes:
         mask: bool ``[b, s, n]``, True: text position ``s`` may attend to prefix position ``n``.
         valid: bool ``[b, n]``, True: prefix position ``n`` belongs to the row.
+        document_ids: where rows hold several documents: the document of each position of prefix and
+            text, ``[b, n + s]``. None: a row is one.
     """
 
     mask: Tensor
     valid: Tensor
+    document_ids: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Prefix:
@@ -32,12 +36,31 @@ class Prefix:
         return cls(mask, mask.any(dim=1))
 
     @classmethod
-    def from_features(cls, tokens: Tensor, features: Sequence[EncoderFeatures]) -> Prefix:
+    def of_documents(cls, mask: Tensor, document_ids: Tensor) -> Prefix:
+        """Build a prefix each of whose positions belongs to the document that may attend to it.
+
+        Args:
+            mask: bool ``[b, s, n]``, True: may attend.
+            document_ids: of the text, ``[b, s]``.
+        """
+        first = mask.view(torch.uint8).argmax(dim=1)  # the first text position that may attend
+        own = document_ids.gather(1, first)  # [b, n]
+        mask = mask & (document_ids[:, :, None] == own[:, None, :])
+        return cls(mask, mask.any(dim=1), torch.cat([own, document_ids], dim=1))
+
+    @classmethod
+    def from_features(
+        cls,
+        tokens: Tensor,
+        features: Sequence[EncoderFeatures],
+        document_ids: Tensor | None = None,
+    ) -> Prefix:
         """Build the prefix of the features of several encoders, one after the other.
 
         Args:
             tokens: ids of the text, ``[b, s]``.
             features: in the order of the encoders; none for a prefix of no length.
+            document_ids: the document of each token, ``[b, s]``, where rows hold several.
         """
         masks = [torch.ones(*tokens.shape, 0, dtype=torch.bool, device=tokens.device)]
         for given in features:
@@ -47,7 +70,8 @@ class Prefix:
             else:
                 mask = given.mask if given.mask.dim() == 3 else given.mask[:, None]
                 masks.append(mask.expand(shape))
-        return cls.from_mask(torch.cat(masks, dim=-1))
+        mask = torch.cat(masks, dim=-1)
+        return cls.from_mask(mask) if document_ids is None else cls.of_documents(mask, document_ids)
 
     @classmethod
     def from_cache(cls, state: CacheState, tokens: Tensor) -> Prefix:
@@ -83,20 +107,29 @@ class Prefix:
         # An invalid position attends to itself, so that its softmax is defined.
         itself = torch.eye(n, dtype=torch.bool, device=device)
         above = causal & self.valid[:, None] | itself
+        if self.document_ids is not None:
+            own = self.document_ids[:, :n]
+            above = above & (own[:, :, None] == own[:, None, :])
         width = n + s if slots is None else slots
         below = self.text_mask(mask)[..., :width]
         return torch.cat([_widen(above, width), _widen(below, width)], dim=1)
 
     def text_positions(self, input_pos: Tensor) -> Tensor:
         """Return the positions of text ``[b, s]`` after the valid prefix positions of each row."""
-        b, s, _ = self.mask.shape
-        return by_row(input_pos, b, s) + self.valid.sum(dim=1, keepdim=True)
+        b, s, n = self.mask.shape
+        if self.document_ids is None:
+            before = self.valid.sum(dim=1, keepdim=True)
+        else:
+            own, text = self.document_ids.split([n, s], dim=1)
+            before = ((text[:, :, None] == own[:, None, :]) & self.valid[:, None]).sum(dim=-1)
+        return by_row(input_pos, b, s) + before
 
     def full_positions(self, input_pos: Tensor | None) -> Tensor:
         """Return the positions of prefix and text, ``[b, n + s]``."""
         if input_pos is None:
             input_pos = torch.arange(self.mask.shape[1], device=self.mask.device)
-        return torch.cat([_count(self.valid), self.text_positions(input_pos)], dim=1)
+        (positions,) = self._positions([self.mask.shape[2]])
+        return torch.cat([positions, self.text_positions(input_pos)], dim=1)
 
     def positions_by_modality(self, input_pos: Tensor | None, lengths: Sequence[int]) -> Tensor:
         """Count the positions of text and of each part of the prefix separately, ``[b, n + s]``.
@@ -108,18 +141,21 @@ class Prefix:
         b, s, _ = self.mask.shape
         if input_pos is None:
             input_pos = torch.arange(s, device=self.mask.device)
-        parts = [_count(part) for part in self.valid.split(list(lengths), dim=1)]
-        return torch.cat([*parts, by_row(input_pos, b, s)], dim=1)
+        return torch.cat([*self._positions(lengths), by_row(input_pos, b, s)], dim=1)
+
+    def _positions(self, lengths: Sequence[int]) -> list[Tensor]:
+        """Return the positions in each part of the prefix, counted within documents."""
+        parts = self.valid.split(list(lengths), dim=1)
+        if self.document_ids is None:
+            return [(part.cumsum(dim=1) - 1).clamp(min=0) for part in parts]
+        own = self.document_ids[:, : self.mask.shape[2]].split(list(lengths), dim=1)
+        return [positions_within(ids, part) for ids, part in zip(own, parts, strict=True)]
 
 
 def by_row(input_pos: Tensor, b: int, s: int) -> Tensor:
     """Return positions of any shape that a caller may give as ``[b, s]``."""
     # A step of one token may come as [b], everything else one-dimensional is [s].
     return (input_pos.view(-1, 1) if s == 1 else input_pos.view(-1, s)).expand(b, -1)
-
-
-def _count(valid: Tensor) -> Tensor:
-    return (valid.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _widen(mask: Tensor, width: int) -> Tensor:

@@ -22,7 +22,7 @@ from torchfuse.models.strategies.placeholder import (
     positions_by_modality,
 )
 from torchfuse.models.strategies.prefix import Prefix, by_row
-from torchfuse.models.strategy import ModalityStrategy, check_rows
+from torchfuse.models.strategy import ModalityStrategy, check_documents, check_rows
 from torchfuse.models.types import CacheState, EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
 
@@ -67,6 +67,8 @@ class SequenceStrategy(ModalityStrategy):
 
     routes_features: ClassVar[bool] = False
     """Whether they get the features, too."""
+
+    takes_documents: ClassVar[bool] = True
 
     counts_by_modality: ClassVar[bool] = False
     """Whether positions of text and of each encoder's features are counted separately."""
@@ -127,7 +129,9 @@ class SequenceStrategy(ModalityStrategy):
                 given = EncoderFeatures(row.unsqueeze(-1), row)
                 check_counts(name, self._token(name), tokens == self._token(name), given)
 
-    def padding(self, model: StrategyModel, tokens: Tensor) -> Tensor | None:
+    def padding(
+        self, model: StrategyModel, tokens: Tensor, document_ids: Tensor | None
+    ) -> Tensor | None:
         """Return which tokens are padding, bool ``[b, s]``, for layers where tokens compete."""
         return None
 
@@ -140,11 +144,14 @@ class SequenceStrategy(ModalityStrategy):
         mask: Tensor | None,
         encoder_mask: Tensor | Mapping[str, Tensor] | None,
         input_pos: Tensor | None,
+        document_ids: Tensor | None = None,
     ) -> ModalityContext:
-        place = self._replace if self.placement == "placeholder" else self._prepend
-        sequence = place(model, tokens, features, mask, input_pos)
+        if self.placement == "placeholder":
+            sequence = self._replace(model, tokens, features, mask, input_pos)
+        else:
+            sequence = self._prepend(model, tokens, features, mask, input_pos, document_ids)
         stand_ins = {name: given.embeds for name, given in features.items() if not given.present}
-        embeds, padding = sequence.embeds, self.padding(model, tokens)
+        embeds, padding = sequence.embeds, self.padding(model, tokens, document_ids)
         if embeds is None and not stand_ins and padding is None:
             return ModalityContext(
                 tokens, mask=sequence.mask, input_pos=sequence.input_pos, cache_state=sequence.state
@@ -168,6 +175,7 @@ class SequenceStrategy(ModalityStrategy):
             output_slice=slice(in_front, None) if in_front else None,
             routing=routing,
             cache_state=sequence.state,
+            document_ids=document_ids,
         )
 
     def _token(self, name: str) -> int:
@@ -238,9 +246,12 @@ class SequenceStrategy(ModalityStrategy):
         features: Mapping[str, EncoderFeatures],
         mask: Tensor | None,
         input_pos: Tensor | None,
+        document_ids: Tensor | None,
     ) -> _Sequence:
         """Put features in front of the text."""
         check_rows(tokens, features)
+        if document_ids is not None:
+            check_documents(features)
         present = {name: given for name, given in features.items() if given.present}
         cached = model.caches_are_enabled()
         earlier = model.cache_state if cached else None
@@ -260,7 +271,7 @@ class SequenceStrategy(ModalityStrategy):
             if not self.counts_by_modality:
                 input_pos = prefix.text_positions(input_pos)
             return _Sequence(prefix.text_mask(mask)[..., : mask.shape[-1]], input_pos)
-        prefix = Prefix.from_features(tokens, list(present.values()))
+        prefix = Prefix.from_features(tokens, list(present.values()), document_ids)
         slots = {name: given.embeds.shape[1] for name, given in present.items()}
         is_causal = mask is None and all(given.mask is None for given in present.values())
         if self.counts_by_modality:

@@ -18,6 +18,7 @@ LAYERS = [
     "_lazy",
     "naming",
     "options",
+    "components",
     "io",
     "params",
     "modules",

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from omegaconf import MISSING, OmegaConf
 
+from torchfuse.components import build
 from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
-from torchfuse.training.config import _override, build, read_config, recipe, typed
+from torchfuse.training.config import _override, read_config, recipe, typed
 
 
 @dataclass

@@ -14,10 +14,11 @@ from torch import nn
 
 from torchfuse.checkpoint.artifact.fusion import read_artifact
 from torchfuse.checkpoint.building import build_on_meta
+from torchfuse.components import build
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.params import describe as describe_model
-from torchfuse.training.config import build, read_config
+from torchfuse.training.config import read_config
 
 __all__ = ["describe"]
 

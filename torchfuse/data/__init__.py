@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         open_image,
     )
     from torchfuse.data.media import MediaInput, MediaTransform, collate_media
+    from torchfuse.data.media_reader import MediaReader
     from torchfuse.data.packing import FirstFit, Packs, pack
     from torchfuse.data.questions import (
         Question,
@@ -37,6 +38,7 @@ __all__ = [
     "ImageTransform",
     "Media",
     "MediaInput",
+    "MediaReader",
     "MediaTransform",
     "Message",
     "Mixture",
@@ -74,6 +76,7 @@ __getattr__ = lazy_exports(
         "ImageTransform": "images",
         "Media": "samples",
         "MediaInput": "media",
+        "MediaReader": "media_reader",
         "MediaTransform": "media",
         "Message": "samples",
         "Mixture": "readers",

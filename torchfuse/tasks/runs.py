@@ -12,13 +12,14 @@ from torch import nn
 
 from torchfuse.checkpoint.artifact.trained import load_trained
 from torchfuse.checkpoint.load import from_pretrained, load_pretrained
+from torchfuse.components import build
 from torchfuse.data.images import ImageTransform, find_processor
 from torchfuse.data.questions import Question, QuestionTransform, name_problems
 from torchfuse.errors import CheckpointError, DataError
 from torchfuse.generation.caches import room_for_text
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
-from torchfuse.training.config import build, read_config
+from torchfuse.training.config import read_config
 from torchfuse.training.device import device_and_dtype
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Training: the loss, sharding, and configurations of recipes."""
 
-from torchfuse.training.config import build, recipe
+from torchfuse.components import build
+from torchfuse.training.config import recipe
 from torchfuse.training.device import device_and_dtype
 from torchfuse.training.loss import next_token_loss
 from torchfuse.training.record import TrainingRecord

@@ -6,7 +6,6 @@ Nothing here imports torchtune: a mistyped key is reported before the seconds th
 from __future__ import annotations
 
 import os
-import pkgutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +17,9 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
-from torchfuse.options import call_with_options
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 
-__all__ = ["build", "read_config", "read_yaml", "recipe", "typed"]
+__all__ = ["read_config", "read_yaml", "recipe", "typed"]
 
 _Schema = TypeVar("_Schema")
 
@@ -105,38 +103,6 @@ def _merge(config: DictConfig, given: Mapping[Any, Any], prefix: str = "") -> It
         else:
             if OmegaConf.is_missing(config, name):
                 yield f"{key}: missing, and must be given."
-
-
-def build(section: Any, *args: Any, what: str, kind: type = object) -> Any:
-    """Call the component that a section of a configuration names with the other keys of the section.
-
-    Args:
-        section: ``_component_``, the dotted path of a function or class, and its keywords.
-        *args: positional arguments that the recipe adds.
-        what: the name of the section, for messages.
-        kind: the type that the component must return.
-
-    Raises:
-        ConfigError: if there is no such component, it does not take the keywords or their values, or
-            it returns another type.
-    """
-    options = dict(section) if isinstance(section, Mapping) else {"_component_": section}
-    path = options.pop("_component_", None)
-    if not isinstance(path, str):
-        raise ConfigError(f"{what} must name its _component_, a dotted path; got {path!r}.")
-    try:
-        component = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{what}: there is no component {path!r} ({error}).") from error
-    try:
-        built = call_with_options(component, *args, what=f"{what} ({path})", options=options)
-    except ModelError as error:  # the keywords of a section are a matter of configuration
-        raise ConfigError(f"{what} ({path}): {error}") from error
-    if not isinstance(built, kind):
-        raise ConfigError(
-            f"{what} ({path}) must return a {kind.__name__}, got a {type(built).__name__}."
-        )
-    return built
 
 
 def recipe(

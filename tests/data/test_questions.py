@@ -177,8 +177,10 @@ def test_tokenizers_and_their_special_tokens(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "pad_token_id": None}))
     assert TextTokenizer(folder).eos_ids == (5,)
     (folder / "config.json").write_text("{}")
+    assert TextTokenizer(folder).bos_id is None
+    (folder / "generation_config.json").unlink()
     with pytest.raises(
-        CheckpointError, match="must configure bos_token_id, an id or a list of ids, got None"
+        CheckpointError, match="must configure eos_token_id, an id or a list of ids, got None"
     ):
         TextTokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")

@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from torchfuse.data.readers import Mixture, Samples, read_samples
     from torchfuse.data.samples import Media, Message, Sample
     from torchfuse.data.steps import optimizer_steps
+    from torchfuse.data.templates import ChatTemplate
     from torchfuse.data.tokenizer import TextTokenizer
+    from torchfuse.data.transform import SampleTransform
     from torchfuse.data.truncate import cut_between_turns
     from torchfuse.data.video import VideoTransform
 
 __all__ = [
+    "ChatTemplate",
     "FirstFit",
     "GridImageTransform",
     "ImageTransform",
@@ -47,6 +50,7 @@ __all__ = [
     "QuestionDataset",
     "QuestionTransform",
     "Sample",
+    "SampleTransform",
     "Samples",
     "TextTokenizer",
     "TiledImageTransform",
@@ -71,6 +75,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
+        "ChatTemplate": "templates",
         "FirstFit": "packing",
         "GridImageTransform": "images",
         "ImageTransform": "images",
@@ -85,6 +90,7 @@ __getattr__ = lazy_exports(
         "QuestionDataset": "questions",
         "QuestionTransform": "questions",
         "Sample": "samples",
+        "SampleTransform": "transform",
         "Samples": "readers",
         "TextTokenizer": "tokenizer",
         "TiledImageTransform": "images",

@@ -13,18 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from torchfuse.data.documents import ImageLayout
 from torchfuse.data.images import GridImageTransform, ImageTransform, TiledImageTransform, open_image
-from torchfuse.data.masks import ImageScope, image_mask
-from torchfuse.data.tokenizer import TextTokenizer
+from torchfuse.data.masks import ImageScope
+from torchfuse.data.samples import Content, Media, Message, Sample
+from torchfuse.data.transform import IGNORED, SampleTransform
 from torchfuse.errors import ConfigError, DataError
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
 
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
-_IGNORED: Final = -100
 _LISTED: Final = 16  # problems of a file that are listed one by one
 
 
@@ -165,23 +164,17 @@ def question_from(record: Mapping[str, Any], folder: Path) -> Question:
     return Question(images=tuple(folder / image for image in images), **fields)
 
 
-class QuestionTransform:
-    """Transform of a question to tokens, labels, pixels and the mask between them.
-
-    It takes the place of the tokenizer in a torchtune recipe.
+class QuestionTransform(SampleTransform):
+    """The transform of samples with the template ``"plain"``, which takes questions too.
 
     Args:
-        tokenizer: directory of the language model, with its ``tokenizer.json``.
-        image_token: id that marks images in the sequence; usually the first one after the pretrained
-            vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` adds a row. None only for
-            ``layout="prefix"``.
+        tokenizer: as for ``SampleTransform``, like all others.
+        image_token: id of an image in the sequence.
         features_per_image: features of an image after encoder and adapter.
-        image_transform: directory of the encoder, with its image processor, or an ``ImageTransform``
-            of whole images.
-        layout: the tokens of an image in the sequence. ``"marker"``: one ``image_token`` (for
-            cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: none.
-        scope: which images a token may attend to, see ``image_mask``; with ``"marker"``.
-        max_seq_len: the longest sequence; a longer one is an error, never truncated.
+        image_transform: directory of the encoder, or an ``ImageTransform`` of whole images.
+        layout: the tokens of an image in the sequence.
+        scope: which images a token may attend to.
+        max_seq_len: the longest sequence.
         cache_images: how many images' pixels to keep in memory.
 
     Raises:
@@ -196,84 +189,37 @@ class QuestionTransform:
         image_token: int | None,
         features_per_image: int,
         image_transform: str | Path | ImageTransform,
-        layout: Literal["marker", "placeholder", "prefix"] = "marker",
+        layout: ImageLayout = "marker",
         scope: ImageScope = "last",
         max_seq_len: int | None = None,
         cache_images: int = 0,
     ) -> None:
-        if layout not in ("marker", "placeholder", "prefix"):
-            raise ConfigError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
-        if (image_token is None) != (layout == "prefix"):
-            raise ConfigError(
-                f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
-                '"prefix", and an id for the others.'
-            )
-        self.tokenizer = TextTokenizer(tokenizer)
-        if isinstance(image_transform, ImageTransform):
-            self.image_transform = image_transform
-        else:
-            self.image_transform = ImageTransform.from_directory(image_transform)
+        super().__init__(
+            tokenizer,
+            image_token=image_token,
+            features_per_image=features_per_image,
+            image_transform=image_transform,
+            template="plain",
+            layout=layout,
+            scope=scope,
+            max_seq_len=max_seq_len,
+            cache_images=cache_images,
+        )
         if isinstance(self.image_transform, TiledImageTransform | GridImageTransform):
             raise ConfigError(
                 f"image_transform is a {type(self.image_transform).__name__}, but every image of a "
                 "question has the same number of features: give an ImageTransform of whole images."
             )
-        self.image_token = image_token
-        self.features_per_image = features_per_image
-        self.markers_per_image = {"marker": 1, "placeholder": features_per_image, "prefix": 0}[layout]
-        self.scope: ImageScope = scope if layout == "marker" else "all"
-        self.max_seq_len = max_seq_len
-        self.pixels = lru_cache(cache_images)(self._read_pixels)  # of an image's path, ``[3, h, w]``
 
-    def _read_pixels(self, path: Path) -> Tensor:
-        return self.image_transform(open_image(path))
+    def pixels(self, path: Path) -> Tensor:
+        """Return the pixels of an image file, ``[3, h, w]``."""
+        return self.media_input(Media(path)).items[0]
 
-    @property
-    def pad_id(self) -> int:
-        """Id that pads sequences."""
-        return self.tokenizer.pad_id
+    def __call__(self, sample: Question | Sample, *, with_answer: bool = True) -> dict[str, Any]:
+        return super().__call__(_sample(sample), with_answer=with_answer)
 
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return self.tokenizer.eos_ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens up to the first stop token, without markers of images."""
-        text = []
-        for token in tokens:
-            if token in self.stop_tokens:
-                break
-            if token != self.image_token:
-                text.append(token)
-        return self.tokenizer.decode(text)
-
-    def __call__(self, question: Question, *, with_answer: bool = True) -> dict[str, Any]:
-        """Encode a question.
-
-        Args:
-            question: the question.
-            with_answer: whether to append the answer and EOS, with labels.
-
-        Returns:
-            ``tokens`` (list), ``images`` ``[m, 3, h, w]``, ``encoder_mask`` (bool ``[s, m * n]``) and,
-            with the answer, ``labels`` (list, unshifted, -100 before the answer).
-
-        Raises:
-            DataError: if the answer is needed and missing, or the sequence is too long.
-        """
-        prompt, answer = self.encode(question, with_answer=with_answer)
-        tokens = prompt + answer
-        images = [self.pixels(path) for path in question.images]
-        sides = self.image_transform.height, self.image_transform.width
-        sample = {
-            "tokens": tokens,
-            "images": torch.stack(images) if images else torch.empty(0, 3, *sides),
-            "encoder_mask": self.encoder_mask(tokens, len(images)),
-        }
-        if with_answer:
-            sample["labels"] = [_IGNORED] * len(prompt) + answer
-        return sample
+    def length(self, sample: Question | Sample) -> int:
+        return super().length(_sample(sample))
 
     def encode(self, question: Question, *, with_answer: bool = True) -> tuple[list[int], list[int]]:
         """Return the ids of a question and of its answer, without opening images.
@@ -283,47 +229,40 @@ class QuestionTransform:
             with_answer: whether to encode the answer too.
 
         Returns:
-            Ids from BOS to where the answer begins, and those of the answer with EOS, or an empty list.
+            Ids up to where the answer begins, and those of the answer with EOS, or an empty list.
 
         Raises:
             DataError: if the answer is needed and missing, or the sequence is too long.
         """
-        prompt = [self.tokenizer.bos_id]
-        for index, text in enumerate(question.question.split(_MARKER)):
-            if index and self.image_token is not None:
-                prompt += [self.image_token] * self.markers_per_image
-            prompt += self.tokenizer.encode(text)
-        answer: list[int] = []
-        if with_answer:
-            if question.answer is None:
-                raise DataError(f"The question {question.question!r} has no answer.")
-            answer = [*self.tokenizer.encode(question.answer), self.tokenizer.eos_id]
-        num_tokens = len(prompt) + len(answer)
-        if self.max_seq_len is not None and num_tokens > self.max_seq_len:
-            raise DataError(
-                f"The question {question.question!r} is {num_tokens} tokens long with its answer, and "
-                f"max_seq_len is {self.max_seq_len}."
-            )
-        return prompt, answer
+        encoded = self._encode(_sample(question), [1] * len(question.images), with_answer=with_answer)
+        tokens, labels = encoded["tokens"], encoded.get("labels", [])
+        start = next((i for i, label in enumerate(labels) if label != IGNORED), len(tokens))
+        return tokens[:start], tokens[start:]
 
-    def encoder_mask(self, tokens: Sequence[int], num_images: int) -> Tensor:
-        """Return which features each token may attend to, bool ``[s, num_images * features_per_image]``.
+    def encode_text(self, text: str, *, first: bool = True) -> list[int]:
+        """Return the ids of a template's text, in which special tokens are tokens unless escaped.
 
         Args:
-            tokens: a whole sequence.
-            num_images: the number of its images.
+            text: the text, with the tokenizer's ``image_text`` for each image.
+            first: whether it begins a sequence.
         """
-        if self.image_token is None:
-            shape = (len(tokens), num_images * self.features_per_image)
-            return torch.ones(shape, dtype=torch.bool)
-        return image_mask(
-            torch.tensor([list(tokens)]),
-            self.image_token,
-            features_per_image=self.features_per_image,
-            num_images=num_images,
-            markers_per_image=self.markers_per_image,
-            scope=self.scope,
-        )[0]
+        edge = self.tokenizer.boundary
+        ids, _ = self.tokenizer.encode_template(f"{text}{edge}" if first else f"{edge}{text}{edge}")
+        num_images = self.tokenizer.count_images(text)
+        return self._expand(self._with_bos(ids) if first else ids, [1] * num_images)[0]
+
+
+def _sample(question: Question | Sample) -> Sample:
+    if isinstance(question, Sample):
+        return question
+    first, *texts = question.question.split(_MARKER)
+    content: Content = [first]
+    for path, text in zip(question.images, texts, strict=True):
+        content += [Media(path), text]
+    messages = [Message("user", content)]
+    if question.answer is not None:
+        messages.append(Message("assistant", [question.answer]))
+    return Sample(messages, {"kind": question.kind}, f"The question {question.question!r}")
 
 
 def check_questions(

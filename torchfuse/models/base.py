@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchfuse.errors import ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.encoding import EncoderOwner, encoder_names
 from torchfuse.models.minimal_decoder import accept_embeddings, is_minimal
-from torchfuse.models.strategy import ModalityStrategy
+from torchfuse.models.strategy import ImageFormat, ModalityStrategy, features_per_image
 from torchfuse.models.surface import DecoderSurface
 from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
 from torchfuse.modules.documents import document_mask, document_positions
-from torchfuse.naming import ModelWithParts, unwrap_model
+from torchfuse.naming import ModelWithParts, unwrap, unwrap_model
 from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
 
 __all__ = ["FusedModel", "refuse_fused"]
@@ -117,6 +117,28 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
     def parts(self) -> dict[str, nn.Module]:
         """Return the pretrained parts: ``"decoder"``, and ``"encoder"`` or ``"encoder.<name>"``."""
         return {"decoder": self.decoder, **self.encoder_parts()}
+
+    def image_format(self) -> ImageFormat:
+        """Return how images are represented in this model's sequences.
+
+        Raises:
+            ConfigError: if the model has several encoders.
+        """
+        if len(self.encoder_names) != 1:
+            raise ConfigError(f"The model has several encoders: {', '.join(self.encoder_names)}.")
+        [name] = self.encoder_names
+        try:
+            features = features_per_image(self, name, one_tile=True)
+        except ConfigError:  # unknown until the encoder runs
+            features = None
+        if self.strategy.extra_tokens(1):
+            return ImageFormat("prefix", None, features)
+        if tokens := self.strategy.special_tokens():
+            return ImageFormat("placeholder", tokens[0], features)
+        table: Any = self.tok_embeddings
+        token = table.vocab_size if getattr(table, "fusion_vocab_size", 0) else None
+        tiled = hasattr(unwrap(self.get_encoder(name)), "tokens_per_tile")
+        return ImageFormat("marker", token, features, "group" if tiled else "all")
 
     def train(self, mode: bool = True) -> FusedModel:
         """Set the mode as ``nn.Module.train`` does, but keep fully frozen modules in ``eval``."""

@@ -13,7 +13,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeVar, get_type_hints
+from typing import Any, ClassVar, Final, Literal, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
 
 __all__ = [
+    "ImageFormat",
     "ModalityStrategy",
     "build_modality_strategy",
     "check_documents",
@@ -30,6 +31,24 @@ __all__ = [
     "features_per_image",
     "register_modality_strategy",
 ]
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How images are represented in the sequences of a model.
+
+    Attributes:
+        layout: the tokens of an image: ``"marker"``: one; ``"placeholder"``: one for each feature;
+            ``"prefix"``: none.
+        image_token: their id. None for ``"prefix"``, and where the model does not determine it.
+        features_per_image: features of an image, or of each of its tiles; None: unknown.
+        scope: which images a token may attend to, see ``torchfuse.data.image_mask``.
+    """
+
+    layout: Literal["marker", "placeholder", "prefix"]
+    image_token: int | None
+    features_per_image: int | None
+    scope: Literal["all", "group", "last"] = "all"
 
 
 class ModalityStrategy(ABC):

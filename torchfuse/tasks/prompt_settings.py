@@ -84,7 +84,8 @@ def transform_problems(model: nn.Module, transform: QuestionTransform) -> list[s
     """Return in what a transform does not fit a model: its ids, and the features of an image."""
     owner: Any = unwrap(find_model(model))
     tokenizer = transform.tokenizer
-    ids = {"bos_token_id": [tokenizer.bos_id], "eos_token_id": tokenizer.eos_ids}
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = {"bos_token_id": bos, "eos_token_id": tokenizer.eos_ids}
     problems = input_id_problems(owner, ids | {"pad_token_id": [tokenizer.pad_id]})
     strategy = getattr(owner, "strategy", None)
     if strategy is None:

@@ -7,7 +7,7 @@ generated it, the next question, and so on. Text around a question comes from th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,9 +163,15 @@ def encode_turn(
             'with layout "prefix" images come in front of the sequence, so only the first turn can '
             f"have any, got {len(question.images)} with {question.question!r}"
         )
-    text = template.fill(question.question, system=system if first else None)
-    tokens, _ = transform.encode(replace(question, question=text), with_answer=False)
-    tokens = tokens if first else tokens[1:]
+    tokenizer = transform.tokenizer
+    asked = tokenizer.image_text.join(map(tokenizer.escape, question.question.split(_MARKER)))
+    in_front = tokenizer.escape(system) if first and system is not None else None
+    tokens = transform.encode_text(template.fill(asked, system=in_front), first=first)
+    if transform.max_seq_len is not None and len(tokens) > transform.max_seq_len:
+        raise DataError(
+            f"The question {question.question!r} is {len(tokens)} tokens long, and max_seq_len is "
+            f"{transform.max_seq_len}."
+        )
     if not tokens:
         raise DataError(f"the tokenizer makes no token of {question.question!r}")
     return tokens

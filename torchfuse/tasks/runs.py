@@ -59,13 +59,15 @@ def build_model(
 
 
 def check_images(
-    model: nn.Module, transform: ImageTransform, encoder: str | Path | Mapping[str, str | Path] | None
+    model: nn.Module,
+    transform: ImageTransform | None,
+    encoder: str | Path | Mapping[str, str | Path] | None,
 ) -> None:
     """Check that images become what the model's encoders were trained on.
 
     Args:
         model: a fused model.
-        transform: turns images into pixels.
+        transform: turns images into pixels; None: there are none.
         encoder: the encoders' directories, as for ``load_pretrained``; where they hold an image
             processor, mean and standard deviation are compared too.
 
@@ -73,6 +75,8 @@ def check_images(
         ConfigError: naming each number that differs.
     """
     owner: Any = unwrap(model)
+    if transform is None:
+        return
     for name in owner.encoder_names:
         size = getattr(unwrap(owner.get_encoder(name)), "image_size", None)
         folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder

@@ -1,0 +1,367 @@
+"""The transform of samples: conversations with images become token ids, labels and pixels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.data.documents import ImageLayout
+from torchfuse.data.images import ImageTransform
+from torchfuse.data.masks import ImageScope, image_mask
+from torchfuse.data.media import MediaInput, MediaTransform
+from torchfuse.data.media_reader import MediaReader
+from torchfuse.data.samples import Media, Message, Sample
+from torchfuse.data.templates import ChatTemplate
+from torchfuse.data.tokenizer import TextTokenizer
+from torchfuse.errors import ConfigError, DataError
+from torchfuse.naming import find_model, unwrap
+
+__all__ = ["IGNORED", "SampleTransform"]
+
+IGNORED: Final = -100
+
+
+class SampleTransform:
+    """Transform of samples to tokens, labels, pixels and the mask between them.
+
+    It takes the place of the tokenizer in a torchtune recipe. ``for_model`` makes the one that fits a
+    fused model.
+
+    Args:
+        tokenizer: directory of the language model, with its ``tokenizer.json``.
+        image_transform: directory of the encoder, with its image processor, or an ``ImageTransform``;
+            None where there are no images.
+        image_token: id of an image in the sequence; usually the first one after the pretrained
+            vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` adds a row. None only for
+            ``layout="prefix"``.
+        features_per_image: features of an image, or of each of its tiles or frames, after encoder and
+            adapter.
+        template: the template of conversations: a name (``"llama3"``, ``"chatml"``, ``"vicuna"``,
+            ``"plain"``) or a ``.jinja`` file. None: the tokenizer's own, ``"plain"`` if it has none.
+        layout: the tokens of an image in the sequence. ``"marker"``: one ``image_token`` (for
+            cross-attention); ``"placeholder"``: one for each feature; ``"prefix"``: none.
+        scope: which images a token may attend to, see ``image_mask``; with ``"marker"``.
+        max_seq_len: the longest sequence, with features that come in front of it; a longer one is an
+            error, never truncated.
+        cache_images: how many images' pixels to keep in memory.
+        media_transforms: transforms of other modalities, such as ``video``, see ``MediaReader``.
+
+    Raises:
+        ConfigError: if options contradict each other, or the template cannot be used.
+        CheckpointError: if a directory lacks its file.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | Path,
+        *,
+        image_transform: str | Path | ImageTransform | None,
+        image_token: int | None,
+        features_per_image: int,
+        template: str | Path | ChatTemplate | None = None,
+        layout: ImageLayout = "marker",
+        scope: ImageScope = "last",
+        max_seq_len: int | None = None,
+        cache_images: int = 0,
+        media_transforms: Mapping[str, MediaTransform | Mapping[str, Any] | str] | None = None,
+    ) -> None:
+        if layout not in get_args(ImageLayout):
+            raise ConfigError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
+        if (image_token is None) != (layout == "prefix"):
+            raise ConfigError(
+                f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
+                '"prefix", and an id for the others.'
+            )
+        self.template = ChatTemplate.load(template, tokenizer)
+        self.tokenizer = TextTokenizer(
+            tokenizer,
+            image_token=image_token,
+            image_text=self.template.image_text,
+            template=self.template.source,
+        )
+        self._reader = MediaReader(image_transform, media_transforms)
+        self.image_transform = self._reader.image_transform
+        self.image_token, self.features_per_image = image_token, features_per_image
+        self.layout, self.max_seq_len = layout, max_seq_len
+        self.scope: ImageScope = scope if layout == "marker" else "all"
+        self._stop_tokens = self._find_stop_tokens()
+        self._cache = _Cache(cache_images)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        tokenizer: str | Path,
+        image_transform: str | Path | ImageTransform | None,
+        template: str | Path | ChatTemplate | None = None,
+        max_seq_len: int | None = None,
+        **options: Any,
+    ) -> SampleTransform:
+        """Make the transform that fits a fused model: ids, features and lengths are the model's.
+
+        Args:
+            model: a fused model with one encoder.
+            tokenizer: directory of its language model.
+            image_transform: directory of its encoder, or a transform.
+            template: as for the class.
+            max_seq_len: the longest sequence; None: the model's own.
+            **options: other arguments of the class. Those that the model determines must agree with it.
+
+        Raises:
+            ConfigError: if the model has several encoders or no token for images, if the number of
+                features of an image is unknown, or naming each option that does not fit the model.
+        """
+        owner: Any = unwrap(find_model(model))
+        own = {key: value for key, value in vars(owner.image_format()).items() if value is not None}
+        problems = [
+            f"{key} is {options[key]!r}, and the model's is {value!r}"
+            for key, value in own.items()
+            if key != "scope" and options.get(key, value) != value
+        ]
+        given = {"image_token": None, **own, **options}
+        if given.get("layout") == "marker" and given["image_token"] is None:
+            problems.append(
+                "the model has no token for images: fuse(..., fusion_vocab_size=1) adds one, or give "
+                "image_token, the id of one that the tokenizer has"
+            )
+        if "features_per_image" not in given:
+            problems.append("features_per_image must be given: this encoder does not tell its number")
+        if problems:
+            raise ConfigError(f"The transform does not fit the model: {'; '.join(problems)}.")
+        length = owner.max_seq_len if max_seq_len is None else max_seq_len
+        return cls(
+            tokenizer, image_transform=image_transform, template=template, max_seq_len=length, **given
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """Id that pads sequences."""
+        return self.tokenizer.pad_id
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer: the template's end of a turn, and the model's ends of a text."""
+        return self._stop_tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens up to the first stop token, without images."""
+        text = []
+        for token in tokens:
+            if token in self.stop_tokens:
+                break
+            if token != self.image_token:
+                text.append(token)
+        return self.tokenizer.decode(text)
+
+    def __call__(self, sample: Sample, *, with_answer: bool = True) -> dict[str, Any]:
+        """Encode a sample.
+
+        Args:
+            sample: a conversation.
+            with_answer: whether the whole conversation is encoded, with labels. False: its
+                ``sample.prompt`` up to where the answer begins.
+
+        Returns:
+            ``tokens`` (list), ``images`` (``[m, 3, h, w]``, or a list of ``MediaInput`` where an image
+            is more than one tensor), ``encoder_mask`` (bool ``[s, n]``, over the features of all images)
+            and, with the answer, ``labels`` (list, unshifted, -100 where nothing is learned) and, if
+            weights of messages are other than 0 and 1, ``loss_weights`` (list).
+
+        Raises:
+            DataError: if the sample has nothing to learn or is too long, or an image cannot be read.
+            ConfigError: if the template cannot be used for it.
+        """
+        messages = sample.messages if with_answer else sample.prompt
+        inputs = [self.media_input(media) for message in messages for media in message.media]
+        num_items = [each.num_items for each in inputs]
+        result = self._encode(sample, num_items, with_answer=with_answer)
+        result["images"] = self._stack(inputs)
+        result["encoder_mask"] = self.encoder_mask(result["tokens"], num_items)
+        return result
+
+    def length(self, sample: Sample) -> int:
+        """Return the positions of the decoder that a sample takes; of images only the heads are read.
+
+        Raises:
+            DataError: as for a call.
+        """
+        num_items = [self.num_items(media) for media in sample.media]
+        return self._length(self._encode(sample, num_items)["tokens"], num_items)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation up to where the next answer begins.
+
+        Raises:
+            DataError: if the template refuses the conversation, or an image cannot be read.
+        """
+        ids, _ = self.tokenizer.encode_template(self.template.prompt(messages, self.tokenizer))
+        num_items = [self.num_items(media) for message in messages for media in message.media]
+        return self._expand(self._with_bos(ids), num_items)[0]
+
+    def next_turn(self, messages: Sequence[Message], *, ended: bool = True) -> list[int]:
+        """Return the ids of a later turn, for caches that hold the conversation up to the last answer.
+
+        With the ids of the earlier turns and answers in front, they are those of ``prompt``.
+
+        Args:
+            messages: the whole conversation, with a new question at its end.
+            ended: whether the last answer ended with a stop token. Otherwise it is cut short, and the
+                ids begin with the end of its turn.
+
+        Raises:
+            DataError: if the template refuses the conversation, or an image cannot be read.
+            ConfigError: if the template writes earlier turns otherwise than before.
+        """
+        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
+        text, start = self.template.next_turn(messages, last, self.tokenizer)
+        ids, owners = self.tokenizer.encode_template(text, [(start, len(text))])
+        first = next((i for i, owner in enumerate(owners) if owner >= 0), len(ids))
+        if not ended and first and ids[first - 1] in self.stop_tokens:
+            first -= 1
+        num_items = [self.num_items(media) for message in messages[last:] for media in message.media]
+        return self._expand(ids[first:], num_items)[0]
+
+    def media_input(self, media: Media) -> MediaInput:
+        """Return an image as the encoder takes it.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        return self._cache.get(media, self._reader)
+
+    def num_items(self, media: Media) -> int:
+        """Return the number of tiles or frames of an image, 1 for one that is neither."""
+        return self._reader.num_items(media)
+
+    def encoder_mask(self, tokens: Sequence[int], num_items: int | Sequence[int]) -> Tensor:
+        """Return which features each token may attend to, bool ``[s, n]``, True: may attend.
+
+        Args:
+            tokens: a whole sequence.
+            num_items: the number of its images, or the number of items of each.
+        """
+        items = [1] * num_items if isinstance(num_items, int) else list(num_items)
+        features = torch.tensor(items, dtype=torch.long) * self.features_per_image
+        if self.image_token is None:
+            return torch.ones(len(tokens), int(features.sum()), dtype=torch.bool)
+        ids = torch.tensor([list(tokens)])
+        if self.layout == "placeholder":
+            before = features.cumsum(0) - features
+            shown = (ids[0] == self.image_token).cumsum(0)[:, None] > before
+        else:
+            options: Any = {"features_per_image": 1, "num_images": len(items), "scope": self.scope}
+            shown = image_mask(ids, self.image_token, **options)[0]
+        return shown.repeat_interleave(features, dim=1)
+
+    def _encode(
+        self, sample: Sample, num_items: Sequence[int], *, with_answer: bool = True
+    ) -> dict[str, Any]:
+        """Return tokens and, with the answer, labels and weights."""
+        what = sample.origin or "The sample"
+        if with_answer and all(message.role != "assistant" for message in sample.messages):
+            raise DataError(f"{what} has no answer.")
+        try:
+            result = self._labelled(sample.messages, num_items) if with_answer else {}
+        except DataError as error:
+            raise DataError(f"{what}: {str(error).rstrip('.')}.") from error
+        if not with_answer:
+            result = {"tokens": self.prompt(sample.prompt)}
+        elif all(label == IGNORED for label in result["labels"]):
+            raise DataError(f"{what} has nothing to learn: all its answers have the weight 0.")
+        length = self._length(result["tokens"], num_items)
+        if self.max_seq_len is not None and length > self.max_seq_len:
+            raise DataError(
+                f"{what} is {length} tokens long{' with its answer' if with_answer else ''}, and "
+                f"max_seq_len is {self.max_seq_len}."
+            )
+        return result
+
+    def _labelled(self, messages: Sequence[Message], num_items: Sequence[int]) -> dict[str, Any]:
+        rendered = self.template.render(messages, self.tokenizer)
+        ids, parts = self.tokenizer.encode_template(rendered.text, rendered.learned)
+        weights = [
+            messages[rendered.messages[part]].weight if part >= 0 else 0.0
+            for part in [-1] * (len(self._with_bos(ids)) - len(ids)) + parts
+        ]
+        tokens, weights = self._expand(self._with_bos(ids), num_items, weights)
+        labels = [token if weight else IGNORED for token, weight in zip(tokens, weights, strict=True)]
+        result: dict[str, Any] = {"tokens": tokens, "labels": labels}
+        if not {0, 1}.issuperset(weights):
+            result["loss_weights"] = weights
+        return result
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = list(self.tokenizer.bos) if self.template.adds_bos else []
+        return ids if ids[: len(bos)] == bos else bos + ids
+
+    def _expand(
+        self, ids: list[int], num_items: Sequence[int], weights: Sequence[float] | None = None
+    ) -> tuple[list[int], list[float]]:
+        """Put the tokens of images into a sequence, with weight 0, in place of one for each."""
+        counts = iter(num_items)
+        tokens: list[int] = []
+        expanded: list[float] = []
+        for token, weight in zip(ids, weights or [0.0] * len(ids), strict=True):
+            is_image = token == self.image_token
+            repeats = 1
+            if is_image:
+                items = next(counts)
+                repeats = items * self.features_per_image if self.layout == "placeholder" else 1
+            tokens += [token] * repeats
+            expanded += [0.0 if is_image else weight] * repeats
+        return tokens, expanded
+
+    def _length(self, tokens: Sequence[int], num_items: Sequence[int]) -> int:
+        in_front = sum(num_items) * self.features_per_image if self.layout == "prefix" else 0
+        return len(tokens) + in_front
+
+    def _stack(self, inputs: list[MediaInput]) -> Tensor | list[MediaInput]:
+        """Return images as one tensor if each is one item."""
+        if any(each.num_items != 1 or each.extras or each.keyword != "images" for each in inputs):
+            return inputs
+        if inputs:
+            return torch.cat([each.items for each in inputs])
+        if self.image_transform is None:
+            return []
+        return torch.empty(0, 3, self.image_transform.height, self.image_transform.width)
+
+    def _find_stop_tokens(self) -> tuple[int, ...]:
+        """Return the id that ends the turn of an answer, and those that end a text."""
+        turns = [Message("user", ["a"]), Message("assistant", ["a"])]
+        try:
+            rendered = self.template.render(turns, self.tokenizer)
+        except DataError:  # other conversations than these may fit it
+            return self.tokenizer.eos_ids
+        [(_, end)] = rendered.learned[-1:]
+        text = rendered.text[:end]
+        last = self.tokenizer.encode_template(text)[0][-1:]
+        ends = last if self.tokenizer.ends_with_special(text) else []
+        return tuple(dict.fromkeys([*ends, *self.tokenizer.eos_ids]))
+
+
+class _Cache:
+    """The images that were read last. A copy, in another process too, begins empty."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._inputs: OrderedDict[Media, MediaInput] = OrderedDict()
+
+    def get(self, media: Media, read: Callable[[Media], MediaInput]) -> MediaInput:
+        """Return what ``read`` makes of an image."""
+        if media in self._inputs:
+            self._inputs.move_to_end(media)
+            return self._inputs[media]
+        made = read(media)
+        if self._size:
+            self._inputs[media] = made
+            if len(self._inputs) > self._size:
+                self._inputs.popitem(last=False)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Cache, (self._size,)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchfuse.data import loading
+from torchfuse.data import Mixture, loading, read_samples
 from torchfuse.data.loading import Cursor, LoaderOptions, StepLoader
 from torchfuse.errors import ConfigError, DataError
 
@@ -46,13 +46,13 @@ class Numbers:
 class Repeat:
     """A sample as a sequence that holds it as often as its length says."""
 
-    pad_id, layout = 0, "marker"
+    pad_id, layout, max_seq_len = 0, "marker", None
 
     def length(self, sample):
         return 1 + sample % 7
 
     def __call__(self, sample):
-        tokens = [sample + 1] * self.length(sample)
+        tokens = [sample + 1] * Repeat.length(self, sample)
         mask = torch.zeros(len(tokens), 0, dtype=torch.bool)
         return {
             "tokens": tokens,
@@ -60,6 +60,21 @@ class Repeat:
             "images": torch.empty(0, 3, 1, 1),
             "encoder_mask": mask,
         }
+
+
+class Named(Repeat):
+    """The same, of questions that name a file and a number."""
+
+    @staticmethod
+    def number(sample):
+        name, number = sample.prompt[0].text.split()
+        return int(number) + 100 * (name == "b")
+
+    def length(self, sample):
+        return super().length(self.number(sample))
+
+    def __call__(self, sample):
+        return super().__call__(self.number(sample))
 
 
 def samples_of(step):
@@ -154,6 +169,26 @@ def test_cursor_of_step():
     ends = [end for _, end in islice(given.steps(), given.num_steps)]
     for step in (1, 7, 20, 26, 30, given.num_steps - 1):
         assert drawn(given, 2, given.cursor_of_step(step)) == drawn(given, 2, ends[step - 1])
+
+
+@packing
+def test_a_mixture_has_orders_of_its_own(tmp_path, packed):
+    for name in "ab":
+        lines = [json.dumps({"question": f"{name} {n}", "answer": "yes"}) for n in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    parts = [(read_samples(tmp_path / f"{name}.jsonl"), w) for name, w in (("a", 1), ("b", 3))]
+    mixture = Mixture(parts, seed=3)
+    given = loader(mixture, transform=Named(), packed=packed, batch_size=1, batches_per_step=1)
+    for epoch in range(2):
+        expected = sorted(Named.number(sample) for sample in mixture.epoch(epoch))
+        assert sum(number >= 100 for number in expected) == 60
+        steps = []
+        for step, end in given.steps(Cursor(epoch)):
+            if end.epoch > epoch:
+                break
+            steps += samples_of(step) if packed else step[0]["tokens"][:, 0].sub(1).tolist()
+        assert set(steps) == set(expected)
+        assert packed or sorted(steps) == expected  # a sample of b comes twice in some epochs
 
 
 @packing

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Final, Literal, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.packing import FirstFit, ImageLayout, TooLong, pack
+from torchfuse.data.documents import ImageLayout
+from torchfuse.data.packing import FirstFit, TooLong, pack
+from torchfuse.data.readers import Mixture
 from torchfuse.data.truncate import cut_between_turns, sequence_length
 from torchfuse.errors import ConfigError, DataError
 
@@ -36,6 +40,7 @@ class Encoder(Protocol):
 
     pad_id: int
     layout: ImageLayout
+    max_seq_len: int | None
 
     def __call__(self, sample: Any) -> dict[str, Any]:
         """Return the sequence, as the collator takes it."""
@@ -72,7 +77,8 @@ class LoaderOptions:
         batches_per_step: batches whose gradients are accumulated.
         epochs: passes over the samples; each drops the rows after its last whole step.
         max_steps: the most steps.
-        max_seq_len: length of packed rows, and of the longest sample that is used whole.
+        max_seq_len: length of packed rows, and of the longest sample that is used whole. None: the
+            transform's.
         packed: whether several samples share a row.
         too_long: what happens to a longer sample, see ``pack``.
         bad_samples: what happens to a sample that cannot be used: ``"error"``, or ``"skip"``: it is left
@@ -153,10 +159,8 @@ class _Rows(Dataset[dict[str, Any]]):
     def _fit(self, document: dict[str, Any]) -> dict[str, Any] | None:
         """Return a document that is not too long, or None."""
         room, prefix = self.options.max_seq_len, self.transform.layout == "prefix"
-        if room is None or (length := sequence_length(document, prefix=prefix)) <= room:
+        if room is None or sequence_length(document, prefix=prefix) <= room:
             return document
-        if self.options.too_long == "error":
-            raise DataError(f"{length} tokens are more than max_seq_len, which is {room}.")
         if self.options.too_long == "drop":
             return None
         return cut_between_turns(document, room, prefix=prefix)
@@ -215,7 +219,8 @@ class StepLoader:
     in a process of its own, and opens the images of its own rows only.
 
     Args:
-        samples: ``len()`` and ``[i]``; has to be picklable for workers that are not forked.
+        samples: ``len()`` and ``[i]``, or a ``Mixture``, which has orders of its own; they have to be
+            picklable for workers that are not forked.
         transform: turns a sample into a sequence.
         options: sizes, order, workers.
         world_size: how many ranks share a step, with equally many rows each.
@@ -234,16 +239,20 @@ class StepLoader:
 
     def __init__(
         self,
-        samples: Sequence[Any],
+        samples: Sequence[Any] | Mixture,
         transform: Encoder,
         options: LoaderOptions,
         *,
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
+        options = replace(options, max_seq_len=options.max_seq_len or transform.max_seq_len)
         if problems := options.problems():
             raise ConfigError(f"Loading: {'; '.join(problems)}.")
-        self.samples, self.transform, self.options = samples, transform, options
+        self.samples, self.options = samples, options
+        self.transform = copy(transform)
+        # A transform refuses what is too long; here that is dropped or cut.
+        self.transform.max_seq_len = options.max_seq_len if options.too_long == "error" else None
         self._world_size, self._rank = world_size, rank
         self._rows_per_step = world_size * options.batch_size * options.batches_per_step
         self.skipped: list[str] = []
@@ -272,8 +281,8 @@ class StepLoader:
         """
         ends: deque[tuple[Cursor, int]] = deque()
         loader = DataLoader(
-            _Rows(self.samples, self.transform, self.options),
-            batch_sampler=self._batches(cursor or Cursor(), ends),  # type: ignore[arg-type]
+            _Rows(self._source, self.transform, self.options),
+            batch_sampler=self._batches(cursor or Cursor(), ends),
             collate_fn=_Collate(self.transform.pad_id),
             pin_memory=self.options.pin_memory,
             **self._workers(self.options.num_workers),
@@ -298,7 +307,7 @@ class StepLoader:
         if not self.options.packed:
             return len(self.samples)
         epoch, number, indices = next(self._orders(Cursor()))
-        lengths = _Lengths(self.samples, self.transform)[indices]
+        lengths = _Lengths(self._source, self.transform)[indices]
         rows = len(self._pack(epoch, number, indices, lengths).rows)
         return rows * len(self.samples) // max(len(indices), 1)
 
@@ -306,12 +315,21 @@ class StepLoader:
         """Iterate over epoch, number and samples of each window, without end."""
         epoch, first = cursor.epoch, cursor.window
         while True:
-            generator = torch.Generator().manual_seed(self.options.seed + epoch)
-            order = torch.randperm(len(self.samples), generator=generator)
-            for number, window in enumerate(order.split(_WINDOW)):
+            for number, window in enumerate(self._order(epoch).split(_WINDOW)):
                 if number >= first:
                     yield epoch, number, window.tolist()
             epoch, first = epoch + 1, 0
+
+    def _order(self, epoch: int) -> Tensor:
+        if isinstance(self.samples, Mixture):
+            return torch.from_numpy(self.samples.order(epoch))
+        generator = torch.Generator().manual_seed(self.options.seed + epoch)
+        return torch.randperm(len(self.samples), generator=generator)
+
+    @property
+    def _source(self) -> Sequence[Any]:
+        """What the indices of an order are of."""
+        return self.samples.samples if isinstance(self.samples, Mixture) else self.samples
 
     def _windows(self, cursor: Cursor) -> Iterator[_Window]:
         if not self.options.packed:
@@ -320,14 +338,14 @@ class StepLoader:
             return
         known: deque[tuple[int, int, list[int]]] = deque()
 
-        def indices() -> Iterator[list[int]]:
+        def in_order() -> Iterator[list[int]]:
             for window in self._orders(cursor):
                 known.append(window)
                 yield window[2]
 
         lengths = DataLoader(
-            _Lengths(self.samples, self.transform),
-            sampler=indices(),  # type: ignore[arg-type]
+            _Lengths(self._source, self.transform),
+            sampler=in_order(),
             batch_size=None,
             **self._workers(min(self.options.num_workers, 1)),
         )

@@ -180,7 +180,7 @@ class Conversation:
             return
         pixels = torch.stack([self.settings.transform.pixels(path) for path in new])
         with self.report.timing("encode", self._device):
-            features = encode_images(self.model, pixels[None].to(self._device))
+            features = encode_images(self.model, {"images": pixels[None].to(self._device)})
         self.report.images += len(new)
         parts = features.chunk(len(new), dim=1)
         self._features |= dict(zip(new, parts, strict=True))

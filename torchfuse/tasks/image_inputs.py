@@ -1,7 +1,8 @@
 """Images in the shape that a model's tower takes: whole, or cut into tiles.
 
-A tower that cuts images into tiles (Mllama's) gets each image as one tile. It pads every image to its
-number of tiles, and nothing may attend to the features of those.
+A tower of tiles (Mllama's) gets each whole image as one tile. It pads every image to its number of
+tiles, and nothing may attend to the features of those. Images that a transform has cut into tiles are
+passed on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def fit_to_encoder(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
         ``encoder_mask`` that is False at the features of padding tiles.
     """
     per_tile = _tokens_per_tile(model)
-    if per_tile is None or "encoder_input" not in batch:
+    if per_tile is None or "encoder_input" not in batch or _are_tiles(batch["encoder_input"]):
         return dict(batch)
     images, mask = batch["encoder_input"]["images"], batch["encoder_mask"].unflatten(2, (-1, per_tile))
     padding = _encoder(model).num_tokens - per_tile
@@ -40,21 +41,28 @@ def fit_to_encoder(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def encode_images(model: Any, images: Tensor) -> Tensor:
-    """Return the features of images, image by image, without those of padding tiles.
+def encode_images(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the features of images, image by image, as the batch's ``encoder_mask`` covers them.
 
     Args:
         model: a fused model with one encoder.
-        images: normalised pixels, ``[b, m, c, h, w]``.
+        inputs: the encoder's keywords, with ``images``: normalised pixels ``[b, m, c, h, w]``, or tiles
+            ``[b, m, t, c, h, w]``.
 
     Returns:
-        ``[b, m * features_per_image, d]``.
+        ``[b, m * n, d]`` for ``n`` features an image: without those of padding tiles for whole images,
+        with them for tiles.
     """
     per_tile = _tokens_per_tile(model)
-    if per_tile is None:
-        return model.encode({"images": images})
-    features = model.encode({"images": images.unsqueeze(2)})
-    return features.unflatten(1, (images.shape[1], -1))[:, :, :per_tile].flatten(1, 2)
+    if per_tile is None or _are_tiles(inputs):
+        return model.encode(dict(inputs))
+    features = model.encode({"images": inputs["images"].unsqueeze(2)})
+    return features.unflatten(1, (inputs["images"].shape[1], -1))[:, :, :per_tile].flatten(1, 2)
+
+
+def _are_tiles(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether images are cut into tiles, ``[b, m, t, c, h, w]``."""
+    return inputs["images"].dim() == 6
 
 
 def _tokens_per_tile(model: nn.Module) -> int | None:

@@ -110,7 +110,7 @@ def _encode(model: nn.Module, batch: dict[str, Any], report: Report) -> Tensor |
         return None
     device = next(model.parameters()).device
     with report.timing("encode", device):
-        return encode_images(model, given["images"].to(device))
+        return encode_images(model, {name: tensor.to(device) for name, tensor in given.items()})
 
 
 def _pad(

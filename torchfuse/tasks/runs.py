@@ -78,10 +78,12 @@ def check_images(
     if transform is None:
         return
     for name in owner.encoder_names:
-        size = getattr(unwrap(owner.get_encoder(name)), "image_size", None)
+        tower: Any = unwrap(owner.get_encoder(name))
+        size = getattr(tower, "sides", None) or getattr(tower, "image_size", None)
         folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder
         compared = folder if folder is not None and find_processor(folder) else None
-        transform.check(size, preprocessor=compared, what=name)
+        max_tiles = getattr(tower, "max_num_tiles", None)
+        transform.check(size, max_tiles=max_tiles, preprocessor=compared, what=name)
 
 
 def check_lengths(

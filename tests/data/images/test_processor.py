@@ -80,7 +80,8 @@ def test_processors_of_text_and_images(tmp_path, kind):
     alone = ImageTransform.from_directory(tmp_path / "images")
     assert type(transform) is type(alone)
     assert torch.equal(transform(picture()), alone(picture()))
-    transform.check(transform.size, preprocessor=tmp_path / "both")
+    max_tiles = getattr(transform, "max_tiles", None)
+    transform.check(transform.size, max_tiles=max_tiles, preprocessor=tmp_path / "both")
     other = ImageTransform(transform.size, [0.1, 0.2, 0.31], STD)
     with pytest.raises(ValueError, match=r"mean is \[0\.1, 0\.2, 0\.31\], the encoder's"):
         other.check(preprocessor=tmp_path / "both")

@@ -85,6 +85,9 @@ class TiledImageTransform(ImageTransform, processor="Mllama"):
         config.check("do_pad")
         return {"size": size[0], "max_tiles": max_tiles}
 
+    def _tiles_beside(self, max_tiles: int | None) -> dict[str, tuple[Any, Any]]:
+        return {"max_tiles": (self.max_tiles, max_tiles)}
+
     def tiles(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return how many tiles high and wide the canvas of an image is.
 

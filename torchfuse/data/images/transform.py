@@ -144,6 +144,7 @@ class ImageTransform:
         self,
         image_size: int | Sequence[int] | None = None,
         *,
+        max_tiles: int | None = None,
         preprocessor: str | Path | None = None,
         what: str = "",
     ) -> None:
@@ -152,6 +153,8 @@ class ImageTransform:
         Args:
             image_size: side of its images (``encoder.image_size``), or height and width; None: not
                 compared.
+            max_tiles: the tiles that it pads an image to; None for an encoder of whole images. Compared
+                by a transform that makes tiles: an encoder of tiles takes whole images as one.
             preprocessor: directory of its processor, whose ``image_mean``, ``image_std`` and
                 ``rescale_factor`` are compared.
             what: the encoder's name, for the message.
@@ -162,8 +165,10 @@ class ImageTransform:
         """
         compared: dict[str, tuple[Any, Any]] = {}
         if image_size is not None:
-            sides = image_size if isinstance(image_size, int) else tuple(image_size)
-            compared["size"] = (self.size, sides)
+            sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+            expected = sides[0] if len(set(sides)) == 1 else sides
+            compared["size"] = (self.size, expected)
+        compared |= self._tiles_beside(max_tiles)
         if preprocessor is not None:
             compared |= self._numbers_of(preprocessor)
         problems = [
@@ -177,6 +182,10 @@ class ImageTransform:
                 f"{'; '.join(problems)}. ImageTransform.from_directory reads these numbers from the "
                 "encoder's own directory."
             )
+
+    def _tiles_beside(self, max_tiles: int | None) -> dict[str, tuple[Any, Any]]:
+        """Return the most tiles that an image becomes, beside the encoder's number."""
+        return {}
 
     def _numbers_of(self, preprocessor: str | Path) -> dict[str, tuple[Any, Any]]:
         """Return each number of this transform beside that in a processor's directory."""

@@ -20,8 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments of the command line. None: those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error of configuration, data or checkpoint, which is printed as
-        one sentence; with ``TORCHFUSE_TRACEBACK`` set in the environment it is raised.
+        The exit code: 0, or 1 if ``check-data`` found rows that cannot be used, or after an error of
+        configuration, data or checkpoint, which is printed as one sentence; with
+        ``TORCHFUSE_TRACEBACK`` set in the environment it is raised.
     """
     parser = ArgumentParser(prog="torchfuse", description=torchfuse.__doc__)
     parser.add_argument("--version", action="version", version=f"torchfuse {torchfuse.__version__}")
@@ -36,8 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a recipe's configuration (.yaml), the output directory of a finetuning run, an artifact "
         "of save_fusion, or the directory of a checkpoint",
     )
+    check = commands.add_parser(
+        "check-data",
+        help="read and transform every row of files of samples; all errors in one report",
+        description="Read and transform every row of files of samples, and open every image, on all "
+        "cores. Prints all errors by file and row, lengths, sizes of images and what packing would "
+        "save. The exit code is 1 if a row cannot be used.",
+    )
+    check.add_argument(
+        "files", nargs="*", metavar="FILE", help="files of samples; none: those of the configuration"
+    )
+    check.add_argument("--config", required=True, help="a configuration of the finetune recipe (.yaml)")
+    check.add_argument("--format", default="auto", help="format of FILEs; by default it is detected")
+    check.add_argument("--image-root", help="where relative paths of images in FILEs begin")
+    check.add_argument("--workers", type=int, help="processes; by default one for each core")
     given = parser.parse_args(arguments)
     try:
+        if given.command == "check-data":
+            from torchfuse.cli.check_data import check_data
+
+            report = check_data(
+                given.files,
+                given.config,
+                format=given.format,
+                image_root=given.image_root,
+                workers=given.workers,
+            )
+            print(report)
+            return 0 if report.ok else 1
         from torchfuse.cli.describe import describe as run  # takes a second to import
 
         print(run(given.path))

@@ -7,6 +7,7 @@ from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.masks import causal_mask, image_mask, left_padding, positions
 
 if TYPE_CHECKING:
+    from torchfuse.data.checking import Report, check_samples
     from torchfuse.data.documents import merge_documents
     from torchfuse.data.images import (
         GridImageTransform,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         check_questions,
         read_questions,
     )
-    from torchfuse.data.readers import Mixture, Samples, read_samples
+    from torchfuse.data.readers import Mixture, Samples, read_mixture, read_samples
     from torchfuse.data.samples import Media, Message, Sample
     from torchfuse.data.steps import optimizer_steps
     from torchfuse.data.templates import ChatTemplate
@@ -49,6 +50,7 @@ __all__ = [
     "Question",
     "QuestionDataset",
     "QuestionTransform",
+    "Report",
     "Sample",
     "SampleTransform",
     "Samples",
@@ -57,6 +59,7 @@ __all__ = [
     "VideoTransform",
     "causal_mask",
     "check_questions",
+    "check_samples",
     "collate_media",
     "cut_between_turns",
     "image_mask",
@@ -68,6 +71,7 @@ __all__ = [
     "pack",
     "padded_collate_images",
     "positions",
+    "read_mixture",
     "read_questions",
     "read_samples",
 ]
@@ -89,6 +93,7 @@ __getattr__ = lazy_exports(
         "Question": "questions",
         "QuestionDataset": "questions",
         "QuestionTransform": "questions",
+        "Report": "checking",
         "Sample": "samples",
         "SampleTransform": "transform",
         "Samples": "readers",
@@ -96,6 +101,7 @@ __getattr__ = lazy_exports(
         "TiledImageTransform": "images",
         "VideoTransform": "video",
         "check_questions": "questions",
+        "check_samples": "checking",
         "collate_media": "media",
         "cut_between_turns": "truncate",
         "image_size": "images",
@@ -103,6 +109,7 @@ __getattr__ = lazy_exports(
         "open_image": "images",
         "optimizer_steps": "steps",
         "pack": "packing",
+        "read_mixture": "readers",
         "read_questions": "questions",
         "read_samples": "readers",
     },

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sample_records import write_array
 
-from torchfuse.data import Mixture, read_samples
-from torchfuse.errors import ConfigError
+from torchfuse.data import Mixture, read_mixture, read_samples
+from torchfuse.errors import ConfigError, DataError
 
 SIZES = (53, 11, 7)
 
@@ -93,3 +93,19 @@ def test_bad_weights(sets):
             Mixture([*zip(sets, weights, strict=True)])
     with pytest.raises(ConfigError, match=r"needs sets of samples that are not empty, got sizes \[0\]"):
         Mixture([(sets[0][:0], None)])
+
+
+def test_mixtures_of_a_configuration(tmp_path, sets):
+    mixture = read_mixture(
+        [{"path": tmp_path / "a.json", "weight": 3}, {"path": str(tmp_path / "b.json"), "weight": 1}],
+        seed=3,
+    )
+    same = Mixture([(sets[0], 3.0), (sets[1], 1.0)], seed=3)
+    assert questions(mixture.epoch(2)) == questions(same.epoch(2))
+    assert questions(read_mixture(tmp_path / "a.json").samples) == questions(sets[0])
+    (sample, *_) = read_mixture({"path": tmp_path / "a.json", "format": "vqa"}).samples
+    assert sample.metadata == {}
+    with pytest.raises(DataError, match="x.json cannot be read: .*\n.*y.json cannot be read"):
+        read_mixture([tmp_path / "x.json", tmp_path / "y.json"])
+    with pytest.raises(ConfigError, match="data names no file"):
+        read_mixture([])

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import nn
 
-from torchfuse.components import build
+from torchfuse.cli.meta_model import model_on_meta
 from torchfuse.data.checking import Report, check_samples
 from torchfuse.data.readers import Samples, read_mixture, read_samples
 from torchfuse.errors import ConfigError
+from torchfuse.tasks.transforms import read_transform
 from torchfuse.training.config import read_config
 
 __all__ = ["check_data"]
@@ -30,27 +32,29 @@ def check_data(
     """Check files of samples with the transform of a configuration.
 
     Args:
-        files: the files. None: those of the configuration's ``data.train`` and ``data.test``.
+        files: the files; without any, those of the configuration's ``data.train`` and ``data.test``.
         config: a YAML of the finetune recipe.
         format: of the files, see ``read_samples``.
         image_root: of the files, see ``read_samples``.
         workers: processes, see ``check_samples``.
 
     Raises:
-        ConfigError: if the configuration has no transform, or it cannot be built; if there is no file.
+        ConfigError: if the transform or the model of the configuration cannot be built, or no file is
+            named.
+        CheckpointError: if a directory that the configuration names is wrong.
         DataError: if a file cannot be opened.
     """
-    given: Any = OmegaConf.to_container(read_config(config, "a configuration has a transform section"))
-    if not given.get("transform"):
-        raise ConfigError(f"{config} has no section transform.")
-    samples = [read_samples(file, format=format, image_root=image_root) for file in files]
-    samples = samples or _configured(given.get("data") or {}, config)
+    file = Path(config)
+    given: Any = OmegaConf.to_container(read_config(file, "check-data needs the YAML of a training"))
+    samples = [read_samples(path, format=format, image_root=image_root) for path in files]
+    samples = samples or _configured(given.get("data") or {}, file)
     sys.path.append(os.getcwd())  # components of the user's own, as in recipes
-    transform: Any = build(given["transform"], what=f"{config}, transform")
-    return check_samples(samples, transform=transform, workers=workers)
+    make = read_transform(given, where=f"{file}, ")
+    model = nn.Module() if given.get("transform") else model_on_meta(given, file)
+    return check_samples(samples, transform=make(model), workers=workers)
 
 
-def _configured(data: Any, config: str | Path) -> list[Samples]:
+def _configured(data: Any, config: Path) -> list[Samples]:
     sets = [
         read_mixture(data[name], what=f"{config}, data.{name}").samples
         for name in ("train", "test")

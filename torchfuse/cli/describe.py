@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 from torchfuse.checkpoint.artifact.fusion import read_artifact
 from torchfuse.checkpoint.building import build_on_meta
-from torchfuse.components import build
-from torchfuse.errors import CheckpointError, ConfigError
+from torchfuse.cli.meta_model import model_on_meta
+from torchfuse.errors import CheckpointError
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.params import describe as describe_model
 from torchfuse.training.config import read_config
@@ -60,11 +56,7 @@ def _table(path: Path, kind: str, model: nn.Module) -> str:
 def _from_config(file: Path) -> nn.Module:
     """Build the model of a configuration on the meta device, with what trains in the first step."""
     config: Any = OmegaConf.to_container(read_config(file, "a configuration has a model section"))
-    if not isinstance(config.get("model"), Mapping):
-        raise ConfigError(f"{file} has no section model, so there is nothing to describe.")
-    sys.path.append(os.getcwd())  # components of the user's own, as in recipes
-    with torch.device("meta"):
-        model: nn.Module = build(config["model"], what=f"{file}, model", kind=nn.Module)
+    model = model_on_meta(config, file)
     FreezeSchedule(read_freeze_meta(config.get("freeze") or [])).apply(model, 0)
     return model
 

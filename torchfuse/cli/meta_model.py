@@ -1,0 +1,40 @@
+"""The model of a configuration without its weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchfuse.checkpoint.load import from_pretrained
+from torchfuse.components import build, resolve
+from torchfuse.errors import ConfigError
+
+__all__ = ["model_on_meta"]
+
+
+def model_on_meta(config: Mapping[str, Any], file: Path) -> nn.Module:
+    """Build the model of a configuration on the meta device.
+
+    Args:
+        config: the content of the file.
+        file: a YAML of a recipe, for messages.
+
+    Raises:
+        ConfigError: if there is no section ``model``, or the model cannot be built.
+        CheckpointError: if a directory that the section names is wrong.
+    """
+    if not isinstance(config.get("model"), Mapping):
+        raise ConfigError(f"{file} has no section model.")
+    sys.path.append(os.getcwd())  # components of the user's own, as in recipes
+    section, what = dict(config["model"]), f"{file}, model"
+    if resolve(section.get("_component_"), what=what) is from_pretrained:
+        section["device"] = "meta"
+    with torch.device("meta"):
+        model: nn.Module = build(section, what=what, kind=nn.Module)
+    return model

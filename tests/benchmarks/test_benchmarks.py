@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from benchmarks import fusion_embedding, load, quantized_answers
+from benchmarks import fusion_embedding, load, open_samples, quantized_answers
 from hf import FUSED, LLAMA, clip_tower, fused_model, llama
 from omegaconf import OmegaConf
 from PIL import Image
@@ -109,3 +109,9 @@ def test_quantized_answers_of_some_questions_and_another_scheme(capsys, run):
     assert found["fp32"].moved > 0.003  # three bits of mantissa
     printed = capsys.readouterr().out
     assert "float8_weight_only of decoder, encoder\n1 questions of " in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_open_samples(capsys, tmp_path):
+    open_samples.main(["--rows", "53", "--read", "7", "--folder", str(tmp_path)])
+    assert capsys.readouterr().out.count(" 53 rows  open ") == 3

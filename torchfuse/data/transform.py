@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.data.documents import ImageLayout
+from torchfuse.data.features import FeatureReader
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.media import MediaInput, MediaTransform
@@ -84,8 +86,8 @@ class SampleTransform:
             image_text=self.template.image_text,
             template=self.template.source,
         )
-        self._reader = MediaReader(image_transform, media_transforms)
-        self.image_transform = self._reader.image_transform
+        self.reader: MediaReader | FeatureReader = MediaReader(image_transform, media_transforms)
+        self.image_transform = self.reader.image_transform
         self.image_token, self.features_per_image = image_token, features_per_image
         self.layout, self.max_seq_len = layout, max_seq_len
         self.scope: ImageScope = scope if layout == "marker" else "all"
@@ -137,6 +139,12 @@ class SampleTransform:
         return cls(
             tokenizer, image_transform=image_transform, template=template, max_seq_len=length, **given
         )
+
+    def with_reader(self, reader: MediaReader | FeatureReader) -> SampleTransform:
+        """Return a copy that reads media otherwise, for example their features in place of pixels."""
+        other = copy(self)
+        other.reader, other._cache = reader, copy(self._cache)
+        return other
 
     @property
     def pad_id(self) -> int:
@@ -232,11 +240,11 @@ class SampleTransform:
         Raises:
             DataError: if it cannot be read.
         """
-        return self._cache.get(media, self._reader)
+        return self._cache.get(media, self.reader)
 
     def num_items(self, media: Media) -> int:
         """Return the number of tiles or frames of an image, 1 for one that is neither."""
-        return self._reader.num_items(media)
+        return self.reader.num_items(media)
 
     def encoder_mask(self, tokens: Sequence[int], num_items: int | Sequence[int]) -> Tensor:
         """Return which features each token may attend to, bool ``[s, n]``, True: may attend.

@@ -169,7 +169,8 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
             mask: bool ``[b, s, s]`` (with caches ``[b, s, slots]``), True where a token may attend to
                 another. None: causal. Needed with caches.
             encoder_input: keywords of the encoder; ``{name: keywords}`` when encoders have names, where
-                a name may be left out. None: a batch of text, or a step whose features are cached.
+                a name may be left out. ``encoder_output``: see ``encode``. None: a batch of text, or a
+                step whose features are cached.
             encoder_mask: which features count: bool ``[b, s, n]``, True where text position ``s`` may
                 attend to feature ``n``, or ``[b, n]``, True where feature ``n`` belongs to the row. Over
                 the features of all encoders in their order, or by name. None: all count; in a step

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import ConfigError, ModelError
+from torchfuse.models.encoder_output import computed_before
 from torchfuse.models.types import UNNAMED, EncoderFeatures, EncoderInput, EncoderMask, OnMissing
 
 __all__ = ["EncoderOwner", "encoder_names"]
@@ -124,12 +125,15 @@ class EncoderOwner(nn.Module):
 
         Args:
             encoder_input: keywords of the encoder; ``{name: keywords}`` when encoders have names.
+                With ``encoder_output`` alone, what ``run_encoder`` returned (``[b, n, d_e]``, or
+                ``[b, ..., n, d_e]`` for several images a row), only the adapter runs.
 
         Returns:
             Features ``[b, n, d]`` in the decoder's width and dtype; by name when encoders have names.
 
         Raises:
-            ModelError: for an unknown name, or features that are no ``[b, n, d_e]``.
+            ModelError: for an unknown name, features that are no ``[b, n, d_e]``, or the output of an
+                encoder that trains.
         """
         embeds = {name: self._encode(name, kw) for name, kw in self._by_name(encoder_input).items()}
         return embeds if self._named else embeds[UNNAMED]
@@ -207,13 +211,21 @@ class EncoderOwner(nn.Module):
                 )
         return masks
 
-    def _encode(self, name: str, encoder_input: Any) -> Tensor:
+    def run_encoder(self, name: str, encoder_input: Any) -> Tensor:
+        """Run the encoder of a name in ``encoder_names`` without its adapter.
+
+        Returns:
+            Features ``[b, n, d_e]``, with a gradient only if the encoder or its input needs one.
+
+        Raises:
+            ModelError: for an input that is no mapping, or an encoder that returns no tensor.
+        """
         if not isinstance(encoder_input, Mapping):
             raise ModelError(
                 f"The input of {name!r} must be a mapping of the encoder's keywords, got a "
                 f"{type(encoder_input).__name__}."
             )
-        encoder, adapter = self.get_encoder(name), self.get_adapter(name)
+        encoder = self.get_encoder(name)
         keywords = _cast(encoder_input, _dtype_of(encoder))
         learns = any(p.requires_grad for p in encoder.parameters()) or any(
             isinstance(value, Tensor) and value.requires_grad for value in keywords.values()
@@ -225,6 +237,13 @@ class EncoderOwner(nn.Module):
                 f"The encoder {name!r} ({type(encoder).__name__}) must return features [b, n, d_e], "
                 f"got a {type(features).__name__}. Wrap it in a module that picks the tensor."
             )
+        return features
+
+    def _encode(self, name: str, encoder_input: Any) -> Tensor:
+        features = computed_before(name, self.get_encoder(name), encoder_input)
+        if features is None:
+            features = self.run_encoder(name, encoder_input)
+        adapter = self.get_adapter(name)
         if adapter is not None:
             features = adapter(features.to(_dtype_of(adapter) or features.dtype))
         return self._checked(name, features)

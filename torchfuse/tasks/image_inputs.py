@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchfuse.naming import find_model, unwrap
 
-__all__ = ["encode_images", "fit_to_encoder"]
+__all__ = ["as_tiles", "encode_images", "fit_to_encoder", "tokens_per_tile"]
 
 
 def fit_to_encoder(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,16 +29,14 @@ def fit_to_encoder(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
         The batch itself, or, for a tower of tiles, one with ``images`` ``[b, m, 1, c, h, w]`` and an
         ``encoder_mask`` that is False at the features of padding tiles.
     """
-    per_tile = _tokens_per_tile(model)
-    if per_tile is None or "encoder_input" not in batch or _are_tiles(batch["encoder_input"]):
+    given = batch.get("encoder_input", {})
+    inputs = as_tiles(model, given)
+    if inputs is given:
         return dict(batch)
-    images, mask = batch["encoder_input"]["images"], batch["encoder_mask"].unflatten(2, (-1, per_tile))
+    per_tile = tokens_per_tile(model)
+    mask = batch["encoder_mask"].unflatten(2, (-1, per_tile))
     padding = _encoder(model).num_tokens - per_tile
-    return {
-        **batch,
-        "encoder_input": {"images": images.unsqueeze(2)},
-        "encoder_mask": F.pad(mask, (0, padding)).flatten(2),
-    }
+    return {**batch, "encoder_input": inputs, "encoder_mask": F.pad(mask, (0, padding)).flatten(2)}
 
 
 def encode_images(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -53,19 +51,23 @@ def encode_images(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         ``[b, m * n, d]`` for ``n`` features an image: without those of padding tiles for whole images,
         with them for tiles.
     """
-    per_tile = _tokens_per_tile(model)
-    if per_tile is None or _are_tiles(inputs):
-        return model.encode(dict(inputs))
-    features = model.encode({"images": inputs["images"].unsqueeze(2)})
+    tiles = as_tiles(model, inputs)
+    features = model.encode(dict(tiles))
+    if tiles is inputs:
+        return features
+    per_tile = tokens_per_tile(model)
     return features.unflatten(1, (inputs["images"].shape[1], -1))[:, :, :per_tile].flatten(1, 2)
 
 
-def _are_tiles(inputs: Mapping[str, Tensor]) -> bool:
-    """Whether images are cut into tiles, ``[b, m, t, c, h, w]``."""
-    return inputs["images"].dim() == 6
+def as_tiles(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the input of an encoder, for a tower of tiles with each whole image as one tile."""
+    images = inputs.get("images")
+    if tokens_per_tile(model) is None or images is None or images.dim() != 5:
+        return inputs
+    return {"images": images.unsqueeze(2)}
 
 
-def _tokens_per_tile(model: nn.Module) -> int | None:
+def tokens_per_tile(model: nn.Module) -> int | None:
     """Features of a tile, for an encoder that cuts images into tiles; None for any other."""
     return getattr(_encoder(model), "tokens_per_tile", None)
 

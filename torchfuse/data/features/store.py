@@ -30,6 +30,7 @@ __all__ = ["FeatureStore", "FeatureWriter", "hash_file"]
 
 _FILES: Final = "files.keys"
 _DIGESTS: Final = "files.digests"
+SHARD_NBYTES: Final = 2**27  # from which on a shard is complete
 _Keys = NDArray[np.uint64]
 
 
@@ -154,11 +155,10 @@ class FeatureWriter:
     Args:
         folder: the folder.
         numbers: the numbers of the shards, none of which another process writes.
-        shard_nbytes: size from which on a shard is complete.
     """
 
-    def __init__(self, folder: Path, numbers: Iterator[int], shard_nbytes: int = 2**27) -> None:
-        self._folder, self._numbers, self._shard_nbytes = folder, numbers, shard_nbytes
+    def __init__(self, folder: Path, numbers: Iterator[int]) -> None:
+        self._folder, self._numbers = folder, numbers
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[int, str] = {}
         self._nbytes = 0
@@ -171,7 +171,7 @@ class FeatureWriter:
         """
         self._tensors[name] = features.detach().cpu().contiguous().clone()
         self._nbytes += features.nbytes
-        if self._nbytes >= self._shard_nbytes:
+        if self._nbytes >= SHARD_NBYTES:
             self.close()
 
     def add_file(self, file: int, digest: str) -> None:

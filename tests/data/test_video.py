@@ -173,6 +173,7 @@ def test_options_that_are_wrong():
         ({}, "needs fps, num_frames or both"),
         ({"fps": 0}, "fps must be above 0 .* got fps=0, num_frames=None"),
         ({"fps": float("nan")}, "got fps=nan"),
+        ({"fps": float("inf")}, "got fps=inf"),
         ({"num_frames": 0}, "num_frames at least 1, got fps=None, num_frames=0"),
     ):
         with pytest.raises(ConfigError, match=message):

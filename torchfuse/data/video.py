@@ -8,6 +8,7 @@ decoded: from the key frame before a frame that is wanted.
 from __future__ import annotations
 
 import io
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class VideoTransform:
     ) -> None:
         if fps is None and num_frames is None:
             raise ConfigError("A video transform needs fps, num_frames or both.")
-        if (fps is not None and not fps > 0) or (num_frames is not None and num_frames < 1):
+        if (fps is not None and not 0 < fps < math.inf) or (num_frames is not None and num_frames < 1):
             raise ConfigError(
                 f"fps must be above 0 and num_frames at least 1, got {fps=}, {num_frames=}."
             )

@@ -161,6 +161,20 @@ class ProcessorConfig:
         expected = "N or {height: N, width: N} for do_center_crop"
         return self.read("crop_size", expected, lambda value: _pair(_sides(value, square=True)))
 
+    def convnext_sizes(self, resize: list[int] | None) -> tuple[Any, Any]:
+        """Return the size before cropping and after: small images are cropped, others are stretched."""
+        if self.has("do_center_crop"):
+            self.add_problem("do_center_crop is not supported with ConvNext's own crop")
+        if resize is None or len(resize) == 2:
+            if resize is not None:
+                self.add_problem(f"size must be {{shortest_edge: N}}, got {self._values['size']!r}")
+            return resize, resize
+        side = resize[0]
+        if side >= 384:
+            return [side, side], [side, side]
+        share = self.read("crop_pct", "a number in (0, 1]", _share)
+        return None if share is None else [int(side / share)], [side, side]
+
     def arithmetic(self) -> dict[str, Any]:
         """Return the arguments of all transforms that do not depend on sizes."""
         options: dict[str, Any] = {"convert_rgb": self.has("do_convert_rgb")}
@@ -207,6 +221,12 @@ def _pair(sides: list[int]) -> list[int]:
 def is_count(value: Any) -> bool:
     """Whether a value is an integer above 0."""
     return type(value) is int and value > 0
+
+
+def _share(value: Any) -> float:
+    if not 0 < value <= 1:
+        raise ValueError
+    return float(value)
 
 
 def _numbers(value: Any, count: int, above: float = -math.inf) -> list[float]:

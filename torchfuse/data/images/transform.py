@@ -127,7 +127,7 @@ class ImageTransform:
         resize = config.sides() if config.has("do_resize") else []
         size = config.crop() if config.has("do_center_crop") else resize
         if config.kind == "ConvNext" and config.has("do_resize"):
-            resize, size = _convnext_sizes(config, resize)
+            resize, size = config.convnext_sizes(resize)
         if size is not None and len(size) != 2:
             cut = config.values("do_resize", "size", "do_center_crop", "crop_size")
             config.add_problem(f"only images of one size are supported, and these give others: {cut}")
@@ -271,28 +271,6 @@ def _resized(image: Image.Image, resize: Sequence[int]) -> tuple[int, int]:
     shorter = resize[0]
     longer = int(shorter * max(image.size) / min(image.size))
     return (longer, shorter) if image.width <= image.height else (shorter, longer)
-
-
-def _convnext_sizes(config: ProcessorConfig, resize: list[int] | None) -> tuple[Any, Any]:
-    """Return ``resize`` and ``size``: small images are cut out of larger ones, others are stretched."""
-    if config.has("do_center_crop"):
-        config.add_problem("do_center_crop is not supported with ConvNext's own crop")
-    if resize is None:
-        return None, None
-    if len(resize) == 2:
-        config.add_problem(f"size must be {{shortest_edge: N}}, got {config.values('size')['size']!r}")
-        return resize, resize
-    side = resize[0]
-    if side >= 384:
-        return [side, side], [side, side]
-    share = config.read("crop_pct", "a number in (0, 1]", _share)
-    return (None if share is None else [int(side / share)]), [side, side]
-
-
-def _share(value: Any) -> float:
-    if not 0 < value <= 1:
-        raise ValueError
-    return float(value)
 
 
 def _same(own: Any, expected: Any) -> bool:

@@ -24,7 +24,8 @@ from torchfuse.data.documents import ImageLayout
 from torchfuse.data.images import GridImageTransform, ImageTransform, TiledImageTransform, open_image
 from torchfuse.data.masks import ImageScope
 from torchfuse.data.samples import Content, Media, Message, Sample
-from torchfuse.data.transform import IGNORED, SampleTransform
+from torchfuse.data.sequences import IGNORED
+from torchfuse.data.transform import SampleTransform
 from torchfuse.errors import ConfigError, DataError
 
 __all__ = [
@@ -246,10 +247,8 @@ class QuestionTransform(SampleTransform):
             text: the text, with the tokenizer's ``image_text`` for each image.
             first: whether it begins a sequence.
         """
-        edge = self.tokenizer.boundary
-        ids, _ = self.tokenizer.encode_template(f"{text}{edge}" if first else f"{edge}{text}{edge}")
-        num_images = self.tokenizer.count_images(text)
-        return self._expand(self._with_bos(ids) if first else ids, [1] * num_images)[0]
+        num_items = [1] * self.tokenizer.count_images(text)
+        return self._sequences.encode_text(text + self.tokenizer.boundary, num_items, first=first)
 
 
 def _sample(question: Question | Sample) -> Sample:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torchfuse.data.documents import ImageLayout
 from torchfuse.data.features import FeatureReader
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.masks import ImageScope, image_mask
+from torchfuse.data.masks import ImageScope
 from torchfuse.data.media import MediaInput, MediaTransform
 from torchfuse.data.media_reader import MediaReader
 from torchfuse.data.samples import Media, Message, Sample
-from torchfuse.data.templates import ChatTemplate
+from torchfuse.data.sequences import IGNORED, SequenceEncoder
+from torchfuse.data.templates import ChatTemplate, last_answer
 from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.errors import ConfigError, DataError
 from torchfuse.naming import find_model, unwrap
 
-__all__ = ["IGNORED", "SampleTransform"]
-
-IGNORED: Final = -100
+__all__ = ["SampleTransform"]
 
 
 class SampleTransform:
@@ -79,19 +78,17 @@ class SampleTransform:
                 f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
                 '"prefix", and an id for the others.'
             )
-        self.template = ChatTemplate.load(template, tokenizer)
+        chat = ChatTemplate.load(template, tokenizer)
         self.tokenizer = TextTokenizer(
-            tokenizer,
-            image_token=image_token,
-            image_text=self.template.image_text,
-            template=self.template.source,
+            tokenizer, image_token=image_token, image_text=chat.image_text, template=chat.source
+        )
+        self.image_token, self.features_per_image = image_token, features_per_image
+        self.max_seq_len = max_seq_len
+        self._sequences = SequenceEncoder(
+            chat, self.tokenizer, layout=layout, features_per_item=features_per_image, scope=scope
         )
         self.reader: MediaReader | FeatureReader = MediaReader(image_transform, media_transforms)
         self.image_transform = self.reader.image_transform
-        self.image_token, self.features_per_image = image_token, features_per_image
-        self.layout, self.max_seq_len = layout, max_seq_len
-        self.scope: ImageScope = scope if layout == "marker" else "all"
-        self._stop_tokens = self._find_stop_tokens()
         self._cache = _Cache(cache_images)
 
     @classmethod
@@ -147,6 +144,16 @@ class SampleTransform:
         return other
 
     @property
+    def template(self) -> ChatTemplate:
+        """The template of conversations."""
+        return self._sequences.template
+
+    @property
+    def layout(self) -> ImageLayout:
+        """The tokens of an image in the sequence."""
+        return self._sequences.layout
+
+    @property
     def pad_id(self) -> int:
         """Id that pads sequences."""
         return self.tokenizer.pad_id
@@ -154,17 +161,11 @@ class SampleTransform:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer: the template's end of a turn, and the model's ends of a text."""
-        return self._stop_tokens
+        return self._sequences.stop_tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens up to the first stop token, without images."""
-        text = []
-        for token in tokens:
-            if token in self.stop_tokens:
-                break
-            if token != self.image_token:
-                text.append(token)
-        return self.tokenizer.decode(text)
+        return self._sequences.decode(tokens)
 
     def __call__(self, sample: Sample, *, with_answer: bool = True) -> dict[str, Any]:
         """Encode a sample.
@@ -193,13 +194,14 @@ class SampleTransform:
         return result
 
     def length(self, sample: Sample) -> int:
-        """Return the positions of the decoder that a sample takes; of images only the heads are read.
+        """Return the positions of the decoder that a sample takes, without decoding its images.
 
         Raises:
             DataError: as for a call.
         """
-        num_items = [self.num_items(media) for media in sample.media]
-        return self._length(self._encode(sample, num_items)["tokens"], num_items)
+        num_items = self._num_items(sample.messages)
+        tokens = self._encode(sample, num_items)["tokens"]
+        return self._sequences.length(tokens, num_items)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the next answer begins.
@@ -207,32 +209,24 @@ class SampleTransform:
         Raises:
             DataError: if the template refuses the conversation, or an image cannot be read.
         """
-        ids, _ = self.tokenizer.encode_template(self.template.prompt(messages, self.tokenizer))
-        num_items = [self.num_items(media) for message in messages for media in message.media]
-        return self._expand(self._with_bos(ids), num_items)[0]
+        return self._sequences.prompt(messages, self._num_items(messages))
 
     def next_turn(self, messages: Sequence[Message], *, ended: bool = True) -> list[int]:
         """Return the ids of a later turn, for caches that hold the conversation up to the last answer.
 
-        With the ids of the earlier turns and answers in front, they are those of ``prompt``.
+        After the ids of the earlier turns and answers they are those of ``prompt``.
 
         Args:
             messages: the whole conversation, with a new question at its end.
-            ended: whether the last answer ended with a stop token. Otherwise it is cut short, and the
+            ended: whether the last answer ended with a stop token. Otherwise it was cut short, and the
                 ids begin with the end of its turn.
 
         Raises:
             DataError: if the template refuses the conversation, or an image cannot be read.
             ConfigError: if the template writes earlier turns otherwise than before.
         """
-        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-        text, start = self.template.next_turn(messages, last, self.tokenizer)
-        ids, owners = self.tokenizer.encode_template(text, [(start, len(text))])
-        first = next((i for i, owner in enumerate(owners) if owner >= 0), len(ids))
-        if not ended and first and ids[first - 1] in self.stop_tokens:
-            first -= 1
-        num_items = [self.num_items(media) for message in messages[last:] for media in message.media]
-        return self._expand(ids[first:], num_items)[0]
+        new = messages[last_answer(messages) :]
+        return self._sequences.next_turn(messages, self._num_items(new), ended=ended)
 
     def media_input(self, media: Media) -> MediaInput:
         """Return an image as the encoder takes it.
@@ -242,10 +236,6 @@ class SampleTransform:
         """
         return self._cache.get(media, self.reader)
 
-    def num_items(self, media: Media) -> int:
-        """Return the number of tiles or frames of an image, 1 for one that is neither."""
-        return self.reader.num_items(media)
-
     def encoder_mask(self, tokens: Sequence[int], num_items: int | Sequence[int]) -> Tensor:
         """Return which features each token may attend to, bool ``[s, n]``, True: may attend.
 
@@ -253,18 +243,11 @@ class SampleTransform:
             tokens: a whole sequence.
             num_items: the number of its images, or the number of items of each.
         """
-        items = [1] * num_items if isinstance(num_items, int) else list(num_items)
-        features = torch.tensor(items, dtype=torch.long) * self.features_per_image
-        if self.image_token is None:
-            return torch.ones(len(tokens), int(features.sum()), dtype=torch.bool)
-        ids = torch.tensor([list(tokens)])
-        if self.layout == "placeholder":
-            before = features.cumsum(0) - features
-            shown = (ids[0] == self.image_token).cumsum(0)[:, None] > before
-        else:
-            options: Any = {"features_per_image": 1, "num_images": len(items), "scope": self.scope}
-            shown = image_mask(ids, self.image_token, **options)[0]
-        return shown.repeat_interleave(features, dim=1)
+        items = [1] * num_items if isinstance(num_items, int) else num_items
+        return self._sequences.encoder_mask(tokens, items)
+
+    def _num_items(self, messages: Sequence[Message]) -> list[int]:
+        return [self.reader.num_items(media) for message in messages for media in message.media]
 
     def _encode(
         self, sample: Sample, num_items: Sequence[int], *, with_answer: bool = True
@@ -274,59 +257,21 @@ class SampleTransform:
         if with_answer and all(message.role != "assistant" for message in sample.messages):
             raise DataError(f"{what} has no answer.")
         try:
-            result = self._labelled(sample.messages, num_items) if with_answer else {}
+            if with_answer:
+                result = self._sequences.encode(sample.messages, num_items)
+            else:
+                result = {"tokens": self._sequences.prompt(sample.prompt, num_items)}
         except DataError as error:
             raise DataError(f"{what}: {str(error).rstrip('.')}.") from error
-        if not with_answer:
-            result = {"tokens": self.prompt(sample.prompt)}
-        elif all(label == IGNORED for label in result["labels"]):
+        if with_answer and all(label == IGNORED for label in result["labels"]):
             raise DataError(f"{what} has nothing to learn: all its answers have the weight 0.")
-        length = self._length(result["tokens"], num_items)
+        length = self._sequences.length(result["tokens"], num_items)
         if self.max_seq_len is not None and length > self.max_seq_len:
             raise DataError(
                 f"{what} is {length} tokens long{' with its answer' if with_answer else ''}, and "
                 f"max_seq_len is {self.max_seq_len}."
             )
         return result
-
-    def _labelled(self, messages: Sequence[Message], num_items: Sequence[int]) -> dict[str, Any]:
-        rendered = self.template.render(messages, self.tokenizer)
-        ids, parts = self.tokenizer.encode_template(rendered.text, rendered.learned)
-        weights = [
-            messages[rendered.messages[part]].weight if part >= 0 else 0.0
-            for part in [-1] * (len(self._with_bos(ids)) - len(ids)) + parts
-        ]
-        tokens, weights = self._expand(self._with_bos(ids), num_items, weights)
-        labels = [token if weight else IGNORED for token, weight in zip(tokens, weights, strict=True)]
-        result: dict[str, Any] = {"tokens": tokens, "labels": labels}
-        if not {0, 1}.issuperset(weights):
-            result["loss_weights"] = weights
-        return result
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        bos = list(self.tokenizer.bos) if self.template.adds_bos else []
-        return ids if ids[: len(bos)] == bos else bos + ids
-
-    def _expand(
-        self, ids: list[int], num_items: Sequence[int], weights: Sequence[float] | None = None
-    ) -> tuple[list[int], list[float]]:
-        """Put the tokens of images into a sequence, with weight 0, in place of one for each."""
-        counts = iter(num_items)
-        tokens: list[int] = []
-        expanded: list[float] = []
-        for token, weight in zip(ids, weights or [0.0] * len(ids), strict=True):
-            is_image = token == self.image_token
-            repeats = 1
-            if is_image:
-                items = next(counts)
-                repeats = items * self.features_per_image if self.layout == "placeholder" else 1
-            tokens += [token] * repeats
-            expanded += [0.0 if is_image else weight] * repeats
-        return tokens, expanded
-
-    def _length(self, tokens: Sequence[int], num_items: Sequence[int]) -> int:
-        in_front = sum(num_items) * self.features_per_image if self.layout == "prefix" else 0
-        return len(tokens) + in_front
 
     def _stack(self, inputs: list[MediaInput]) -> Tensor | list[MediaInput]:
         """Return images as one tensor if each is one item."""
@@ -337,19 +282,6 @@ class SampleTransform:
         if self.image_transform is None:
             return []
         return torch.empty(0, 3, self.image_transform.height, self.image_transform.width)
-
-    def _find_stop_tokens(self) -> tuple[int, ...]:
-        """Return the id that ends the turn of an answer, and those that end a text."""
-        turns = [Message("user", ["a"]), Message("assistant", ["a"])]
-        try:
-            rendered = self.template.render(turns, self.tokenizer)
-        except DataError:  # other conversations than these may fit it
-            return self.tokenizer.eos_ids
-        [(_, end)] = rendered.learned[-1:]
-        text = rendered.text[:end]
-        last = self.tokenizer.encode_template(text)[0][-1:]
-        ends = last if self.tokenizer.ends_with_special(text) else []
-        return tuple(dict.fromkeys([*ends, *self.tokenizer.eos_ids]))
 
 
 class _Cache:

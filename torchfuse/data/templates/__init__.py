@@ -1,5 +1,5 @@
 """Chat templates: how a conversation is written, and what of it is learned."""
 
-from torchfuse.data.templates.chat import TEMPLATES, ChatTemplate, Rendered
+from torchfuse.data.templates.chat import TEMPLATES, ChatTemplate, Rendered, last_answer
 
-__all__ = ["TEMPLATES", "ChatTemplate", "Rendered"]
+__all__ = ["TEMPLATES", "ChatTemplate", "Rendered", "last_answer"]

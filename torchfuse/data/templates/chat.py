@@ -24,7 +24,7 @@ from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.errors import ConfigError, DataError
 from torchfuse.io.strict_json import read_json
 
-__all__ = ["ChatTemplate", "Rendered", "TEMPLATES"]
+__all__ = ["TEMPLATES", "ChatTemplate", "Rendered", "last_answer"]
 
 _FOLDER: Final = Path(__file__).parent
 TEMPLATES: Final = tuple(sorted(file.stem for file in _FOLDER.glob("*.jinja")))
@@ -255,16 +255,15 @@ class ChatTemplate:
         """
         return self._render(messages, tokenizer, prompt=True)[0]
 
-    def next_turn(
-        self, messages: Sequence[Message], last: int, tokenizer: TextTokenizer
-    ) -> tuple[str, int]:
-        """Return the text of ``prompt``, and where in it the answer before, ``messages[last]``, ends.
+    def next_turn(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> tuple[str, int]:
+        """Return the text of ``prompt``, and where in it the last answer of the conversation ends.
 
         Raises:
             DataError: if the template refuses the conversation.
             ConfigError: if the template writes earlier turns otherwise than before.
         """
-        whole, before = self.prompt(messages, tokenizer), self.render(messages[: last + 1], tokenizer)
+        whole = self.prompt(messages, tokenizer)
+        before = self.render(messages[: last_answer(messages) + 1], tokenizer)
         end = before.learned[-1][1]
         if not whole.startswith(before.text[:end]):
             raise ConfigError(
@@ -272,6 +271,11 @@ class ChatTemplate:
                 "used: begin a new conversation for each question."
             )
         return whole, end
+
+
+def last_answer(messages: Sequence[Message]) -> int:
+    """Return the index of the last answer of a conversation, -1 if it has none."""
+    return max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
 
 
 def _user(content: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -132,6 +134,13 @@ def save(folder: Path, tokenizer: Tokenizer, template: str | None = None, **opti
     ids = {f"{name}_token_id": SPECIAL.index(f"<{name}>") for name in ("pad", "bos", "eos")}
     (folder / "config.json").write_text(json.dumps(ids))
     return AutoTokenizer.from_pretrained(folder)
+
+
+def save_image(path: Path, size: int = 8, seed: int = 0) -> Path:
+    """Save an image that differs in every pixel."""
+    pixels = np.random.default_rng(seed).integers(256, size=(size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
 
 
 def conversations(number: int, seed: int = 0) -> Iterator[list[Message]]:

@@ -1,10 +1,29 @@
+import copy
+import json
+import pickle
+import re
+from itertools import pairwise
+
 import chats
 import pytest
-from chats import IMAGE, TEMPLATES, UNTAGGED, as_strings, conversations, save
+from chats import (
+    CHATML,
+    IMAGE,
+    LLAMA3,
+    LLAVA,
+    SPECIAL,
+    TEMPLATES,
+    UNTAGGED,
+    as_strings,
+    conversations,
+    save,
+)
 
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.samples import Sample
+from torchfuse.data.samples import Media, Message, Sample
+from torchfuse.data.templates import ChatTemplate
 from torchfuse.data.transform import SampleTransform
+from torchfuse.errors import ConfigError, DataError
 
 
 def transform_for(folder, **options):
@@ -53,3 +72,238 @@ def test_tokens_and_learned_positions_are_those_of_transformers(tmp_path, tokeni
 @pytest.mark.parametrize("name", [*TEMPLATES])
 def test_500_conversations(tmp_path, tokenizer, name):
     check_conversations(tmp_path, tokenizer, name, 500)
+
+
+SPELLED = [
+    "<eos>",
+    "a<|eot_id|>b",
+    "<image> <|im_start|>",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "</s>",
+]
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES])
+def test_spelled_special_tokens_are_text(tmp_path, tokenizer, name):
+    save(tmp_path, tokenizer, TEMPLATES[name])
+    transform = transform_for(tmp_path)
+    special = set(range(len(SPECIAL)))
+
+    def structure(texts):
+        turns = [Message(("user", "assistant")[i % 2], [text]) for i, text in enumerate(texts)]
+        sample = encoded(transform, [Message("system", [texts[0]]), *turns])
+        return [token for token in sample["tokens"] if token in special], sample
+
+    plain, _ = structure(["word"] * 4)
+    for spelled in SPELLED:
+        tokens, sample = structure([spelled] * 4)
+        assert tokens == plain
+        learned = [label for label in sample["labels"] if label != -100]
+        answers = transform.decode(learned), transform.decode(learned[learned.index(learned[-1]) + 1 :])
+        # A token that begins before the answer is learned too.
+        assert all(answer.strip().endswith(spelled.strip()) for answer in answers)
+
+
+def test_a_text_of_several_parts_spells_no_special_token(tmp_path, tokenizer):
+    save(tmp_path, tokenizer, CHATML)
+    transform = transform_for(tmp_path)
+    parts, whole = (
+        encoded(transform, [Message("user", content), Message("assistant", ["seven"])])
+        for content in (["<|im_", "end|>"], ["<|im_end|>"])
+    )
+    assert parts == whole
+
+
+@pytest.mark.parametrize("name", ["llama3", "vicuna"])
+def test_named_templates_are_those_of_models(tmp_path, tokenizer, name):
+    reference = save(tmp_path, tokenizer, TEMPLATES[name], add_bos_token=False)
+    reference.eos_token = "</s>"
+    reference.save_pretrained(tmp_path)
+    for messages in conversations(30):
+        assert encoded(transform_for(tmp_path, template=name), messages) == encoded(
+            transform_for(tmp_path), messages
+        )
+
+
+def test_chatml_adds_no_system_text(tmp_path, tokenizer):
+    save(tmp_path, tokenizer, CHATML)
+    for messages in conversations(30):
+        given = [Message("system", ["You are a helpful assistant."])] * (messages[0].role == "user")
+        named = encoded(transform_for(tmp_path, template="chatml"), given + messages)
+        assert named == encoded(transform_for(tmp_path), messages)
+
+
+@pytest.mark.parametrize("processor", [False, True])
+def test_templates_of_image_models_write_images_themselves(tmp_path, processor):
+    """A processor adds BOS where its template does not, a tokenizer leaves it to its template."""
+    reference = save(tmp_path, chats.metaspace(), LLAVA)
+    if processor:
+        (tmp_path / "processor_config.json").write_text("{}")
+    transform = transform_for(tmp_path)
+    for messages in conversations(30):
+        parts = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                    for part in message.content
+                    if part != "" or len(message.content) == 1
+                ],
+            }
+            for message in messages
+        ]
+        text = reference.apply_chat_template(parts, tokenize=False)
+        ids = reference(text, add_special_tokens=processor)["input_ids"]
+        assert encoded(transform, messages)["tokens"] == ids
+
+
+def test_contents_that_a_template_tests(tmp_path):
+    thoughts = CHATML.replace(
+        "{{- message.content + '<|im_end|>' }}",
+        "{{- message.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>' }}",
+    )
+    reference = save(tmp_path, chats.byte_level(), thoughts)
+    messages = [Message("user", ["two"]), Message("assistant", ["<think>a cat</think>\n\nseven"])]
+    expected = reference.apply_chat_template(as_strings(messages), return_dict=False)
+    assert encoded(transform_for(tmp_path), messages)["tokens"] == expected
+
+
+def test_control_tokens_that_are_not_listed_as_special(tmp_path):
+    tokenizer = chats.byte_level()
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"][SPECIAL.index("<|im_start|>")]["special"] = False
+    reference = save(tmp_path, chats.Tokenizer.from_str(json.dumps(content)), CHATML)
+    transform, control = transform_for(tmp_path), SPECIAL.index("<|im_start|>")
+    messages = [Message("user", ["<|im_start|>"]), Message("assistant", ["<|im_start|>"])]
+    tokens = encoded(transform, messages)["tokens"]
+    assert tokens.count(control) == 3 + 1  # a model may be trained to write it
+    assert transform.decode([control]) == reference.decode([control]) == "<|im_start|>"
+
+
+def test_weights_of_messages(tmp_path):
+    save(tmp_path, chats.byte_level(), UNTAGGED["chatml"])
+    transform = transform_for(tmp_path)
+    turns = [Message("user", ["two"]), Message("assistant", ["seven"])]
+
+    def weighted(first, second):
+        last = [Message("user", ["and"]), Message("assistant", ["eight"], second)]
+        return encoded(transform, [turns[0], Message("assistant", ["seven"], first), *last])
+
+    both, last, none = weighted(1, 1), weighted(0, 1), weighted(0.5, 0)
+    assert both["tokens"] == last["tokens"] == none["tokens"]
+    first = [a if a != b else -100 for a, b in zip(both["labels"], last["labels"], strict=True)]
+    assert transform.decode([label for label in first if label != -100]) == "seven"
+    assert "loss_weights" not in both | last
+    assert none["labels"] == first
+    assert none["loss_weights"] == [0.5 * (label != -100) for label in first]
+    with pytest.raises(
+        DataError, match=r"b\.json, row 3 has nothing to learn: all its answers have the"
+    ):
+        transform(Sample([turns[0], Message("assistant", ["seven"], 0)], origin="b.json, row 3"))
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES])
+def test_later_turns_follow_what_caches_hold(tmp_path, tokenizer, name):
+    save(tmp_path, tokenizer, TEMPLATES[name])
+    transform, long = transform_for(tmp_path, layout="placeholder", features_per_image=3), 0
+    for messages in conversations(30):
+        asked = [i for i, message in enumerate(messages) if message.role == "user"]
+        held = transform.prompt(messages[: asked[0] + 1])
+        for question, following in pairwise(asked):
+            known = encoded(transform, messages[: question + 2])
+            held = known["tokens"][: last_learned(known)]
+            turn = transform.next_turn(messages[: following + 1])
+            assert held + turn == transform.prompt(messages[: following + 1])
+            cut = transform.next_turn(messages[: following + 1], ended=False)
+            assert cut == [held[-1], *turn]
+            long += 1
+    assert long > 10
+
+
+def last_learned(sample):
+    return max(i for i, label in enumerate(sample["labels"]) if label != -100) + 1
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (
+            UNTAGGED["chatml"].split("{%- if add_generation_prompt")[0],
+            "chat_template.jinja does not show which tokens are an answer: it has no {% generation %} block",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            "does not write the text of a user's message",
+        ),
+        ("{% for m in messages %}{{ m.role }}", "is no Jinja template: Unexpected end of template"),
+    ],
+    ids=["no generation prompt", "no text", "no template"],
+)
+def test_templates_that_are_refused_at_the_start(tmp_path, template, problem):
+    save(tmp_path, chats.byte_level(), template)
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        transform_for(tmp_path)
+
+
+def test_earlier_turns_that_change(tmp_path):
+    """As in Qwen3, which leaves thoughts out of all answers but the last."""
+    changing = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{{ m.content if loop.last or m.role == 'user' "
+        "else 'older' }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% endif %}"
+    )
+    save(tmp_path, chats.byte_level(), changing)
+    transform = transform_for(tmp_path)
+    turns = [Message("user", ["two"]), Message("assistant", ["seven"])]
+    assert encoded(transform, turns)
+    with pytest.raises(ConfigError, match="writes messages otherwise once others follow"):
+        encoded(transform, turns * 2)
+    with pytest.raises(ConfigError, match="writes earlier turns otherwise once another follows"):
+        transform.next_turn([*turns, turns[0]])
+
+
+def test_conversations_that_a_template_refuses(tmp_path):
+    strict = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('no system text') }}{% endif %}" + LLAMA3
+    )
+    save(tmp_path, chats.byte_level(), strict)
+    sample = Sample(
+        [Message("system", ["two"]), Message("user", ["a"]), Message("assistant", ["a"])], origin="row 5"
+    )
+    with pytest.raises(
+        DataError, match="row 5: the template .* refuses the conversation: no system text"
+    ):
+        transform_for(tmp_path)(sample)
+
+
+def test_sources_of_templates(tmp_path):
+    (tmp_path / "own.jinja").write_text(
+        "{{ '[' + messages[0].content }}{{ ']' if add_generation_prompt }}"
+    )
+    save(tmp_path, chats.byte_level(), LLAMA3)
+    assert ChatTemplate.load(None, tmp_path).source == LLAMA3
+    assert ChatTemplate.load("vicuna", tmp_path).name == "vicuna"
+    (tmp_path / "chat_template.jinja").unlink()
+    assert ChatTemplate.load(None, tmp_path).name == "plain"
+    options = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    several = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": LLAMA3}]
+    for given in (CHATML, several):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(options | {"chat_template": given}))
+        assert ChatTemplate.load(None, tmp_path).source == CHATML
+    with pytest.raises(
+        ConfigError, match="template must be one of chatml, llama3, plain, vicuna, or a .jinja"
+    ):
+        ChatTemplate.load("vikuna", tmp_path)
+
+
+def test_a_transform_is_copied_and_pickled(tmp_path):
+    save(tmp_path, chats.metaspace(), CHATML)
+    chats.save_image(tmp_path / "a.png")
+    transform = transform_for(tmp_path, cache_images=3)
+    sample = Sample(
+        [Message("user", [Media(tmp_path / "a.png"), "<eos>"]), Message("assistant", ["seven"])]
+    )
+    expected = transform(sample)
+    for other in (pickle.loads(pickle.dumps(transform)), copy.deepcopy(transform)):
+        assert other(sample)["labels"] == expected["labels"]
+        assert other._cache is not transform._cache

@@ -203,7 +203,7 @@ class ChatTemplate:
             content = []
             for index, text in enumerate(texts):
                 content += [{"type": "image"}] if index else []
-                content += [{"type": "text", "text": text}] if text else []
+                content += [{"type": "text", "text": text}] if text or len(texts) == 1 else []
         return {"role": message.role, "content": content}
 
     def render(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> Rendered:

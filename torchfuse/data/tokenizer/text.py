@@ -48,9 +48,8 @@ class TextTokenizer:
             in early Llama directories), it is ``eos_id``: padding is masked, so any id that the model
             embeds serves. Only ``bos_id`` does not, since padding in front of a prompt must differ from
             its first token.
-        bos: the ids that the tokenizer itself puts in front of a text: by ``add_bos_token`` of
-            ``tokenizer_config.json``, else by its post-processor. In a directory with neither of the
-            two, ``bos_id``.
+        bos: the ids that the tokenizer's post-processor puts in front of a text. Where there is neither
+            a post-processor nor a ``tokenizer_config.json``, ``bos_id``.
         special_tokens: texts of special tokens by name (``bos_token``, ``eos_token`` and others), for
             templates.
         end_of_text: text of ``eos_id``, for templates.
@@ -123,14 +122,11 @@ class TextTokenizer:
     def _read_options(self, path: Path, *, has_post_processor: bool) -> None:
         around = self._tokenizer.encode(self.boundary).ids
         self.bos: tuple[int, ...] = tuple(around[: around.index(self._token_id(self.boundary))])
-        bos = () if self.bos_id is None else (self.bos_id,)
         if not path.is_file():
-            self.bos = self.bos if has_post_processor else bos
+            if not has_post_processor and self.bos_id is not None:
+                self.bos = (self.bos_id,)
             return
-        options = read_json(path)
-        if isinstance(options.get("add_bos_token"), bool):
-            self.bos = bos if options["add_bos_token"] else ()
-        for name, value in options.items():
+        for name, value in read_json(path).items():
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
                 self.special_tokens[name] = text

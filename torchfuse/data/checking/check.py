@@ -19,7 +19,8 @@ from torchfuse.data.checking.report import Report, RowProblem
 from torchfuse.data.images import image_size
 from torchfuse.data.readers import Samples, read_samples
 from torchfuse.data.samples import Media
-from torchfuse.data.transform import IGNORED, SampleTransform
+from torchfuse.data.sequences import IGNORED
+from torchfuse.data.transform import SampleTransform
 from torchfuse.data.truncate import sequence_length
 from torchfuse.errors import DataError
 

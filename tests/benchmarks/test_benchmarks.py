@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from benchmarks import fusion_embedding, load, open_samples, quantized_answers
+from benchmarks import feature_cache, fusion_embedding, load, open_samples, quantized_answers
 from hf import FUSED, LLAMA, clip_tower, fused_model, llama
 from omegaconf import OmegaConf
 from PIL import Image
@@ -25,6 +25,14 @@ def test_fusion_embedding(capsys):
     assert "tables 97 + 8 x 5, fp32" in printed
     assert printed.count("times as fast") == 4
     assert printed.count("torchtune  ") == 4
+
+
+@pytest.mark.long  # the tower has its real size
+def test_feature_cache(capsys):
+    found = feature_cache.main(["--layers", "1", "--batch", "1", "--rounds", "1", "--words", "6"])
+    [encoder], [cache] = found.values()
+    assert cache[3] == pytest.approx(encoder[3], rel=1e-5)
+    assert "cache / encoder" in capsys.readouterr().out
 
 
 @pytest.mark.long  # each implementation loads in a process of its own

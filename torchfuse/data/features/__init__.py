@@ -3,7 +3,7 @@
 from torchfuse.data.features.missing import FoundMedia, MissingMedia
 from torchfuse.data.features.reader import FeatureReader
 from torchfuse.data.features.settings import describe_settings, list_differences
-from torchfuse.data.features.store import FeatureStore, FeatureWriter
+from torchfuse.data.features.store import FeatureStore, FeatureWriter, hash_file
 
 __all__ = [
     "FeatureReader",
@@ -12,5 +12,6 @@ __all__ = [
     "FoundMedia",
     "MissingMedia",
     "describe_settings",
+    "hash_file",
     "list_differences",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import ConfigError, ModelError
+from torchfuse.models.documents import check_document_ids
 from torchfuse.models.encoding import EncoderOwner, encoder_names
 from torchfuse.models.minimal_decoder import accept_embeddings, is_minimal
 from torchfuse.models.strategy import ImageFormat, ModalityStrategy, features_per_image
@@ -192,7 +193,7 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         cached = self.caches_are_enabled()
         call: dict[str, Any] = {}
         if document_ids is not None:
-            self._check_documents(tokens, document_ids, mask)
+            check_document_ids(self, tokens, document_ids, mask)
             call["document_ids"], mask = document_ids, document_mask(document_ids)
             input_pos = document_positions(document_ids) if input_pos is None else input_pos
         if mask is None and not cached and self.caches_are_setup():
@@ -225,24 +226,6 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         if cached and context.cache_state is not None:
             self.cache_state = context.cache_state
         return output
-
-    def _check_documents(self, tokens: Tensor, document_ids: Tensor, mask: Tensor | None) -> None:
-        problems = []
-        if document_ids.shape != tokens.shape or document_ids.is_floating_point():
-            problems.append(
-                f"they must be integers {list(tokens.shape)} as the tokens are, got "
-                f"{document_ids.dtype} {list(document_ids.shape)}"
-            )
-        if mask is not None:
-            problems.append("they take the place of mask, so give one of them")
-        if self.caches_are_enabled():
-            problems.append("caches hold one document a row: delete them, or call without")
-        if not self.strategy.takes_documents:
-            problems.append(
-                f"{type(self.strategy).__name__} has takes_documents=False: its rows hold one document"
-            )
-        if problems:
-            raise ModelError(f"document_ids cannot be used: {'; '.join(problems)}.")
 
     def _decode(self, context: ModalityContext) -> Any:
         """Run the decoder."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, Literal, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
-from torchfuse.errors import ConfigError, ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.models.types import EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
@@ -26,7 +26,6 @@ __all__ = [
     "ImageFormat",
     "ModalityStrategy",
     "build_modality_strategy",
-    "check_documents",
     "check_rows",
     "features_per_image",
     "register_modality_strategy",
@@ -277,15 +276,4 @@ def check_rows(tokens: Tensor, features: Mapping[str, EncoderFeatures]) -> None:
                 f"The features of {name!r} have {given.embeds.shape[0]} rows, the tokens "
                 f"{tokens.shape[0]}. There must be a row of features [b, n, d] for each row of text: "
                 "pad rows with fewer images, and mask the padding by encoder_mask."
-            )
-
-
-def check_documents(features: Mapping[str, EncoderFeatures]) -> None:
-    """Raise a ``ModelError`` unless masks tell which document may attend to which feature."""
-    for name, given in features.items():
-        if given.present and (given.mask is None or given.mask.dim() != 3):
-            got = "none" if given.mask is None else list(given.mask.shape)
-            raise ModelError(
-                f"Rows hold several documents, so the encoder_mask of {name!r} must be [b, s, n]: True "
-                f"where a token may attend to a feature, of its own document alone. Got {got}."
             )

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.base import FusedModel
+from torchfuse.models.documents import check_documents
 from torchfuse.models.strategies.fused_layers import fuse_layers, layers_to_fuse
 from torchfuse.models.strategy import (
     ModalityStrategy,
-    check_documents,
     check_rows,
     register_modality_strategy,
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchfuse.errors import ConfigError, ModelError
+from torchfuse.models.documents import check_documents
 from torchfuse.models.strategies.placeholder import (
     check_counts,
     is_flat,
@@ -22,7 +23,7 @@ from torchfuse.models.strategies.placeholder import (
     positions_by_modality,
 )
 from torchfuse.models.strategies.prefix import Prefix, by_row
-from torchfuse.models.strategy import ModalityStrategy, check_documents, check_rows
+from torchfuse.models.strategy import ModalityStrategy, check_rows
 from torchfuse.models.types import CacheState, EncoderFeatures, ModalityContext, StrategyModel
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
 

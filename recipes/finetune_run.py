@@ -15,13 +15,8 @@ from torchtune.utils import get_world_size_and_rank
 
 from torchfuse import describe
 from torchfuse.checkpoint import latest_checkpoint, save_trained
-from torchfuse.data.questions import (
-    Question,
-    QuestionDataset,
-    QuestionTransform,
-    check_questions,
-    read_questions,
-)
+from torchfuse.data.questions import QuestionDataset, QuestionTransform
+from torchfuse.data.samples import Sample
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.io.atomic import write_text
 from torchfuse.params import FreezeSchedule
@@ -35,7 +30,9 @@ from torchfuse.tasks.evaluation import (
     training_costs,
 )
 from torchfuse.tasks.prediction import Prediction, predict
+from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
+from torchfuse.tasks.prompts import load_samples
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.training import build, shard
 
@@ -58,10 +55,10 @@ def run(config: Config, stages: FreezeSchedule) -> None:
     transform: QuestionTransform = build(config.transform, what="transform", kind=QuestionTransform)
     questions = QuestionDataset(transform, config.data.train, config.data.limit)
     test_file = config.data.test
-    test = read_questions(test_file) if test_file else []
-    longest = check_questions(transform, test, test_file) if test_file else 1
+    test = load_samples(test_file) if test_file else []
+    longest = longest_answer(transform, test, test_file or "")
     settings = PromptSettings(transform, max_new_tokens=longest)
-    validation = _validation_questions(test, config)
+    validation = _validation_samples(test, config)
     model = _build_model(config, shard_it=distributed_run)
     settings.check(model)
     pretrained = config.pretrained
@@ -72,11 +69,11 @@ def run(config: Config, stages: FreezeSchedule) -> None:
     trainer = Trainer(model, stages, questions, config)
     log(f"\n{describe(model)}\n")
 
-    def answer(questions: list[Question]) -> list[Prediction]:
-        # Every rank answers all questions: under sharding all ranks must run the same steps.
-        return predict(model, settings, questions, batch_size=config.eval_batch_size)
+    def answer(samples: list[Sample]) -> list[Prediction]:
+        # Every rank answers all samples: under sharding all ranks must run the same steps.
+        return predict(model, settings, samples, batch_size=config.eval_batch_size)
 
-    text = [question for question in test if not question.images]
+    text = [sample for sample in test if not sample.media]
     if trainer.resume():
         log(f"resumes after step {trainer.step} of {trainer.num_steps}")
     elif text:
@@ -137,12 +134,12 @@ def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
     return model
 
 
-def _validation_questions(test: list[Question], config: Config) -> list[Question]:
-    """Return the questions about one image that are answered during training."""
-    about_one = [question for question in test if len(question.images) == 1]
+def _validation_samples(test: list[Sample], config: Config) -> list[Sample]:
+    """Return the samples with one image, which are answered during training."""
+    about_one = [sample for sample in test if len(sample.media) == 1]
     if config.eval_every is not None and not about_one:
         raise ConfigError(
-            f"eval_every={config.eval_every} needs questions about one image, and there is none in "
+            f"eval_every={config.eval_every} needs samples with one image, and there is none in "
             f"data.test={config.data.test}; name a file with some, or set eval_every=null."
         )
     return about_one[: config.eval_limit]

@@ -1,4 +1,4 @@
-"""Tiny models that answer questions about tiny images, with all that questions need."""
+"""Tiny models that answer questions about tiny images, with all that prompts need."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from torchfuse import fuse
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.questions import QuestionTransform
+from torchfuse.data.samples import Message, Sample
+from torchfuse.data.transform import SampleTransform
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.prompt_settings import PromptSettings
+from torchfuse.tasks.prompts import user_message
 
 PER_IMAGE = 2
 MARK = VOCAB  # the first id behind the vocabulary
@@ -60,20 +62,28 @@ def tokenizer(folder: Path) -> Path:
     return folder
 
 
-def images(folder: Path, size: int = 8) -> dict[str, Path]:
+def images(folder: Path, height: int = 8, width: int | None = None) -> dict[str, Path]:
     """Images that differ in every pixel."""
     made = {}
     for index, name in enumerate("abc"):
-        pixels = torch.randint(256, (size, size, 3), generator=torch.Generator().manual_seed(index))
+        shape = (height, width or height, 3)
+        pixels = torch.randint(256, shape, generator=torch.Generator().manual_seed(index))
         made[name] = folder / f"{name}.png"
         Image.fromarray(pixels.to(torch.uint8).numpy()).save(made[name])
     return made
 
 
-def transform(folder: Path, layout: str) -> QuestionTransform:
+def transform(folder: Path, layout: str, kind: Any = SampleTransform, **given: Any) -> Any:
+    """The transform of a layout, with the template plain unless another is given."""
     options: dict[str, Any] = {"image_token": MARK, "features_per_image": PER_IMAGE}
     options |= {"image_transform": ImageTransform(8)} | LAYOUTS[layout]
-    return QuestionTransform(tokenizer(folder / "words"), **options)
+    return kind(tokenizer(folder / "words"), **options | given)
+
+
+def sample(text: str, images: Any = (), answer: str | None = None) -> Sample:
+    """A question, with its answer if it is given."""
+    question = user_message(text, images)
+    return Sample([question] if answer is None else [question, Message("assistant", [answer])])
 
 
 def model_for(layout: str, max_seq_len: int = 97) -> Any:
@@ -86,13 +96,17 @@ def model_for(layout: str, max_seq_len: int = 97) -> Any:
     with torch.no_grad():
         for parameter in model.adapter.parameters():
             parameter.mul_(30)
+        rows = model.output.weight  # of the head: special tokens are never the likeliest
+        rows[:4] = rows[4:].mean(dim=0)
     return model.eval().requires_grad_(False)
 
 
-def make_settings(folder: Path, layout: str, **options: Any) -> PromptSettings:
+def make_settings(
+    folder: Path, layout: str, made: SampleTransform | None = None, **options: Any
+) -> PromptSettings:
     given = {
         "max_new_tokens": 5,
         "sampling": Sampling(temperature=0, repetition_penalty=1.7),
         "stop_tokens": (),
     }
-    return PromptSettings(transform(folder, layout), **given | options)
+    return PromptSettings(made or transform(folder, layout), **given | options)

@@ -5,7 +5,20 @@ Each is a ``ValueError``, so that code which catches those keeps working. Recipe
 its traceback.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "FusionError", "ModelError"]
+from collections.abc import Sequence
+from os import PathLike
+from typing import Final
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FusionError",
+    "ModelError",
+    "name_problems",
+]
+
+_LISTED: Final = 16  # problems that are listed one by one
 
 
 class FusionError(ValueError):
@@ -26,3 +39,20 @@ class CheckpointError(FusionError):
 
 class ModelError(FusionError):
     """Modules or tensors do not fit each other, or a model cannot do what was requested."""
+
+
+def name_problems(path: str | PathLike[str], problems: Sequence[str]) -> str:
+    """Return one message for all problems of a file.
+
+    Examples:
+        >>> print(name_problems("a.jsonl", ["line 3: no JSON."]))
+        a.jsonl, line 3: no JSON.
+        >>> print(name_problems("a.jsonl", ["line 3: no JSON.", "line 5: no JSON."]))
+        a.jsonl has 2 problems:
+          line 3: no JSON.
+          line 5: no JSON.
+    """
+    if len(problems) == 1:
+        return f"{path}, {problems[0]}"
+    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return "\n  ".join([f"{path} has {len(problems)} problems:", *problems[:_LISTED], *more])

@@ -7,7 +7,7 @@ import torch
 from prompt_settings import LAYOUTS, PER_IMAGE, images, transform
 
 from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.questions import QuestionDataset
+from torchfuse.data.questions import QuestionDataset, QuestionTransform
 from torchfuse.data.steps import count_tokens, optimizer_steps
 
 NUM = 13
@@ -28,7 +28,7 @@ def questions(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def load(layout):
-        return QuestionDataset(transform(tmp_path, layout), tmp_path / "q.jsonl")
+        return QuestionDataset(transform(tmp_path, layout, QuestionTransform), tmp_path / "q.jsonl")
 
     return load
 

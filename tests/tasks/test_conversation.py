@@ -1,91 +1,174 @@
 import pytest
 import torch
-from prompt_settings import LAYOUTS, MARK, PER_IMAGE, images, make_settings, model_for
+from prompt_settings import (
+    LAYOUTS,
+    MARK,
+    PER_IMAGE,
+    images,
+    make_settings,
+    model_for,
+    transform,
+)
 
 from torchfuse import generate
-from torchfuse.data.questions import Question
+from torchfuse.data import ChatTemplate, GridImageTransform, Message, Sample, padded_collate_images
 from torchfuse.generation import session
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.chat import HELP, chat
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.prompt_settings import required_slots
-from torchfuse.tasks.prompts import Template
+from torchfuse.tasks.prompts import user_message
 from torchfuse.tasks.report import Report
 from torchfuse.tasks.text_stream import TextStream
+from torchfuse.tasks.text_template import text_template
+
+WORDS = """
+{%- for message in messages %}
+    {{- 'w13 ' + message.role.replace('system', 'w14').replace('user', 'w15').replace('assistant', 'w16') }}
+    {%- if message.role == 'assistant' %}
+        {{- ' w17 ' }}{% generation %}{{ message.content }} <eos>{% endgeneration %}{{ ' w18 ' }}
+    {%- else %}
+        {{- ' w17 ' + message.content + ' w19 ' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'w13 w16 w17 ' }}
+{%- endif %}
+"""  # with a header of each message, an end of each turn, and a word between turns
+TEMPLATES = {
+    "plain": "plain",
+    "texts": text_template("{text} w15 ", "w16 {text} w17"),
+    "chat": ChatTemplate(WORDS, name="words"),
+}
 
 
 def turns(folder, layout):
     """Two images, none, a new one and an old one, none; only in the first turn for a prefix."""
     a, b, c = images(folder).values()
     questions = [
-        Question("w4 <image> w5 <image> w6", (a, b)),
-        Question("w7 w8 w9"),
-        Question("<image> w10 <image> w11", (c, a)),
-        Question("w12"),
+        user_message("w4 <image> w5 <image> w6", (a, b)),
+        user_message("w7 w8 w9"),
+        user_message("<image> w10 <image> w11", (c, a)),
+        user_message("w12"),
     ]
     return [questions[0], questions[1], questions[3]] if layout == "prefix" else questions
 
 
+def without_images(questions):
+    return [Message("user", [part for part in q.content if isinstance(part, str)]) for q in questions]
+
+
 def from_scratch(model, settings, questions, system=None):
     """Each turn as one prompt with all turns before it, all its images encoded again."""
-    transform, sequence, shown, answers = settings.transform, [], [], []
+    return _from_scratch(model, settings, questions, system)[:2]
+
+
+def _from_scratch(model, settings, questions, system):
+    """Also the logits of the first token of each answer, without caches."""
+    messages = [] if system is None else [Message("system", [system])]
+    tokens, answers, logits = [], [], []
     for question in questions:
-        text = settings.template.fill(question.question, system=None if sequence else system)
-        prompt, _ = transform.encode(Question(text, question.images), with_answer=False)
-        sequence += prompt[bool(sequence) :]
-        shown += question.images
-        given = {}
-        if shown:
-            pixels = torch.stack([transform.pixels(path) for path in shown])
-            mask = transform.encoder_mask(sequence, len(shown))
-            given = {"encoder_input": {"images": pixels[None]}, "encoder_mask": mask[None]}
-        tokens = torch.tensor([sequence])
-        new = settings.max_new_tokens
+        messages.append(question)
+        sample = settings.transform(Sample(messages), with_answer=False)
+        batch = padded_collate_images([sample])
+        tokens = batch.pop("tokens")
+        logits.append(model(tokens, **batch)[0, -1])
         got = generate(
             model,
             tokens,
-            **given,
-            max_new_tokens=new,
+            **batch,
+            max_new_tokens=settings.max_new_tokens,
             stop_tokens=settings.stops,
             **vars(settings.sampling),
         )
-        answers.append(settings.until_stop(got[0, len(sequence) :].tolist()))
-        sequence = sequence + answers[-1]
-    return sequence, [settings.text(answer) for answer in answers]
+        answer = settings.until_stop(got[0, tokens.shape[1] :].tolist())
+        tokens = tokens[0].tolist() + answer
+        answers.append(settings.text(answer))
+        messages.append(Message("assistant", [answers[-1]]))
+    return tokens, answers, logits
 
 
-@pytest.mark.parametrize("system", [None, "w13 w14"], ids=["plain", "system"])
+def record_logits(monkeypatch):
+    """A list of the logits of the first token of each answer of a session."""
+    logits, answer = [], session.Session.answer
+
+    def recorded(*args, **options):
+        new, scores = answer(*args, **options, scores="logits")
+        logits.append(scores[0, 0])
+        return new, None
+
+    monkeypatch.setattr(session.Session, "answer", recorded)
+    return logits
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "w13 w14"], ids=["alone", "system"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_turn_equals_the_whole_conversation_from_scratch(tmp_path, layout, system):
+def test_every_turn_equals_the_whole_conversation_from_scratch(
+    tmp_path, layout, system, template, monkeypatch
+):
     model, questions = model_for(layout), turns(tmp_path, layout)
-    settings = make_settings(tmp_path, layout, template=Template("{text} w15 ", "w16 {text} w17"))
-    expected = from_scratch(model, settings, questions, system)
+    made = transform(tmp_path, layout, template=TEMPLATES[template])
+    settings = make_settings(tmp_path, layout, made)
+    *expected, expected_logits = _from_scratch(model, settings, questions, system)
+    *_, blind = _from_scratch(model, settings, without_images(questions), system)
+    assert (blind[0] - expected_logits[0]).abs().max() > 1e-3
     model.encoder.seen = 0
-    report = Report()
-    options = {"max_tokens": 80, "max_images": 4, "system": system, "report": report}
+    report, logits = Report(), record_logits(monkeypatch)
+    options = {"max_tokens": 97, "max_images": 5, "system": system, "report": report}
+    if layout == "prefix":
+        options |= {"max_tokens": 80, "max_images": 2}
     with Conversation(model, settings, **options) as conversation:
         answers = [conversation.ask(question) for question in questions]
-        assert (conversation.tokens, answers) == expected
-    assert len(set(answers)) > 1
+        assert [conversation.tokens, answers] == expected
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-4)
     num = 2 if layout == "prefix" else 3  # the repeated image is encoded once
     assert model.encoder.seen == report.images == num
     assert not model.caches_are_setup()
-    blind = from_scratch(
-        model, settings, [Question(q.question.replace("<image>", "")) for q in questions], system
-    )
-    assert blind[1] != answers
 
 
-def test_turns_follow_the_stop_token_of_the_last_answer(tmp_path):
-    model, questions = model_for("all"), turns(tmp_path, "all")
-    free = from_scratch(model, make_settings(tmp_path, "all"), questions[:1])[1][0].split()
-    stop = int(free[2][1:])
-    settings = make_settings(tmp_path, "all", stop_tokens=(stop,))
+@pytest.mark.parametrize("layout", ["last", "all", "placeholder"])
+def test_images_in_any_number_of_tiles(tmp_path, layout):
+    """A grid of two tiles, one of four, each beside the whole image; and the first one again."""
+    model = model_for(layout, max_seq_len=149)
+    grid = GridImageTransform(8, resolutions=[(8, 16), (16, 16)])
+    made = transform(tmp_path, layout, template="plain", image_transform=grid)
+    settings = make_settings(tmp_path, layout, made)
+    square = images(tmp_path, 16, 16)["b"].rename(tmp_path / "square.png")
+    wide = images(tmp_path, 8, 16)["a"]
+    questions = [
+        user_message("w4 <image> w5", (wide,)),
+        user_message("<image> w7 <image>", (square, wide)),
+        user_message("w12"),
+    ]
     expected = from_scratch(model, settings, questions)
-    with Conversation(model, settings, max_tokens=80, max_images=4) as conversation:
+    model.encoder.seen = 0
+    with Conversation(model, settings, max_tokens=97, max_images=11) as conversation:
+        answers = [conversation.ask(question) for question in questions]
+        assert (conversation.tokens, answers) == expected
+        assert model.encoder.seen == 3 + 5
+        with pytest.raises(ValueError, match="would be 14 images, and there is room for 11"):
+            conversation.ask(questions[0])
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_turns_follow_the_stop_token_of_the_last_answer(tmp_path, template):
+    model, questions = model_for("all"), turns(tmp_path, "all")
+    made = transform(tmp_path, "all", template=TEMPLATES[template])
+    free = from_scratch(model, make_settings(tmp_path, "all", made), questions[:1])[1][0].split()
+    eos = 2
+    with torch.no_grad():  # the end takes the place of the third word
+        head = model.output.weight
+        head[eos] = head[int(free[2][1:])] * 1.01
+    settings = make_settings(tmp_path, "all", made, stop_tokens=None)
+    expected = from_scratch(model, settings, questions)
+    with Conversation(model, settings, max_tokens=97, max_images=4) as conversation:
         assert [conversation.ask(question) for question in questions] == expected[1]
         assert conversation.tokens == expected[0]
     assert expected[1][0].split() == free[: free.index(free[2])]
+    # One end for each answer, whether generated or added to one that was cut short; none for the last.
+    last = expected[0][-1] == eos
+    assert expected[0].count(eos) == len(questions) - 1 + last
 
 
 @pytest.mark.parametrize("layout", ["all", "placeholder"])
@@ -105,19 +188,18 @@ def test_a_turn_that_does_not_fit_changes_nothing(tmp_path, layout):
     settings, picture = make_settings(tmp_path, layout), images(tmp_path)["a"]
     with Conversation(model, settings, max_tokens=40, max_images=3) as conversation:
         first = conversation.ask(questions[0])
-        before = list(conversation.tokens)
+        before = (list(conversation.tokens), list(conversation.messages))
         seen = model.encoder.seen
         with pytest.raises(
             ValueError, match=r"fit any more: \d+ tokens and an answer of up to 5 do not"
         ):
-            conversation.ask(Question("w4 " * 33))
-        two = Question("w4", (picture, picture))
+            conversation.ask(user_message("w4 " * 33))
+        two = user_message("w4", (picture, picture))
         reason = "only the first turn can have any" if layout == "prefix" else "would be 4 images"
         with pytest.raises(ValueError, match=reason):
             conversation.ask(two)
-        with pytest.raises(ValueError, match="makes no token of ' '"):
-            conversation.ask(Question(" "))
-        assert (conversation.tokens, model.encoder.seen) == (before, seen)
+        assert (conversation.tokens, conversation.messages) == before
+        assert model.encoder.seen == seen
         second = conversation.ask(questions[1])
     assert [first, second] == from_scratch(model, settings, questions[:2])[1]
 
@@ -200,9 +282,9 @@ def test_chat(tmp_path):
     with Conversation(model, settings, max_tokens=60, max_images=2, report=report) as conversation:
         chat(conversation, typed, shown.append)
     questions = [
-        Question("w4 <image> w5 <image> w6", (pictures["a"], pictures["b"])),
-        Question("w7 w8 w9"),
-        Question("w12"),
+        user_message("w4 <image> w5 <image> w6", (pictures["a"], pictures["b"])),
+        user_message("w7 w8 w9"),
+        user_message("w12"),
     ]
     answers = (
         from_scratch(model, settings, questions)[1] + from_scratch(model, settings, questions[2:])[1]
@@ -216,21 +298,17 @@ def test_chat(tmp_path):
     assert lines[6] == answers[0]
     assert lines[7] == f"[/what is no command. {HELP}]"
     assert lines[8] == answers[1]
-    assert "[This turn does not fit any more: 90 tokens" in lines[9]
+    assert "[This turn does not fit any more: 91 tokens" in lines[9]
     assert lines[10:] == [answers[2], "[a new conversation]", answers[3]]
     assert report.images == 2
 
 
 def test_settings_that_do_not_fit_the_model_are_named(tmp_path):
     settings = make_settings(tmp_path, "all", stop_tokens=(-1, 999), max_new_tokens=0)
-    settings = type(settings)(
-        **vars(settings) | {"sampling": Sampling(temperature=-1), "template": Template("x", "")}
-    )
+    settings = type(settings)(**vars(settings) | {"sampling": Sampling(temperature=-1)})
     text = "; ".join(settings.problems(model_for("all")))
     for problem in (
         "temperature must be at least 0, got -1",
-        "template.system must hold {text} once and no <image>, got 'x'",
-        "template.question must hold {text} once",
         "max_new_tokens must be at least 1, got 0",
         f"stop_tokens [-1, 999] must lie in [0, {MARK}), what the head scores",
     ):
@@ -290,19 +368,19 @@ def test_slots_are_enough_for_all_turns(tmp_path, compile, monkeypatch):
     model, settings = model_for("all", 89), make_settings(tmp_path, "all", compile=compile)
 
     def slots(*lengths):
-        encoded = [[list(range(n + (not i))) for i, n in enumerate(lengths)]]
-        return required_slots(model, settings, encoded, 0, path="p")
+        # BOS, or the end of the answer before.
+        return required_slots(model, settings, [[n + 1 for n in lengths]], 0, path="p")
 
     for lengths in ([83], [20, 3, 11], [15, 16, 17]):
         with Conversation(model, settings, max_tokens=slots(*lengths)) as conversation:
             for n in lengths:
-                conversation.ask(Question(" ".join(["w4"] * n)))
+                conversation.ask(user_message(" ".join(["w4"] * n)))
     with pytest.raises(ValueError, match=r"p, prompt 1: 85 tokens in 1 turns, .* are 90, and 89 fit"):
         slots(84)
     if compile:
         with pytest.raises(
-            ValueError, match="71 tokens in 3 turns, padded to lengths that share a graph"
+            ValueError, match="73 tokens in 3 turns, padded to lengths that share a graph"
         ):
             slots(40, 20, 10)
     else:
-        assert slots(40, 20, 10) == 71 + 2 + 3 * 4 + 1
+        assert slots(40, 20, 10) == 73 + 2 + 3 * 4 + 1

@@ -26,7 +26,7 @@ from torchfuse.data.masks import ImageScope
 from torchfuse.data.samples import Content, Media, Message, Sample
 from torchfuse.data.sequences import IGNORED
 from torchfuse.data.transform import SampleTransform
-from torchfuse.errors import ConfigError, DataError
+from torchfuse.errors import ConfigError, DataError, name_problems
 
 __all__ = [
     "Question",
@@ -34,14 +34,12 @@ __all__ = [
     "QuestionTransform",
     "check_questions",
     "image_problems",
-    "name_problems",
     "question_from",
     "read_questions",
 ]
 
 _MARKER: Final = "<image>"
 _FIELDS: Final = {"question": str, "answer": str, "images": list, "kind": str}
-_LISTED: Final = 16  # problems of a file that are listed one by one
 
 
 @dataclass(frozen=True)
@@ -108,23 +106,6 @@ def image_problems(question: Question, checked: dict[Path, str]) -> list[str]:
             else:
                 checked[image] = ""
     return [checked[image] for image in dict.fromkeys(question.images) if checked[image]]
-
-
-def name_problems(path: str | Path, problems: Sequence[str]) -> str:
-    """Return one message for all problems of a file.
-
-    Examples:
-        >>> print(name_problems("a.jsonl", ["line 3: no JSON."]))
-        a.jsonl, line 3: no JSON.
-        >>> print(name_problems("a.jsonl", ["line 3: no JSON.", "line 5: no JSON."]))
-        a.jsonl has 2 problems:
-          line 3: no JSON.
-          line 5: no JSON.
-    """
-    if len(problems) == 1:
-        return f"{path}, {problems[0]}"
-    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-    return "\n  ".join([f"{path} has {len(problems)} problems:", *problems[:_LISTED], *more])
 
 
 def _parse(line: str, folder: Path) -> Question:
@@ -219,8 +200,8 @@ class QuestionTransform(SampleTransform):
     def __call__(self, sample: Question | Sample, *, with_answer: bool = True) -> dict[str, Any]:
         return super().__call__(_sample(sample), with_answer=with_answer)
 
-    def length(self, sample: Question | Sample) -> int:
-        return super().length(_sample(sample))
+    def length(self, sample: Question | Sample, *, with_answer: bool = True) -> int:
+        return super().length(_sample(sample), with_answer=with_answer)
 
     def encode(self, question: Question, *, with_answer: bool = True) -> tuple[list[int], list[int]]:
         """Return the ids of a question and of its answer, without opening images.
@@ -239,16 +220,6 @@ class QuestionTransform(SampleTransform):
         tokens, labels = encoded["tokens"], encoded.get("labels", [])
         start = next((i for i, label in enumerate(labels) if label != IGNORED), len(tokens))
         return tokens[:start], tokens[start:]
-
-    def encode_text(self, text: str, *, first: bool = True) -> list[int]:
-        """Return the ids of a template's text, in which special tokens are tokens unless escaped.
-
-        Args:
-            text: the text, with the tokenizer's ``image_text`` for each image.
-            first: whether it begins a sequence.
-        """
-        num_items = [1] * self.tokenizer.count_images(text)
-        return self._sequences.encode_text(text + self.tokenizer.boundary, num_items, first=first)
 
 
 def _sample(question: Question | Sample) -> Sample:

@@ -65,7 +65,8 @@ class SequenceEncoder:
         Raises:
             DataError: if the template refuses the conversation.
         """
-        return self.encode_text(self.template.prompt(messages, self.tokenizer), num_items)
+        ids, _ = self.tokenizer.encode_template(self.template.prompt(messages, self.tokenizer))
+        return self.expand(self._bos(ids) + ids, num_items)[0]
 
     def next_turn(
         self, messages: Sequence[Message], num_items: Sequence[int], *, ended: bool = True
@@ -88,17 +89,6 @@ class SequenceEncoder:
         if not ended and first and ids[first - 1] in self.stop_tokens:
             first -= 1
         return self.expand(ids[first:], num_items)[0]
-
-    def encode_text(self, text: str, num_items: Sequence[int], *, first: bool = True) -> list[int]:
-        """Return the ids of a filled template.
-
-        Args:
-            text: as for ``TextTokenizer.encode_template``.
-            num_items: of its images.
-            first: whether it begins a sequence.
-        """
-        ids, _ = self.tokenizer.encode_template(text if first else self.tokenizer.boundary + text)
-        return self.expand(self._bos(ids) + ids if first else ids, num_items)[0]
 
     def expand(
         self, ids: Sequence[int], num_items: Sequence[int], weights: Sequence[float] = ()

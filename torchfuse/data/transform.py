@@ -78,18 +78,27 @@ class SampleTransform:
                 f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
                 '"prefix", and an id for the others.'
             )
-        chat = ChatTemplate.load(template, tokenizer)
-        self.tokenizer = TextTokenizer(
-            tokenizer, image_token=image_token, image_text=chat.image_text, template=chat.source
-        )
         self.image_token, self.features_per_image = image_token, features_per_image
         self.max_seq_len = max_seq_len
-        self._sequences = SequenceEncoder(
-            chat, self.tokenizer, layout=layout, features_per_item=features_per_image, scope=scope
-        )
+        self._folder, self._images = tokenizer, (layout, scope)
+        self._set_template(template)
         self.reader: MediaReader | FeatureReader = MediaReader(image_transform, media_transforms)
         self.image_transform = self.reader.image_transform
         self._cache = _Cache(cache_images)
+
+    def _set_template(self, template: str | Path | ChatTemplate | None) -> None:
+        chat = ChatTemplate.load(template, self._folder)
+        self.tokenizer = TextTokenizer(
+            self._folder,
+            image_token=self.image_token,
+            image_text=chat.image_text,
+            template=chat.source,
+        )
+        layout, scope = self._images
+        features = self.features_per_image
+        self._sequences = SequenceEncoder(
+            chat, self.tokenizer, layout=layout, features_per_item=features, scope=scope
+        )
 
     @classmethod
     def for_model(
@@ -136,6 +145,19 @@ class SampleTransform:
         return cls(
             tokenizer, image_transform=image_transform, template=template, max_seq_len=length, **given
         )
+
+    def with_template(self, template: str | Path | ChatTemplate | None) -> SampleTransform:
+        """Return a copy that writes conversations by another template.
+
+        Args:
+            template: as for the class.
+
+        Raises:
+            ConfigError: if the template cannot be used.
+        """
+        other = copy(self)
+        other._set_template(template)
+        return other
 
     def with_reader(self, reader: MediaReader | FeatureReader) -> SampleTransform:
         """Return a copy that reads media otherwise, for example their features in place of pixels."""
@@ -193,14 +215,18 @@ class SampleTransform:
         result["encoder_mask"] = self.encoder_mask(result["tokens"], num_items)
         return result
 
-    def length(self, sample: Sample) -> int:
+    def length(self, sample: Sample, *, with_answer: bool = True) -> int:
         """Return the positions of the decoder that a sample takes, without decoding its images.
+
+        Args:
+            sample: a conversation.
+            with_answer: as for a call.
 
         Raises:
             DataError: as for a call.
         """
-        num_items = self._num_items(sample.messages)
-        tokens = self._encode(sample, num_items)["tokens"]
+        num_items = self._num_items(sample.messages if with_answer else sample.prompt)
+        tokens = self._encode(sample, num_items, with_answer=with_answer)["tokens"]
         return self._sequences.length(tokens, num_items)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from torchfuse.data.images import open_image
-from torchfuse.data.questions import Question
+from torchfuse.data.samples import Media, Message
 from torchfuse.errors import DataError
 from torchfuse.tasks.conversation import Conversation
+from torchfuse.tasks.prompts import user_message
 
 __all__ = ["HELP", "chat"]
 
@@ -29,7 +30,7 @@ def chat(conversation: Conversation, lines: Iterable[str], write: Callable[[str]
         lines: the input.
         write: takes the output, piece by piece, line ends included.
     """
-    images: list[Path] = []
+    images: list[Media] = []
     for line in lines:
         command, _, argument = line.strip().partition(" ")
         if not command:
@@ -39,7 +40,7 @@ def chat(conversation: Conversation, lines: Iterable[str], write: Callable[[str]
         try:
             if command == "/image":
                 images.append(_image(argument))
-                write(f"[{images[-1].name} comes with the next question]\n")
+                write(f"[{Path(str(images[-1])).name} comes with the next question]\n")
             elif command == "/reset":
                 conversation.reset(conversation.system)
                 images.clear()
@@ -54,20 +55,20 @@ def chat(conversation: Conversation, lines: Iterable[str], write: Callable[[str]
             write(f"[{' '.join(str(error).split())}]\n")
 
 
-def _question(text: str, images: list[Path]) -> Question:
+def _question(text: str, images: list[Media]) -> Message:
     try:
-        return Question(text, tuple(images))
-    except ValueError as error:
+        return user_message(text, images)
+    except DataError as error:
         raise DataError(
             f"{error}; /image adds one, and without <image> in the question images come first"
         ) from error
 
 
-def _image(argument: str) -> Path:
-    """Return the path in the input, quoted or not, of an image that opens."""
+def _image(argument: str) -> Media:
+    """Return the image whose path, quoted or not, is in the input, if it opens."""
     typed = argument.strip().strip("'\"")
     if not typed:
         raise DataError("/image needs the path of an image")
     path = Path(typed).expanduser()
     open_image(path)
-    return path
+    return Media(path)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchfuse.data.questions import Question
+from torchfuse.data.samples import Media, Message
 from torchfuse.errors import DataError
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model, unwrap
-from torchfuse.tasks.image_inputs import encode_images
+from torchfuse.tasks.image_inputs import encode_each
+from torchfuse.tasks.prompt_lengths import encode_turn, num_items
 from torchfuse.tasks.prompt_settings import PromptSettings
-from torchfuse.tasks.prompts import encode_turn
 from torchfuse.tasks.report import Report
 from torchfuse.tasks.text_stream import TextStream
 
@@ -34,10 +33,10 @@ class Conversation:
 
     Args:
         model: a fused model without caches, in evaluation mode.
-        settings: how questions become prompts, and how answers are generated.
+        settings: how messages become prompts, and how answers are generated.
         max_tokens: most tokens of text of all turns together, answers included.
-        max_images: most images of all turns together.
-        system: text in front of the first question.
+        max_images: most images of all turns together; tiles and frames count one by one.
+        system: text of the system message in front of the first question.
         report: what counts and times are added to.
     """
 
@@ -69,17 +68,18 @@ class Conversation:
         if self._session is not None:
             self._session.reset()
         self.system = system
+        self.messages = [] if system is None else [Message("system", [system])]
         self.tokens: list[int] = []
-        self.images: list[Path] = []
-        self._features: dict[Path, Tensor] = {}
+        self.media: list[Media] = []
+        self._features: dict[Media, Tensor] = {}
         self._generator = self.settings.generator(index, self._device)
 
     @torch.no_grad()
-    def ask(self, question: Question, *, stream: Callable[[str], object] | None = None) -> str:
+    def ask(self, question: Message, *, stream: Callable[[str], object] | None = None) -> str:
         """Ask the next question.
 
         Args:
-            question: the question, with its images. One of an earlier turn is not encoded again.
+            question: a message of the user. An image of an earlier turn is not encoded again.
             stream: called with each piece of the answer's text as soon as it is generated.
 
         Returns:
@@ -89,16 +89,13 @@ class Conversation:
             DataError: if the question cannot be encoded or does not fit any more; the conversation is
                 unchanged then.
         """
-        prompt = encode_turn(
-            self.settings.transform,
-            self.settings.template,
-            question,
-            first=not self.tokens,
-            system=self.system,
-        )
+        messages = [*self.messages, question]
+        # The answer before may have been cut short, or have ended with a token of the caller's.
+        ended = bool(self.tokens) and self.tokens[-1] in self.settings.transform.stop_tokens
+        prompt = encode_turn(self.settings.transform, messages, first=not self.tokens, ended=ended)
         session = self._open()
         self._check_room(session, prompt, question)
-        given = self._encode_images(prompt, question)
+        given = self._encode_images(prompt, question.media)
         text = TextStream(self.settings.text, stream) if stream is not None else None
 
         def put(chosen: Tensor) -> None:
@@ -124,12 +121,13 @@ class Conversation:
         answer = self.settings.until_stop(new[0].tolist())
         self.report.count(len(prompt), [answer])
         self.tokens += prompt + answer
-        self.images += question.images
+        self.media += question.media
+        self.messages = [*messages, Message("assistant", [self.settings.text(answer)])]
         if text is not None:
             text.end()
         return self.settings.text(answer)
 
-    def _check_room(self, session: Session, prompt: list[int], question: Question) -> None:
+    def _check_room(self, session: Session, prompt: list[int], question: Message) -> None:
         """Raise a ``DataError`` unless a turn fits into what is left."""
         new, problems = self.settings.max_new_tokens, []
         if len(prompt) + new > session.room:
@@ -137,7 +135,7 @@ class Conversation:
                 f"{len(prompt)} tokens and an answer of up to {new} do not fit into the {session.room} "
                 f"that are left of {self.max_tokens}"
             )
-        images = len(self.images) + len(question.images)
+        images = num_items(self.settings.transform, [*self.messages, question])
         if images > self.max_images:
             problems.append(f"it would be {images} images, and there is room for {self.max_images}")
         if problems:
@@ -155,35 +153,35 @@ class Conversation:
             )
         return self._session
 
-    def _encode_images(self, prompt: list[int], question: Question) -> dict[str, Any]:
+    def _encode_images(self, prompt: list[int], media: list[Media]) -> dict[str, Any]:
         """Return a turn's features and their mask, as arguments of ``Session.answer``."""
-        if not question.images:
+        if not media:
             return {}
-        self._add_features(question.images)
-        shown = [*self.images, *question.images]
+        self._add_features(media)
+        shown = [self._features[each] for each in [*self.media, *media]]
         # Layers that cache keys and values of features replace all that they hold.
         kept = bool(getattr(unwrap(self.model).strategy, "caches_features", False))
-        from_image = 0 if kept else len(self.images)
+        first = 0 if kept else len(self.media)
         n = self.settings.transform.features_per_image
-        mask = self.settings.transform.encoder_mask(self.tokens + prompt, len(shown))
+        items = [features.shape[1] // n for features in shown]
+        mask = self.settings.transform.encoder_mask(self.tokens + prompt, items)
         # With the row of the last answer's last token, which is run with this turn.
-        rows = mask[-(len(prompt) + bool(self.tokens)) :, from_image * n :]
+        rows = mask[-(len(prompt) + bool(self.tokens)) :, sum(items[:first]) * n :]
         return {
-            "encoder_embeds": torch.cat([self._features[path] for path in shown[from_image:]], dim=1),
+            "encoder_embeds": torch.cat(shown[first:], dim=1),
             "encoder_mask": rows[None].to(self._device),
         }
 
-    def _add_features(self, paths: tuple[Path, ...]) -> None:
+    def _add_features(self, media: list[Media]) -> None:
         """Encode those of these images that were not encoded before."""
-        new = [path for path in dict.fromkeys(paths) if path not in self._features]
+        new = [each for each in dict.fromkeys(media) if each not in self._features]
         if not new:
             return
-        pixels = torch.stack([self.settings.transform.pixels(path) for path in new])
+        inputs = [self.settings.transform.media_input(each) for each in new]
         with self.report.timing("encode", self._device):
-            features = encode_images(self.model, {"images": pixels[None].to(self._device)})
+            features = encode_each(self.model, inputs)
         self.report.images += len(new)
-        parts = features.chunk(len(new), dim=1)
-        self._features |= dict(zip(new, parts, strict=True))
+        self._features |= dict(zip(new, features, strict=True))
 
     def close(self) -> None:
         """Give the caches back."""

@@ -1,9 +1,8 @@
-"""Evaluation of a trained model: accuracy by kind of question, and the costs of its training."""
+"""Evaluation of a trained model: accuracy by kind of sample, and the costs of its training."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.data.questions import Question
+from torchfuse.data.samples import Media, Sample
 from torchfuse.errors import DataError
 from torchfuse.naming import unwrap_model
 from torchfuse.params import get_fusion_params
 from torchfuse.tasks.prediction import Prediction
+from torchfuse.tasks.prompts import prompt_record
 from torchfuse.training.record import TrainingRecord
 
 __all__ = [
@@ -27,23 +27,29 @@ __all__ = [
     "evaluate",
     "format_costs",
     "prediction_record",
+    "sample_kind",
     "swap_images",
     "training_costs",
 ]
 
 
+def sample_kind(sample: Sample) -> str:
+    """Return the kind of a sample: ``kind`` of its metadata, or ``"question"``."""
+    return str(sample.metadata.get("kind", "question"))
+
+
 def accuracy(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Return the share of correct answers by kind of question, and of ``"all"`` questions.
+    """Return the share of correct answers by kind of sample, and of ``"all"`` samples.
 
     Raises:
-        DataError: if a question has no answer to compare with.
+        DataError: if a sample has no answer to compare with.
     """
-    unknown = sum(p.question.answer is None for p in predictions)
+    unknown = sum(p.sample.answer is None for p in predictions)
     if unknown or not predictions:
-        raise DataError(f"{unknown} of {len(predictions)} questions have no answer to compare with.")
+        raise DataError(f"{unknown} of {len(predictions)} samples have no answer to compare with.")
     by_kind: dict[str, list[Prediction]] = {}
     for prediction in predictions:
-        by_kind.setdefault(prediction.question.kind, []).append(prediction)
+        by_kind.setdefault(sample_kind(prediction.sample), []).append(prediction)
     groups = {**by_kind, "all": list(predictions)}
     return {kind: sum(p.is_correct for p in group) / len(group) for kind, group in groups.items()}
 
@@ -57,7 +63,7 @@ def accuracy_table(shares: Mapping[str, Mapping[str, float]]) -> str:
     """Return several results of ``accuracy`` as the columns of a table.
 
     Args:
-        shares: for each column the share of correct answers by kind of question.
+        shares: for each column the share of correct answers by kind of sample.
 
     Examples:
         >>> print(accuracy_table({"before": {"text": 1.0}, "after": {"one_image": 0.987, "text": 1.0}}))
@@ -66,7 +72,7 @@ def accuracy_table(shares: Mapping[str, Mapping[str, float]]) -> str:
         one_image                               98.7%
     """
     if not shares:
-        return "no question was answered"
+        return "no sample was answered"
     kinds = list(dict.fromkeys(kind for by_kind in shares.values() for kind in by_kind))
     width = max(map(len, ["accuracy", *kinds]))
     lines = [f"{'accuracy':<{width}}" + "".join(f"  {name:>16}" for name in shares)]
@@ -80,73 +86,92 @@ def prediction_record(prediction: Prediction, folder: str | Path) -> str:
     """Return a prediction as a line of JSON, paths of images relative to the folder of the file.
 
     Examples:
-        >>> question = Question("<image> which digit ?", (Path("a/images/7.png"),), "seven")
-        >>> line = prediction_record(Prediction(question, "one"), "a/run")
-        >>> print(line)  # doctest: +NORMALIZE_WHITESPACE
+        >>> from torchfuse.data import Message
+        >>> question = Message("user", [Media(Path("a/images/7.png")), " which digit ?"])
+        >>> sample = Sample([question, Message("assistant", ["seven"])])
+        >>> print(prediction_record(Prediction(sample, "one"), "a/run"))
+        ... # doctest: +NORMALIZE_WHITESPACE
         {"kind": "question", "question": "<image> which digit ?", "images": ["../images/7.png"],
          "answer": "seven", "text": "one"}
     """
-    question = prediction.question
+    sample = prediction.sample
     return json.dumps(
         {
-            "kind": question.kind,
-            "question": question.question,
-            "images": [os.path.relpath(image, folder) for image in question.images],
-            "answer": question.answer,
+            "kind": sample_kind(sample),
+            **prompt_record(sample.prompt, folder),
+            "answer": sample.answer,
             "text": prediction.text,
         }
     )
 
 
-def swap_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """Give each question the images of another one with as many; drop those without such another.
+def swap_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """Give each sample the images of another one with as many; drop those without such another.
 
-    A model whose answers depend on its images gets most of these wrong.
+    A model whose answers depend on its images gets most of these wrong. Videos and other media are
+    swapped likewise.
 
     Args:
-        questions: questions with images.
+        samples: samples with images.
         seed: of the order in which images are swapped.
 
     Raises:
-        DataError: if no two questions have the same number of images.
+        DataError: if no two samples have the same number of images.
     """
-    by_number: dict[int, list[int]] = {}
-    for index, question in enumerate(questions):
-        by_number.setdefault(len(question.images), []).append(index)
-    swapped: dict[int, Question] = {}
+    by_media: dict[tuple[str, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_media.setdefault(_modalities(sample), []).append(index)
+    swapped: dict[int, Sample] = {}
     rng = random.Random(seed)
-    for number, indices in by_number.items():
-        if len(indices) < 2 or not number:
+    for modalities, indices in by_media.items():
+        if len(indices) < 2 or not modalities:
             continue
         rng.shuffle(indices)
         for index, other in zip(indices, indices[1:] + indices[:1], strict=True):
-            swapped[index] = replace(questions[index], images=questions[other].images)
+            swapped[index] = _with_media(samples[index], samples[other].media)
     if not swapped:
-        raise DataError("No two questions have the same number of images, so none can be swapped.")
+        raise DataError("No two samples have the same number of images, so none can be swapped.")
     return [swapped[index] for index in sorted(swapped)]
 
 
+def _modalities(sample: Sample) -> tuple[str, ...]:
+    return tuple(media.modality for media in sample.media)
+
+
+def _with_media(sample: Sample, media: Sequence[Media]) -> Sample:
+    """Return a sample with other media in the places of its own."""
+    given = iter(media)
+    messages = [
+        replace(
+            message,
+            content=[part if isinstance(part, str) else next(given) for part in message.content],
+        )
+        for message in sample.messages
+    ]
+    return replace(sample, messages=messages)
+
+
 def evaluate(
-    predict: Callable[[list[Question]], list[Prediction]], questions: Sequence[Question], seed: int = 0
+    predict: Callable[[list[Sample]], list[Prediction]], samples: Sequence[Sample], seed: int = 0
 ) -> tuple[list[Prediction], dict[str, dict[str, float]]]:
-    """Evaluate a trained model on questions, and again with their images swapped.
+    """Evaluate a trained model on samples, and again with their images swapped.
 
     Args:
-        predict: answers questions.
-        questions: questions with answers.
+        predict: answers samples.
+        samples: samples with answers.
         seed: see ``swap_images``.
 
     Returns:
-        The predictions, and accuracy by kind of question: ``"after"`` training (of ``"all"`` too), and
-        with ``"images_exchanged"`` where questions have images to swap. Both empty without questions.
+        The predictions, and accuracy by kind of sample: ``"after"`` training (of ``"all"`` too), and
+        with ``"images_exchanged"`` where samples have images to swap. Both empty without samples.
     """
-    if not questions:
+    if not samples:
         return [], {}
-    predictions = predict(list(questions))
+    predictions = predict(list(samples))
     shares = {"after": accuracy_by_kind(predictions) | {"all": round(accuracy(predictions)["all"], 4)}}
-    numbers = Counter(len(question.images) for question in questions)
-    if with_images := [q for q in questions if q.images and numbers[len(q.images)] > 1]:
-        # Without "all", which would be of fewer questions than the other.
+    numbers = Counter(map(_modalities, samples))
+    if with_images := [s for s in samples if s.media and numbers[_modalities(s)] > 1]:
+        # Without "all", which would be of fewer samples than the other.
         shares["images_exchanged"] = accuracy_by_kind(predict(swap_images(with_images, seed)))
     return predictions, shares
 

@@ -7,15 +7,23 @@ passed on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchfuse.data.media import MediaInput, collate_media
 from torchfuse.naming import find_model, unwrap
 
-__all__ = ["as_tiles", "encode_images", "fit_to_encoder", "tokens_per_tile"]
+__all__ = [
+    "as_tiles",
+    "drop_padding",
+    "encode_each",
+    "encode_images",
+    "fit_to_encoder",
+    "tokens_per_tile",
+]
 
 
 def fit_to_encoder(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +73,33 @@ def as_tiles(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Ten
     if tokens_per_tile(model) is None or images is None or images.dim() != 5:
         return inputs
     return {"images": images.unsqueeze(2)}
+
+
+def encode_each(model: nn.Module, media: Sequence[MediaInput]) -> list[Tensor]:
+    """Return the features of images one by one, each ``[1, t * n, d]`` for ``t`` tiles or frames."""
+    device = next(model.parameters()).device
+    inputs, real = collate_media([media])
+    features = encode_images(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    by_item = features.unflatten(1, (real.numel(), -1))[:, real.flatten().to(device)]
+    parts = by_item.split([each.num_items for each in media], dim=1)
+    return [part.flatten(1, 2) for part in parts]
+
+
+def drop_padding(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the features that no token attends to behind the others, and drop what all rows have of them.
+
+    Args:
+        features: ``[b, n, d]``.
+        mask: the encoder mask, bool ``[b, s, n]``.
+
+    Returns:
+        Features and mask, with ``n`` as small as the row with most features allows.
+    """
+    real = mask.any(dim=1)
+    order = (~real).int().argsort(dim=1, stable=True)[:, : int(real.sum(dim=1).max())]
+    mask = mask.gather(2, order[:, None].expand(-1, mask.shape[1], -1))
+    order = order.to(features.device)[..., None].expand(-1, -1, features.shape[2])
+    return features.gather(1, order), mask
 
 
 def tokens_per_tile(model: nn.Module) -> int | None:

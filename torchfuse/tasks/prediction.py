@@ -1,13 +1,13 @@
-"""Answers to many questions, in batches of rows with any number of images.
+"""Answers to many samples, in batches of rows with any number of images.
 
-Questions of similar length with as many images share a batch, which pads least; each is sampled with a
+Prompts of similar length with as many images share a batch, which pads least; each is sampled with a
 generator of its own, so that its answer does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.questions import Question
+from torchfuse.data.samples import Sample
 from torchfuse.generation.decode import evaluation_mode
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model
-from torchfuse.tasks.image_inputs import encode_images
+from torchfuse.tasks.image_inputs import drop_padding, encode_images
+from torchfuse.tasks.prompt_lengths import num_items, prompt_lengths
 from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.report import Report
 
@@ -30,58 +31,59 @@ __all__ = ["Prediction", "predict"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A question and the text that a model answered it with."""
+    """A sample and the text that a model answered its prompt with."""
 
-    question: Question
+    sample: Sample
     text: str
 
     @property
     def is_correct(self) -> bool:
-        """Whether the text is the question's answer, word for word."""
-        return self.question.answer is not None and self.text.split() == self.question.answer.split()
+        """Whether the text is the sample's answer, word for word."""
+        answer = self.sample.answer
+        return answer is not None and self.text.split() == answer.split()
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module,
     settings: PromptSettings,
-    questions: Sequence[Question],
+    samples: Sequence[Sample],
     *,
     batch_size: int,
     report: Report | None = None,
     desc: str = "predict",
 ) -> list[Prediction]:
-    """Answer questions that do not depend on each other.
+    """Answer the prompts of samples: their messages before the last answer.
 
     Args:
-        model: a fused model without caches, or a decoder if no question has an image; it is put into
+        model: a fused model without caches, or a decoder if no sample has an image; it is put into
             evaluation mode for the call.
-        settings: how questions become prompts, and how answers are generated. Compiled, every batch is
+        settings: how messages become prompts, and how answers are generated. Compiled, every batch is
             padded to the shape of the largest, so that a few graphs serve all.
-        questions: questions with any number of images, mixed.
-        batch_size: questions in a batch.
+        samples: samples with any number of images, mixed.
+        batch_size: samples in a batch.
         report: what counts and times are added to.
         desc: label of the progress bar.
 
     Returns:
-        The predictions, in the order of the questions.
+        The predictions, in the order of the samples.
 
     Raises:
-        ConfigError: if a question and its answer do not fit the model, before any is answered.
+        DataError: if a prompt cannot be encoded, before any is answered.
+        ConfigError: if a prompt and its answer do not fit the model, before any is answered.
     """
-    if not questions:
+    if not samples:
         return []
     model, transform = find_model(model), settings.transform
-    filled = [replace(q, question=settings.template.fill(q.question)) for q in questions]
-    encoded = [transform.encode(question, with_answer=False)[0] for question in filled]
-    most_images = max(len(question.images) for question in filled)
-    longest, most_features = max(map(len, encoded)), most_images * transform.features_per_image
-    slots = required_slots(model, settings, [[turn] for turn in encoded], most_images, path="questions")
-    order = sorted(range(len(filled)), key=lambda i: (len(filled[i].images), len(encoded[i])))
+    lengths = prompt_lengths(transform, samples)
+    items = [num_items(transform, sample.prompt) for sample in samples]
+    longest, most_features = max(lengths), max(items) * transform.features_per_image
+    slots = required_slots(model, settings, [[n] for n in lengths], most_features, path="samples")
+    order = sorted(range(len(samples)), key=lambda i: (items[i], lengths[i]))
     answers: dict[int, str] = {}
-    report, rows = report or Report(), min(batch_size, len(filled))
+    report, rows = report or Report(), min(batch_size, len(samples))
     sizes = {"batch_size": rows, "max_tokens": slots, "max_features": most_features}
-    bar = tqdm(total=len(filled), desc=desc, disable=None, leave=False)
+    bar = tqdm(total=len(samples), desc=desc, disable=None, leave=False)
     with (
         evaluation_mode(model),
         bar,
@@ -89,18 +91,19 @@ def predict(
     ):
         for start in range(0, len(order), rows):
             indices = order[start : start + rows]
-            full = indices + indices[-1:] * (rows - len(indices))  # the caches have this many rows
-            samples = [transform(filled[i], with_answer=False) for i in full]
-            batch = padded_collate_images(samples, transform.pad_id, pad_left=True)
+            encoded = [transform(samples[i], with_answer=False) for i in indices]
+            encoded += encoded[-1:] * (rows - len(indices))  # the caches have this many rows
+            batch = padded_collate_images(encoded, transform.pad_id, pad_left=True)
             features = _encode(model, batch, report)
-            report.images += sum(len(filled[i].images) for i in indices)
+            report.images += sum(len(each["images"]) for each in encoded[: len(indices)])
             if settings.compile:
                 features = _pad(batch, features, longest, most_features, transform.pad_id)
+            full = indices + indices[-1:] * (rows - len(indices))
             new = _answer(session, settings, batch, features, full, report)[: len(indices)]
-            report.count(sum(len(encoded[i]) for i in indices), new)
+            report.count(sum(lengths[i] for i in indices), new)
             answers |= {i: settings.text(answer) for i, answer in zip(indices, new, strict=True)}
             bar.update(len(indices))
-    return [Prediction(question, answers[i]) for i, question in enumerate(questions)]
+    return [Prediction(sample, answers[i]) for i, sample in enumerate(samples)]
 
 
 def _encode(model: nn.Module, batch: dict[str, Any], report: Report) -> Tensor | None:
@@ -110,7 +113,9 @@ def _encode(model: nn.Module, batch: dict[str, Any], report: Report) -> Tensor |
         return None
     device = next(model.parameters()).device
     with report.timing("encode", device):
-        return encode_images(model, {name: tensor.to(device) for name, tensor in given.items()})
+        features = encode_images(model, {name: tensor.to(device) for name, tensor in given.items()})
+    features, batch["encoder_mask"] = drop_padding(features, batch["encoder_mask"])
+    return features
 
 
 def _pad(

@@ -1,4 +1,4 @@
-"""How questions become prompts and how their answers are generated, in every task."""
+"""How messages become prompts and how their answers are generated, in every task."""
 
 from __future__ import annotations
 
@@ -10,36 +10,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchfuse.data.questions import QuestionTransform, name_problems
-from torchfuse.errors import ConfigError
+from torchfuse.data.transform import SampleTransform
+from torchfuse.errors import ConfigError, name_problems
 from torchfuse.generation.caches import room_for_text
 from torchfuse.generation.checks import input_id_problems, special_tokens, stop_token_problems
 from torchfuse.generation.sampling import Sampling
 from torchfuse.generation.steps import bucket
 from torchfuse.models.strategy import features_per_image
 from torchfuse.naming import find_model, unwrap
-from torchfuse.tasks.prompts import Template
 
 __all__ = ["PromptSettings", "required_slots", "transform_problems"]
 
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """How questions become prompts and how their answers are generated.
+    """How messages become prompts and how their answers are generated.
 
     Attributes:
-        transform: turns questions into tokens and images into pixels, as in training.
-        template: the text around a question.
+        transform: turns messages into tokens and images into pixels, as in training; its template is
+            that of the prompts.
         sampling: how tokens are chosen; greedily unless given.
         max_new_tokens: the longest answer, its stop token included.
-        stop_tokens: ids that end an answer; the tokenizer's unless given.
+        stop_tokens: ids that end an answer; the transform's unless given.
         seed: prompt ``i`` is sampled with a generator of its own, seeded with ``seed + i``, so that its
             answer is the same in any batch.
         compile: whether prompts and steps run as compiled graphs.
     """
 
-    transform: QuestionTransform
-    template: Template = field(default_factory=Template)
+    transform: SampleTransform
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
     max_new_tokens: int = 32
     stop_tokens: Sequence[int] | None = None
@@ -53,7 +51,7 @@ class PromptSettings:
 
     def problems(self, model: nn.Module) -> list[str]:
         """Return what is out of range or does not fit the model."""
-        problems = self.sampling.problems() + self.template.problems()
+        problems = self.sampling.problems()
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         problems += stop_token_problems(find_model(model), self.stops)
@@ -80,7 +78,7 @@ class PromptSettings:
         return torch.Generator(device).manual_seed(self.seed + index)
 
 
-def transform_problems(model: nn.Module, transform: QuestionTransform) -> list[str]:
+def transform_problems(model: nn.Module, transform: SampleTransform) -> list[str]:
     """Return in what a transform does not fit a model: its ids, and the features of an image."""
     owner: Any = unwrap(find_model(model))
     tokenizer = transform.tokenizer
@@ -118,8 +116,8 @@ def transform_problems(model: nn.Module, transform: QuestionTransform) -> list[s
 def required_slots(
     model: nn.Module,
     settings: PromptSettings,
-    encoded: Sequence[Sequence[Sequence[int]]],
-    max_images: int,
+    lengths: Sequence[Sequence[int]],
+    max_features: int,
     *,
     path: str | Path,
 ) -> int:
@@ -127,9 +125,9 @@ def required_slots(
 
     Args:
         model: a fused model, or a plain decoder.
-        settings: how questions become prompts.
-        encoded: ids of each turn of each prompt.
-        max_images: the most images of one prompt.
+        settings: how messages become prompts.
+        lengths: the number of tokens of each turn of each prompt.
+        max_features: the most features of the images of one prompt.
         path: the file of the prompts, for the message.
 
     Raises:
@@ -137,12 +135,12 @@ def required_slots(
     """
     model = find_model(model)
     slots, problems, new = [0], [], settings.max_new_tokens
-    room = room_for_text(model, max_images * settings.transform.features_per_image)
-    for number, turns in enumerate(encoded, 1):
+    room = room_for_text(model, max_features)
+    for number, turns in enumerate(lengths, 1):
         used = 0
         for turn in turns:
             # The last token of an answer is run with the next turn.
-            length = len(turn) + (used > 0)
+            length = turn + (used > 0)
             if settings.compile:
                 length = bucket(length, room - used - new)
             used += length + new - 1
@@ -150,9 +148,9 @@ def required_slots(
         if used + 1 > room:
             padded = "padded to lengths that share a graph, " if settings.compile else ""
             problems.append(
-                f"prompt {number}: {sum(map(len, turns))} tokens in {len(turns)} turns, {padded}and an "
+                f"prompt {number}: {sum(turns)} tokens in {len(turns)} turns, {padded}and an "
                 f"answer of up to {new} to each are {used + 1}, and {room} fit into the model's "
-                f"max_seq_len of {model.max_seq_len} beside {max_images} images."
+                f"max_seq_len of {model.max_seq_len} beside {max_features} features of images."
             )
     if problems:
         raise ConfigError(name_problems(path, problems))

@@ -1,80 +1,138 @@
-"""Prompts: a question, or a conversation of several turns with a system text in front.
-
-A conversation is one sequence: BOS, the system text and the first question, the answer as the model
-generated it, the next question, and so on. Text around a question comes from the ``Template`` only.
-"""
+"""Prompts: samples of files in any format, and conversations of YAML files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from torchfuse.data.questions import (
-    Question,
-    QuestionTransform,
-    image_problems,
-    name_problems,
-    question_from,
-)
-from torchfuse.errors import DataError
+from tqdm import tqdm
 
-__all__ = ["Prompt", "Template", "encode_turn", "encode_turns", "prompts_from"]
+from torchfuse.data.images import image_size
+from torchfuse.data.readers import read_samples
+from torchfuse.data.readers.formats import FORMATS
+from torchfuse.data.samples import Media, Message, Sample
+from torchfuse.errors import DataError, name_problems
 
-_TEXT: Final = "{text}"
-_MARKER: Final = "<image>"
+__all__ = ["Prompt", "load_samples", "message_text", "prompt_record", "prompts_from", "user_message"]
+
+_IMAGE: Final = "<image>"
 _KEYS: Final = ("system", "turns")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Questions of one conversation, each with all earlier turns in context.
+    """Questions of one conversation, each answered with all earlier turns in context.
 
     Attributes:
-        turns: the questions.
-        system: text in front of the first.
+        turns: the user's messages.
+        system: the system message in front of them.
     """
 
-    turns: tuple[Question, ...]
+    turns: tuple[Message, ...]
     system: str | None = None
 
 
-@dataclass(frozen=True)
-class Template:
-    r"""The text around a question and around a system text, which replace ``{text}``.
+def user_message(text: str, images: Sequence[str | Path | Media] = ()) -> Message:
+    """Return a question as a message of the user.
 
-    Special tokens can be written out, if they are in the tokenizer.
+    Args:
+        text: the question, with ``<image>`` for each image; without any, images come first.
+        images: the images, or their paths.
 
-    Attributes:
-        system: around the system text.
-        question: around a question, up to where the answer begins.
+    Raises:
+        DataError: if tags and images differ in number, or the text is empty.
 
     Examples:
-        >>> llava = Template(system="{text} ", question="USER: {text} ASSISTANT:")
-        >>> llava.fill("<image>\nWhat is this?", system="Be brief.")
-        'Be brief. USER: <image>\nWhat is this? ASSISTANT:'
+        >>> image, text = user_message("which ?", ["cat.png"]).content
+        >>> str(image), text
+        ('cat.png', ' which ?')
     """
+    media = [Media(Path(image)) if isinstance(image, str | Path) else image for image in images]
+    [message] = FORMATS["question"].read({"question": text, "images": media}, Path(), "").messages
+    return message
 
-    system: str = "{text}\n"
-    question: str = "{text}"
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with it."""
-        return [
-            f"template.{name} must hold {_TEXT} once and no {_MARKER}, got {value!r}"
-            for name, value in vars(self).items()
-            if value.count(_TEXT) != 1 or _MARKER in value
-        ]
+def message_text(message: Message) -> str:
+    """Return the text of a message, with ``<image>`` for each image."""
+    parts = message.content
+    return "".join(part if isinstance(part, str) else f"<{part.modality}>" for part in parts)
 
-    def fill(self, question: str, *, system: str | None = None) -> str:
-        """Return the text of a turn, with the system text in front of the first."""
-        front = "" if system is None else self.system.replace(_TEXT, system)
-        return front + self.question.replace(_TEXT, question)
+
+def prompt_record(messages: Sequence[Message], folder: str | Path) -> dict[str, Any]:
+    """Return a prompt as JSON values.
+
+    Args:
+        messages: the prompt; the last message is the question.
+        folder: where paths of images begin.
+
+    Returns:
+        ``question`` and ``images``, with other media under their own names; for a prompt of several
+        messages also ``messages``, and the media of all of them.
+    """
+    record: dict[str, Any] = {"question": message_text(messages[-1]), "images": []}
+    for media in (media for message in messages for media in message.media):
+        record.setdefault(f"{media.modality}s", []).append(_relative(media, Path(folder)))
+    if len(messages) > 1:
+        turns = [{"role": message.role, "content": message_text(message)} for message in messages]
+        record["messages"] = turns
+    return record
+
+
+def _relative(media: Media, folder: Path) -> str:
+    if media.path is None or media.span is not None:
+        return str(media)
+    return os.path.relpath(media.path, folder)
+
+
+def load_samples(
+    path: str | Path, *, format: str = "auto", image_root: str | Path | None = None
+) -> list[Sample]:
+    """Read all samples of a file, and check that every image in it is one, by the head of its file.
+
+    Args:
+        path: as for ``read_samples``, like all others.
+        format: the format of the records.
+        image_root: where relative paths begin.
+
+    Raises:
+        DataError: naming every row that is wrong.
+    """
+    given = read_samples(path, format=format, image_root=image_root)
+    samples, problems = [], []
+    checked: dict[Media, str] = {}
+    bar = tqdm(range(len(given)), desc=f"check {Path(path).name}", disable=None, leave=False)
+    for index in bar:
+        try:
+            samples.append(given[index])
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            origin = samples[-1].origin
+            problems += [f"{origin}: {each}" for each in _media_problems(samples[-1].media, checked)]
+    if problems:
+        raise DataError(name_problems(path, [p.removeprefix(f"{path}, ") for p in problems]))
+    return samples
+
+
+def _media_problems(media: Sequence[Media], checked: dict[Media, str]) -> list[str]:
+    """Return which images cannot be used; ``checked`` has the results of earlier calls."""
+    images = dict.fromkeys(each for each in media if each.modality == "image")
+    for image in images:
+        if image not in checked:
+            try:
+                image_size(image)
+            except DataError as error:
+                checked[image] = str(error)
+            else:
+                checked[image] = ""
+    return [checked[image] for image in images if checked[image]]
 
 
 def prompts_from(records: Any, path: Path) -> list[Prompt]:
-    """Check the prompts of a YAML file, and that every image in them opens.
+    """Check the prompts of a YAML file, and that every image in them is one.
 
     Each is a ``question`` with ``images``, as in a question file, or a conversation:
 
@@ -96,19 +154,17 @@ def prompts_from(records: Any, path: Path) -> list[Prompt]:
             f"{path} must hold a list of prompts, each with a question, or with turns that have one."
         )
     prompts, problems = [], []
-    checked: dict[Path, str] = {}
+    checked: dict[Media, str] = {}
     for number, record in enumerate(records, 1):
-        turns: list[Question] = []
+        turns: list[Message] = []
         for where, turn in _turns(record):
             try:
-                question = question_from(turn, path.parent)
-            except ValueError as error:
-                problems.append(f"prompt {number}{where}: {error}")
+                turns.append(FORMATS["question"].read(turn, path.parent, "").messages[0])
+            except DataError as error:
+                problems.append(f"prompt {number}{where}: {error}.")
                 continue
-            problems += [
-                f"prompt {number}{where}: {problem}" for problem in image_problems(question, checked)
-            ]
-            turns.append(question)
+            found = _media_problems(turns[-1].media, checked)
+            problems += [f"prompt {number}{where}: {problem}" for problem in found]
         problems += [f"prompt {number}: {problem}" for problem in _conversation_problems(record)]
         prompts.append(Prompt(tuple(turns), record.get("system")))
     if problems:
@@ -139,78 +195,6 @@ def _conversation_problems(record: Mapping[Any, Any]) -> list[str]:
     turns, system = record.get("turns"), record.get("system")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         problems.append(f"turns must be a list of questions with their images, got {turns!r}.")
-    if "system" in record and (not isinstance(system, str) or not system or _MARKER in system):
-        problems.append(f"system must be a text without {_MARKER}, got {system!r}.")
+    if "system" in record and (not isinstance(system, str) or not system or _IMAGE in system):
+        problems.append(f"system must be a text without {_IMAGE}, got {system!r}.")
     return problems
-
-
-def encode_turn(
-    transform: QuestionTransform,
-    template: Template,
-    question: Question,
-    *,
-    first: bool,
-    system: str | None = None,
-) -> list[int]:
-    """Return the ids of one turn, up to where its answer begins; those of the first begin with BOS.
-
-    Raises:
-        DataError: if the turn has no tokens, is too long for the transform, or has images in a later
-            turn where all must come first.
-    """
-    if not first and question.images and transform.image_token is None:
-        raise DataError(
-            'with layout "prefix" images come in front of the sequence, so only the first turn can '
-            f"have any, got {len(question.images)} with {question.question!r}"
-        )
-    tokenizer = transform.tokenizer
-    asked = tokenizer.image_text.join(map(tokenizer.escape, question.question.split(_MARKER)))
-    in_front = tokenizer.escape(system) if first and system is not None else None
-    tokens = transform.encode_text(template.fill(asked, system=in_front), first=first)
-    if transform.max_seq_len is not None and len(tokens) > transform.max_seq_len:
-        raise DataError(
-            f"The question {question.question!r} is {len(tokens)} tokens long, and max_seq_len is "
-            f"{transform.max_seq_len}."
-        )
-    if not tokens:
-        raise DataError(f"the tokenizer makes no token of {question.question!r}")
-    return tokens
-
-
-def encode_turns(
-    transform: QuestionTransform,
-    template: Template,
-    prompts: Sequence[Prompt],
-    *,
-    path: str | Path,
-    what: str = "prompt",
-) -> list[list[list[int]]]:
-    """Return the ids of every turn of every prompt.
-
-    Args:
-        transform: turns questions into ids.
-        template: the text around them.
-        prompts: the prompts.
-        path: the file that they come from, for the message.
-        what: the word for a prompt in the message.
-
-    Raises:
-        DataError: naming every turn that cannot be encoded.
-    """
-    encoded, problems = [], []
-    for number, prompt in enumerate(prompts, 1):
-        turns = []
-        for index, question in enumerate(prompt.turns):
-            where = f"{what} {number}" + (f", turn {index + 1}" if len(prompt.turns) > 1 else "")
-            try:
-                tokens = encode_turn(
-                    transform, template, question, first=not index, system=prompt.system
-                )
-            except ValueError as error:
-                problems.append(f"{where}: {str(error).rstrip('.')}.")
-            else:
-                turns.append(tokens)
-        encoded.append(turns)
-    if problems:
-        raise DataError(name_problems(path, problems))
-    return encoded

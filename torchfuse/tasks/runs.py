@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ from torchfuse.checkpoint.artifact.trained import load_trained
 from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.components import build
 from torchfuse.data.images import ImageTransform, find_processor
-from torchfuse.data.questions import Question, QuestionTransform, name_problems
-from torchfuse.errors import CheckpointError, DataError
-from torchfuse.generation.caches import room_for_text
+from torchfuse.data.samples import Sample
+from torchfuse.data.transform import SampleTransform
+from torchfuse.errors import CheckpointError, DataError, name_problems
 from torchfuse.naming import unwrap
 from torchfuse.options import call_with_options
+from torchfuse.tasks.transforms import find_folder, is_from_pretrained, read_transform
 from torchfuse.training.config import read_config
 from torchfuse.training.device import device_and_dtype
 
 __all__ = [
-    "ModelSource",
+    "LoadModel",
     "build_model",
     "check_images",
     "check_lengths",
@@ -31,6 +31,9 @@ __all__ = [
     "read_model",
     "read_run",
 ]
+
+LoadModel = Callable[[str, str], tuple[nn.Module, SampleTransform]]
+"""Load a model on a device in a dtype, and make its transform."""
 
 
 def build_model(
@@ -40,7 +43,8 @@ def build_model(
 
     Args:
         model: the section of a configuration that names and describes the model.
-        pretrained: the section that names the directories: arguments of ``load_pretrained``.
+        pretrained: the section that names the directories: arguments of ``load_pretrained``. Nothing
+            need be in it if ``model`` is ``torchfuse.from_pretrained``.
         device: the model's device.
         dtype: ``"fp32"`` or ``"bf16"``.
         where: prefix of the sections' names in messages.
@@ -52,9 +56,13 @@ def build_model(
     from torchtune import training
 
     place, precision = device_and_dtype(device, dtype)
+    is_loaded = isinstance(model, Mapping) and is_from_pretrained(model, where)
+    if is_loaded:
+        model = {"device": place, "dtype": precision, **model}
     with training.set_default_dtype(precision), place:
         built: nn.Module = build(model, what=f"{where}model", kind=nn.Module)
-    call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
+    if not is_loaded or any(folder is not None for folder in pretrained.values()):
+        call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
     return built
 
 
@@ -87,50 +95,40 @@ def check_images(
 
 
 def check_lengths(
-    model: nn.Module, transform: QuestionTransform, questions: Sequence[Question], path: str | Path
+    model: nn.Module, transform: SampleTransform, samples: Sequence[Sample], path: str | Path
 ) -> None:
-    """Check that every question fits the model with its answer, beside the features of its images.
+    """Check that every sample fits the model with its answer, beside the features of its images.
 
     Args:
         model: a fused model.
-        transform: turns questions into sequences.
-        questions: questions with answers.
+        transform: turns samples into sequences.
+        samples: samples with answers.
         path: their file, for the message.
 
     Raises:
-        DataError: naming every question that is too long.
+        DataError: naming every sample that is too long.
     """
-    problems = []
-    for number, question in enumerate(questions, 1):
-        length = sum(map(len, transform.encode(question)))
-        room = room_for_text(model, len(question.images) * transform.features_per_image)
-        if length > room:
+    owner: Any = unwrap(model)
+    most, problems = owner.max_seq_len, []
+    for number, sample in enumerate(samples, 1):
+        length = transform.length(sample)
+        if length > most:
             problems.append(
-                f"question {number}: {length} tokens with its answer, and {room} fit into the model's "
-                f"max_seq_len beside {len(question.images)} images."
+                f"sample {number}: {length} tokens with its answer, and the model's max_seq_len is "
+                f"{most}."
             )
     if problems:
         raise DataError(name_problems(path, problems))
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model that is not loaded yet, and its transform.
-
-    Attributes:
-        transform: the transform that the model was trained with.
-        load: builds and loads the model, on a device in a dtype.
-    """
-
-    transform: QuestionTransform
-    load: Callable[[str, str], nn.Module]
-
-
-def read_run(path: str | Path) -> ModelSource:
-    """Read the configuration of a finetuning run, and build its transform.
+def read_run(path: str | Path) -> LoadModel:
+    """Read the configuration of a finetuning run.
 
     Args:
         path: the run's ``output_dir``, with ``config.yaml`` and ``fusion/``.
+
+    Returns:
+        A function that loads the model, with what it learned, and its transform.
 
     Raises:
         ConfigError: if the configuration is wrong.
@@ -139,52 +137,54 @@ def read_run(path: str | Path) -> ModelSource:
     file = Path(path) / "config.yaml"
     given = read_config(file, "every finetuning run writes one")
     config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
-    sections = ("model", "pretrained", "transform")
-    if not all(isinstance(config.get(s), dict) for s in sections):
-        raise CheckpointError(f"{file} lacks one of the sections {', '.join(sections)}.")
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{file} lacks the section model.")
     where = f"{file}, "
-    transform: QuestionTransform = build(
-        config["transform"], what=f"{where}transform", kind=QuestionTransform
-    )
+    transform_for = read_transform(config, where=where)
 
-    def load(device: str, dtype: str) -> nn.Module:
-        model = build_model(
-            config["model"], config["pretrained"], device=device, dtype=dtype, where=where
-        )
-        pretrained = config["pretrained"]
-        folder = pretrained.get("encoder") or pretrained.get("path")
-        check_images(model, transform.image_transform, folder)
+    def load(device: str, dtype: str) -> tuple[nn.Module, SampleTransform]:
+        pretrained = config.get("pretrained") or {}
+        model = build_model(config["model"], pretrained, device=device, dtype=dtype, where=where)
+        transform = transform_for(model)
+        check_images(model, transform.image_transform, find_folder(config, "encoder"))
         load_trained(model, Path(path) / "fusion")
-        return model
+        return model, transform
 
-    return ModelSource(transform, load)
+    return load
 
 
-def read_model(path: str | Path, transform: Mapping[str, Any] | None) -> ModelSource:
-    """Build a transform for the directory of a whole model.
+def read_model(path: str | Path, transform: Mapping[str, Any] | None = None) -> LoadModel:
+    """Find the transform for the directory of a whole model.
 
     Args:
         path: a directory that ``from_pretrained`` reads.
-        transform: the section of a configuration that names and describes the transform.
+        transform: the section of a configuration that names and describes the transform; or without
+            ``_component_``, keys of the section ``data``, see ``read_transform``.
+
+    Returns:
+        A function that loads the model and its transform.
 
     Raises:
         ConfigError: if the section is wrong.
         CheckpointError: if there is no such directory; on loading, if the checkpoint is wrong.
     """
-    built: QuestionTransform = build(transform, what="transform", kind=QuestionTransform)
     if not Path(path).is_dir():
         raise CheckpointError(f"model: {path} is not a directory.")
+    section = "transform" if transform and "_component_" in transform else "data"
+    config = {"pretrained": {"path": str(path)}, section: transform}
+    transform_for = read_transform(config)
 
-    def load(device: str, dtype: str) -> nn.Module:
+    def load(device: str, dtype: str) -> tuple[nn.Module, SampleTransform]:
         place, precision = device_and_dtype(device, dtype)
         model = from_pretrained(path, device=place, dtype=precision, fusion_trainable=False)
-        check_images(model, built.image_transform, path)
-        return model
+        made = transform_for(model)
+        check_images(model, made.image_transform, path)
+        return model, made
 
-    return ModelSource(built, load)
+    return load
 
 
-def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, QuestionTransform]:
+def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, SampleTransform]:
     """Build the model of a finetuning run, with its checkpoints and what it learned.
 
     Args:
@@ -199,5 +199,4 @@ def load_run(path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Q
         ConfigError: if the run's configuration is wrong.
         CheckpointError: if a checkpoint is wrong or does not fit.
     """
-    run = read_run(path)
-    return run.load(device, dtype), run.transform
+    return read_run(path)(device, dtype)

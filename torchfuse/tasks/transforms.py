@@ -13,8 +13,9 @@ from torchfuse.data.images import ImageTransform, find_processor
 from torchfuse.data.templates import ChatTemplate
 from torchfuse.data.transform import SampleTransform
 from torchfuse.errors import ConfigError
+from torchfuse.naming import find_model, unwrap
 
-__all__ = ["find_folder", "make_transform", "read_transform"]
+__all__ = ["find_folder", "is_from_pretrained", "make_transform", "read_transform"]
 
 # Keys of ``data`` that are arguments of ``SampleTransform``.
 _OPTIONS: Final = ("image_token", "features_per_image", "scope", "cache_images", "media_transforms")
@@ -60,7 +61,7 @@ def read_transform(
         built: SampleTransform = build(
             config["transform"], what=f"{where}transform", kind=SampleTransform
         )
-        return lambda model: built
+        return lambda model: _within(built, model)
     data = config.get("data") or {}
     tokenizer = data.get("tokenizer") or find_folder(config, "decoder")
     if tokenizer is None:
@@ -76,6 +77,18 @@ def read_transform(
     )
 
 
+def _within(transform: SampleTransform, model: nn.Module) -> SampleTransform:
+    """Limit the sequences of a transform to what fits the model."""
+    owner: Any = unwrap(find_model(model))
+    transform.max_seq_len = min(transform.max_seq_len or owner.max_seq_len, owner.max_seq_len)
+    return transform
+
+
+def is_from_pretrained(model: Mapping[str, Any], where: str = "") -> bool:
+    """Whether the component of a section ``model`` is ``torchfuse.from_pretrained``."""
+    return resolve(model.get("_component_"), what=f"{where}model") is from_pretrained
+
+
 def find_folder(config: Mapping[str, Any], part: str) -> Any:
     """Return the directory of a pretrained part by a configuration; None if none is named.
 
@@ -85,7 +98,7 @@ def find_folder(config: Mapping[str, Any], part: str) -> Any:
     """
     model = config.get("model") or {}
     sections = [config.get("pretrained") or {}]
-    if model.get("_component_") and resolve(model["_component_"], what="model") is from_pretrained:
+    if model.get("_component_") and is_from_pretrained(model):
         sections.append(model)
     named = (section.get(key) for section in sections for key in (part, "path"))
     return next((folder for folder in named if folder), None)

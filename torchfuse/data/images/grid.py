@@ -113,8 +113,15 @@ class GridImageTransform(ImageTransform, processor="LlavaNext"):
 
         return max(self.resolutions, key=rank)
 
+    @property
+    def max_items(self) -> int:
+        return 1 + max(map(self._num_tiles, self.resolutions))
+
     def num_items(self, size: tuple[int, int]) -> int:
-        return 1 + math.prod(side // self.height for side in self.resolution(size))
+        return 1 + self._num_tiles(self.resolution(size))
+
+    def _num_tiles(self, resolution: tuple[int, int]) -> int:
+        return math.prod(side // self.height for side in resolution)
 
     def num_merged_features(self, size: tuple[int, int], features_per_side: int) -> int:
         """Return how many features LLaVA-NeXT's merging makes of an image.

@@ -104,6 +104,10 @@ class TiledImageTransform(ImageTransform, processor="Mllama"):
         best = min(larger) if larger else max(scales.values())
         return min((t for t in scales if scales[t] == best), key=lambda t: t[0] * t[1])
 
+    @property
+    def max_items(self) -> int:
+        return self.max_tiles
+
     def num_items(self, size: tuple[int, int]) -> int:
         return math.prod(self.tiles(size))
 

@@ -140,6 +140,11 @@ class ImageTransform:
         """The side of the square that the encoder takes, or height and width."""
         return self.height if self.height == self.width else (self.height, self.width)
 
+    @property
+    def max_items(self) -> int:
+        """The most images that an image becomes, see ``num_items``."""
+        return 1
+
     def check(
         self,
         image_size: int | Sequence[int] | None = None,

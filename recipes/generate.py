@@ -53,11 +53,10 @@ from torchfuse.training.config import read_yaml, recipe
 
 @recipe(Config, flags={"chat": "chat in the terminal; the key prompts is ignored"})
 def main(config: Config) -> None:
-    """Answer questions about images: single questions, conversations, question files, or a chat."""
+    """Answer questions about images: single questions, conversations, files of samples, or a chat."""
     check_config(config)
-    load = read_run(config.run) if config.run else read_model(config.model or "", config.transform)
     prompts = [] if config.chat else _read_prompts(config)
-
+    load = read_run(config.run) if config.run else read_model(config.model or "", config.transform)
     model, transform = load(config.device, config.dtype)
     _quantize(model.eval().requires_grad_(False), config)
     settings = _prompt_settings(config, transform)

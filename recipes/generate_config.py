@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from torchfuse.data.templates import ChatTemplate
+from torchfuse.data.templates import ChatTemplate, text_template
 from torchfuse.errors import ConfigError, FusionError
 from torchfuse.generation import Sampling as TokenSampling
 from torchfuse.options import call_with_options
 from torchfuse.quantization import Scheme
-from torchfuse.tasks.text_template import text_template
 from torchfuse.training.device import device_and_dtype
 
 __all__ = ["Config", "Sampling", "check_config", "sampling_of", "template_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ class PixelEncoder(nn.Module):
         return torch.tanh(self.layers[0](images.flatten(2))).view(images.shape[0], -1, FEATURE_DIM)
 
 
-def tokenizer(folder: Path) -> Path:
-    """A tokenizer of words, as a language model's directory holds it."""
+def tokenizer(folder: Path, special: Sequence[str] = ()) -> Path:
+    """A tokenizer of words, some of them special, as a language model's directory holds it."""
     folder.mkdir(exist_ok=True)
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens(WORDS[:4])
+    words.add_special_tokens([*WORDS[:4], *special])
     words.save(str(folder / "tokenizer.json"))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(ids))

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from torchfuse import quantize
 from torchfuse.data.collate import padded_collate_images
-from torchfuse.data.questions import check_questions, read_questions
 from torchfuse.quantization import Scheme
 from torchfuse.tasks.evaluation import accuracy
 from torchfuse.tasks.prediction import predict
+from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
+from torchfuse.tasks.prompts import load_samples
 from torchfuse.tasks.runs import load_run
 from torchfuse.training.config import read_config
 
@@ -36,25 +37,25 @@ MOST_MOVED, LEAST_SAME = 0.02, 0.98
 class Compared(NamedTuple):
     moved: float  # relative error of the logits of all tokens
     moved_answers: float  # of those that score an answer's tokens
-    same: float  # share of the questions with the same answer
+    same: float  # share of the samples with the same answer
     right: tuple[float, float]  # share of right answers, plain and quantized
 
 
 @torch.no_grad()
-def relative_errors(plain, quantized, transform, questions, options):
+def relative_errors(plain, quantized, transform, samples, options):
     """Over all tokens that are no padding, and over those that score an answer."""
     squares = torch.zeros(2, 2, dtype=torch.float64)  # (all, answers) x (difference, plain)
-    batches = range(0, len(questions), options.batch_size)
+    batches = range(0, len(samples), options.batch_size)
     for start in tqdm(batches, desc="logits", disable=None, leave=False):
-        samples = [transform(question) for question in questions[start : start + options.batch_size]]
-        batch = padded_collate_images(samples, padding_idx=transform.pad_id)
+        encoded = [transform(sample) for sample in samples[start : start + options.batch_size]]
+        batch = padded_collate_images(encoded, padding_idx=transform.pad_id)
         given = {
             "encoder_input": {k: v.to(options.device) for k, v in batch["encoder_input"].items()},
             "encoder_mask": batch["encoder_mask"].to(options.device),
         } if "encoder_input" in batch else {}  # fmt: skip
         tokens = batch["tokens"].to(options.device)
         logits, moved = (m(tokens, **given).double().cpu() for m in (plain, quantized))
-        lengths = torch.tensor([len(sample["tokens"]) for sample in samples])
+        lengths = torch.tensor([len(each["tokens"]) for each in encoded])
         counts = torch.arange(tokens.shape[1]) < lengths[:, None]
         scores = torch.zeros_like(counts)
         scores[:, :-1] = batch["labels"][:, 1:] != IGNORED
@@ -66,21 +67,20 @@ def relative_errors(plain, quantized, transform, questions, options):
 
 def compare(options, questions_file, dtype):
     """One dtype, printed as a block."""
-    questions = read_questions(questions_file)[: options.limit]
+    samples = load_samples(questions_file)[: options.limit]
     (plain, transform), (quantized, _) = (
         load_run(options.run, device=options.device, dtype=dtype) for _ in range(2)
     )
-    longest = check_questions(transform, questions, questions_file)
+    longest = longest_answer(transform, samples, questions_file)
     for model in (plain, quantized):
         model.eval().requires_grad_(False)
     done = quantize(quantized, options.scheme, parts=options.parts)
-    errors = relative_errors(plain, quantized, transform, questions, options)
+    errors = relative_errors(plain, quantized, transform, samples, options)
     settings = PromptSettings(transform, max_new_tokens=longest)
     answers = [
-        predict(model, settings, questions, batch_size=options.batch_size)
-        for model in (plain, quantized)
+        predict(model, settings, samples, batch_size=options.batch_size) for model in (plain, quantized)
     ]
-    same = sum(a.text == b.text for a, b in zip(*answers, strict=True)) / len(questions)
+    same = sum(a.text == b.text for a, b in zip(*answers, strict=True)) / len(samples)
     found = Compared(*errors, same, tuple(accuracy(predictions)["all"] for predictions in answers))
     print(f"{dtype}: {str(done).splitlines()[0]}")
     print(f"  logits moved by {found.moved:.3%}, {verdict(found.moved <= MOST_MOVED)} {MOST_MOVED:.0%}")
@@ -111,7 +111,7 @@ def main(argv=None):
     print(
         f"{options.run} ({config['model'].get('arch')}), {options.scheme} of {', '.join(options.parts)}"
     )
-    print(f"{len(read_questions(questions)[: options.limit])} questions of {questions}\n")
+    print(f"{len(load_samples(questions)[: options.limit])} samples of {questions}\n")
     return {dtype: compare(options, questions, dtype) for dtype in options.dtypes}
 
 

@@ -5,9 +5,9 @@ from prompt_settings import images, make_settings, model_for
 from support import tiny_decoder
 
 from torchfuse import quantize
-from torchfuse.data.questions import Question
 from torchfuse.params import storage_nbytes
 from torchfuse.tasks.conversation import Conversation
+from torchfuse.tasks.prompts import user_message
 
 
 @pytest.mark.parametrize("layout", ["all", "placeholder"])
@@ -25,7 +25,7 @@ def test_bytes_of_a_step_are_those_of_the_modules_that_run(tmp_path, layout, wit
     table = {id(p) for p in model.tok_embeddings.parameters()}
     picture = images(tmp_path)["a"]
     with Conversation(model, settings, max_tokens=40, max_images=3) as conversation:
-        conversation.ask(Question("w4 w5", (picture,) if with_image else ()))
+        conversation.ask(user_message("w4 w5", (picture,) if with_image else ()))
         caches = [m for m in model.modules() if hasattr(m, "k_cache") and getattr(m, "is_filled", True)]
         expected = sum(m.k_cache.nbytes + m.v_cache.nbytes for m in caches)
         expected += sum(everything[i].nbytes for i in ran if i not in table)

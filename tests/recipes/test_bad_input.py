@@ -105,12 +105,12 @@ def lengthen(name):
         (
             "transform.max_seq_len=null",
             lengthen("train"),
-            "train.jsonl, question 65: 203 tokens with its answer, and 128 fit",
+            "train.jsonl, sample 65: 203 tokens with its answer, and the model's max_seq_len is 128",
         ),
         (
             "transform.max_seq_len=null",
             lengthen("test"),
-            "test.jsonl, question 49: 203 tokens with its answer, and 128 fit",
+            "test.jsonl, sample 49: 203 tokens with its answer, and the model's max_seq_len is 128",
         ),
         ("train.batch_size=999", None, "64 questions are too few for one step of 1 x 999 x 1"),
         ("output_dir=demo/prompt.yaml/run", None, "is not a directory that can be written to"),
@@ -248,7 +248,7 @@ def test_files_that_are_no_configuration(intact, tmp_path, capsys, recipe, text,
         (
             "transform",
             {"_component_": "argparse.Namespace"},
-            r"transform \(argparse\.Namespace\) must return a QuestionTransform, got a Namespace\.",
+            r"transform \(argparse\.Namespace\) must return a SampleTransform, got a Namespace\.",
         ),
     ],
     ids=str,
@@ -297,7 +297,7 @@ def test_sizes_below_one(intact):
     ("prompts", "message"),
     [
         ("- question: '<image> which digit ?'\n  images: [images/none.png]\n", "prompt 1: The image "),
-        ("- question: '<image> which digit ?'\n", "prompt 1: the question has <image> 1 times"),
+        ("- question: '<image> which digit ?'\n", "prompt 1: the conversation has <image> 1 times"),
         ("- questin: 'x'\n", "prompt 1: unknown field questin"),
         ("question: x\n", "must hold a list of prompts"),
         ("[", "is no YAML"),
@@ -317,7 +317,7 @@ def test_folders_that_are_no_run(demo, capsys, recipe):
     error = error_of(recipe, config, capsys, "run=demo/nowhere")
     assert "demo/nowhere/config.yaml cannot be read (No such file or directory)" in error
     for text, message in (
-        ("model: 3\n", " lacks one of the sections model, pretrained, transform."),
+        ("model: 3\n", " lacks the section model."),
         ("- model\n", " must hold keys with values, got a list: every finetuning run writes one."),
         ("model: {\n", " is no YAML: while parsing a flow "),
         ("model: {}\nmodel: {}\n", " is no YAML: while constructing a mapping "),

@@ -14,7 +14,7 @@ from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3_2 import llama3_2
 
 from torchfuse import get_fusion_params
-from torchfuse.data.questions import read_questions
+from torchfuse.data import read_samples
 from torchfuse.tasks.runs import load_run
 
 ARCHS = ["cross_attention", "joint_decoder", "mot", "moma", "deepstack"]
@@ -88,12 +88,12 @@ def test_text_alone_has_the_language_models_logits_after_training_too(digits, ru
         dim=sizes["hidden_size"],
     )
     alone.load_state_dict({name: value for name, value in weights.items() if name != "output.weight"})
-    questions = read_questions(digits / "questions" / "test_text.jsonl")
-    assert len(questions) > 3
-    for question in questions:
-        tokens = torch.tensor([transform(question)["tokens"]])
+    samples = read_samples(digits / "questions" / "test_text.jsonl")
+    assert len(samples) > 3
+    for sample in samples:
+        tokens = torch.tensor([transform(sample)["tokens"]])
         with torch.no_grad():
-            assert torch.equal(model.eval()(tokens), alone.eval()(tokens)), question.question
+            assert torch.equal(model.eval()(tokens), alone.eval()(tokens)), sample.origin
 
 
 def test_generate(digits, run_of):

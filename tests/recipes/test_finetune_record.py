@@ -69,7 +69,7 @@ def test_costs_are_recorded_and_evaluating_in_between_changes_nothing(start, dig
 def test_an_architecture_without_experts_has_no_load(start, capsys):
     _, metrics = start("plain", arch="deepstack", data={"train": "demo/questions/train.jsonl"})
     assert "expert_load" not in metrics
-    assert "no question was answered" in capsys.readouterr().out
+    assert "no sample was answered" in capsys.readouterr().out
 
 
 def test_evaluating_in_between_needs_questions_about_one_image(start, digits, tmp_path, capsys):

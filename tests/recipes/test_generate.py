@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from torchfuse.recipes import generate
 
 from torchfuse import load_pretrained
 from torchfuse.checkpoint.artifact.trained import save_trained
+from torchfuse.data import read_samples
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.questions import Question, read_questions
+from torchfuse.data.templates import text_template
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks import runs
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.prompt_settings import PromptSettings
+from torchfuse.tasks.prompts import user_message
 
 TRANSFORM = {
     "_component_": "torchfuse.data.questions.QuestionTransform",
@@ -58,7 +61,11 @@ def checkpoints(tmp_path_factory):
     (folder / "images").mkdir()
     images(folder / "images", 12)
     tokenizer(folder / "words")
-    hf.llama(folder / "llama")
+    tokenizer(folder / "llava_words", special=["w35", "w36"])
+    llama = hf.llama(folder / "llama")
+    with torch.no_grad():  # special tokens are never the likeliest, so that answers are words alone
+        llama.lm_head.weight[:4] = llama.lm_head.weight[4:].mean(dim=0)
+    llama.save_pretrained(folder / "llama")
     hf.clip_tower(folder / "clip")
     hf.llava(folder / "llava")
     hf.mllama(folder / "mllama")
@@ -153,7 +160,7 @@ def expected(prompts, **options):
         for index, prompt in enumerate(prompts):
             conversation.reset(prompt.get("system"), index=index)
             turns = prompt.get("turns", [prompt])
-            questions = [Question(t["question"], tuple(map(Path, t.get("images", ())))) for t in turns]
+            questions = [user_message(turn["question"], turn.get("images", ())) for turn in turns]
             answers.append([conversation.ask(question) for question in questions])
     return answers
 
@@ -210,8 +217,31 @@ def test_a_file_of_questions_in_batches(folder, start, temperature):
     assert [[record["answer"]] for record in one] == expected(ROWS, **chosen)
     assert [record["question"] for record in one] == [row["question"] for row in ROWS]
     assert [set(record) for record in one] == [{"question", "images", "answer"}] * 5
-    again = read_questions("elsewhere/answers1.jsonl")  # it is a question file itself
-    assert [len(question.images) for question in again] == [2, 0, 1, 0, 1]
+    again = read_samples("elsewhere/answers1.jsonl")  # it is a file of samples itself
+    assert [len(each.images) for each in again] == [2, 0, 1, 0, 1]
+
+
+def test_any_file_of_samples(folder, start):
+    """The conversation up to its last answer is the prompt, as in one that is generated turn by turn."""
+    image = folder / "images" / "a.png"
+    turns = PROMPTS[1]["turns"][:2]
+    [answers] = expected([{"system": "w6 w7", "turns": turns}])
+    given = [{"role": "system", "content": "w6 w7"}]
+    given.append({"role": "user", "content": turns[0]["question"]})
+    given.append({"role": "assistant", "content": answers[0]})
+    given.append({"role": "user", "content": turns[1]["question"]})
+    record = {"messages": [*given, {"role": "assistant", "content": "w5"}], "images": ["a.png"]}
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist(
+        [record | {"images": [{"bytes": image.read_bytes(), "path": "a.png"}]}]
+    )
+    parquet.write_table(table, folder / "answers_p.parquet")
+    (folder / "answers_p.json").write_text(json.dumps([record]))
+    for file, name in (("answers_p.json", "images/a.png"), ("answers_p.parquet", "a.png")):
+        start(prompts=file, image_root="images", output="answers.jsonl")
+        assert records("answers.jsonl") == [
+            {"question": "w8", "images": [name], "messages": given, "answer": answers[1]}
+        ]
 
 
 def test_a_batch_without_output_is_printed_in_order(start):
@@ -244,7 +274,7 @@ def test_chat(start, flags, config):
 def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
     typed = f"{'w4 ' * 12}\n{'w5 ' * 12}\nw8\n"
     printed = start("--chat", typed=typed, max_tokens=24).splitlines()
-    assert "[This turn does not fit any more: 12 tokens and an answer of up to 5" in printed[2]
+    assert "[This turn does not fit any more: 13 tokens and an answer of up to 5" in printed[2]
     turns = [{"question": ("w4 " * 12).strip()}, {"question": "w8"}]
     assert [printed[1], printed[3]] == expected([{"turns": turns}])[0]
 
@@ -255,10 +285,9 @@ def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
         ({"run": None}, "Configuration key 'run' (or 'model'): missing, and must be given."),
         ({"model": "llava"}, "give run=run or model=llava, not both"),
         ({"transform": TRANSFORM}, "give transform with model only; a run has its own"),
-        ({"run": None, "model": "llava"}, "model needs a transform"),
         ({"run": None, "model": "none", "transform": TRANSFORM}, "model: none is not a directory"),
         ({"run": "none"}, "none/config.yaml cannot be read"),
-        ({"prompts": None}, "give prompts, a YAML file or a .jsonl, or --chat"),
+        ({"prompts": None}, "give prompts, a YAML file or a file of samples, or --chat"),
         ({"chat": True, "output": "answers.jsonl"}, "output is for prompts, not for a chat"),
         ({"batch_size": 0, "max_images": -1}, "batch_size=0 must be at least 1; max_images=-1 must be"),
         ({"sampling": {"top_p": 1.5}}, "sampling.top_p must lie in (0, 1], got 1.5"),
@@ -270,6 +299,11 @@ def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
         ({"sampling": {"max_new_tokens": 0}}, "sampling.max_new_tokens=0 must be at least 1"),
         ({"sampling": {"stop_tokens": [3, -5]}}, "sampling.stop_tokens [-5] are no ids"),
         ({"sampling": {"stop_tokens": ["x"]}}, "Configuration key 'sampling.stop_tokens'"),
+        (
+            {"template": {"questio": "{text}"}},
+            "template: unknown option 'questio'; it takes system, que",
+        ),
+        ({"template": "alpaca"}, "template must be one of chatml, llama3, plain, vicuna, or a .jinja"),
         ({"template": {"question": "USER:"}}, "template.question must hold {text} once and no <image>"),
         ({"quantization": "int3"}, "quantization must be null or one of int8_weight_only, int8_dynamic"),
         ({"quantization_parts": ["adapter"]}, "quantization_parts must be decoder, encoder or"),
@@ -279,7 +313,7 @@ def test_chat_ends_with_its_input_and_reports_turns_that_do_not_fit(start):
         ({"output": "images"}, "output=images must be a file in a directory"),
         ({"output": "prompts.yaml"}, "output=prompts.yaml is the file of the prompts"),
         ({"prompts": "none.yaml"}, "none.yaml cannot be read"),
-        ({"prompts": "none.jsonl"}, "The question file none.jsonl cannot be read"),
+        ({"prompts": "none.jsonl"}, "none.jsonl cannot be read"),
         ({"streaming": True}, "Configuration key 'streaming': unknown"),
     ],
     ids=str,
@@ -309,7 +343,7 @@ def test_an_unknown_flag_is_refused(refused):
         (
             "p.jsonl",
             '{"question": "<image> w4"}\n',
-            "p.jsonl, line 1: the question has <image> 1 times",
+            "p.jsonl, line 1: the conversation has <image> 1 times",
         ),
     ],
     ids=["image", "key", "length", "lines", "marker"],
@@ -318,7 +352,7 @@ def test_problems_of_prompts_leave_the_output_as_it_was(folder, refused, name, t
     (folder / name).write_text(text)
     (folder / "answers.jsonl").write_text("mine")
     error = refused(load=message is None, prompts=name, output="answers.jsonl")
-    message = message or "p.yaml, prompt 1: 100 tokens in 1 turns, and an answer of up to 5 to each"
+    message = message or "w4 w4 w is 100 tokens long, and max_seq_len is 61."
     assert message in error
     assert (folder / "answers.jsonl").read_text() == "mine"
 
@@ -330,8 +364,8 @@ def test_a_conversation_that_does_not_fit_is_an_error_before_anything_is_generat
     turns = [{"question": "w4 " * 11, "images": ["images/a.png"]}] * 4
     (folder / "p.yaml").write_text(yaml.safe_dump([PROMPTS[0], {"turns": turns}]))
     error = refused(load=True, prompts="p.yaml")
-    # begin, four markers and 44 words; four answers of five tokens
-    assert "prompt 2: 49 tokens in 4 turns, and an answer of up to 5 to each are 69, and 61 fit" in error
+    # begin, four markers, 44 words and the end of three answers; four answers of five tokens
+    assert "prompt 2: 52 tokens in 4 turns, and an answer of up to 5 to each are 72, and 61 fit" in error
 
 
 def test_stop_tokens_outside_the_vocabulary_are_refused(refused):
@@ -357,7 +391,7 @@ def test_parts_that_cannot_be_quantized_are_an_error_of_the_configuration(refuse
 
 
 def test_a_transform_of_another_model_is_refused(refused):
-    wrong = TRANSFORM | {"features_per_image": 10, "image_token": 35}
+    wrong = TRANSFORM | {"features_per_image": 10, "image_token": 35, "tokenizer": "llava_words"}
     error = refused(load=True, run=None, model="llava", transform=wrong)
     assert "image_token must" not in error
     assert "in this model features replace (36,)" in error
@@ -376,23 +410,55 @@ def test_quantized(start):
     assert int(re.search(r"weights quantized: (\d+),", both).group(1)) > 22
 
 
+TEMPLATE = (
+    "{% for message in messages %}{{ 'w20 ' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ ' w21 ' }}{% endfor %}"
+    "{% if add_generation_prompt %}w20 {% endif %}"
+)
+
+
+def test_a_template_of_the_directory_a_file_or_two_texts(folder, start):
+    """A directory with tokenizer, processor and template needs no transform."""
+    whole = folder / "whole"
+    shutil.copytree(folder / "llava", whole, dirs_exist_ok=True)
+    shutil.copy(folder / "processor" / "preprocessor_config.json", whole)
+    config = json.loads((whole / "config.json").read_text())
+    tokenizer(whole, special=["w36"])
+    (whole / "config.json").write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": 2}))
+    (whole / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "t.jinja").write_text(TEMPLATE)
+    answers = []
+    for template in (None, "t.jinja", {"question": "w20 {text} w21 w20 "}, "plain"):
+        start(run=None, model="whole", prompts="rows.jsonl", output="answers.jsonl", template=template)
+        answers.append([record["answer"] for record in records("answers.jsonl")])
+    assert answers[0] == answers[1] != answers[3]
+    _, made = runs.read_model("whole")("cpu", "fp32")
+    rows = list(read_samples("rows.jsonl"))
+    assert made.prompt(rows[3].messages) == [20, 6, 21, 20]
+    texts = text_template(question="w20 {text} w21 w20 ")
+    assert made.with_template(texts).prompt(rows[3].messages) == [1, 20, 6, 21, 20]
+    _, named = runs.read_model("whole", {"template": "plain", "max_seq_len": 11})("cpu", "fp32")
+    assert (named.template.name, named.max_seq_len, named.image_token) == ("plain", 11, 36)
+
+
 def test_llava_answers_equal_those_of_transformers(folder, start):
     transformers = pytest.importorskip("transformers")
-    transform = TRANSFORM | {"image_token": 36, "layout": "placeholder"}
+    words = {"tokenizer": "llava_words", "image_token": 36}
+    transform = TRANSFORM | words | {"layout": "placeholder"}
     options = {"run": None, "model": "llava", "transform": transform}
     start(**options, prompts="rows.jsonl", output="answers.jsonl", batch_size=3)
     reference = transformers.LlavaForConditionalGeneration.from_pretrained("llava").eval()
     answers = [record["answer"] for record in records("answers.jsonl")]
-    question_transform = runs.read_model("llava", transform).transform
-    for question, answer in zip(read_questions("rows.jsonl"), answers, strict=True):
-        sample = question_transform(question, with_answer=False)
+    _, made = runs.read_model("llava", transform)("cpu", "fp32")
+    for each, answer in zip(read_samples("rows.jsonl"), answers, strict=True):
+        sample = made(each, with_answer=False)
         tokens = torch.tensor([sample["tokens"]])
         pixels = {"pixel_values": sample["images"]} if len(sample["images"]) else {}
         got = reference.generate(
             input_ids=tokens, **pixels, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0,
             suppress_tokens=[36],
         )  # fmt: skip
-        assert answer == question_transform.decode(got[0, tokens.shape[1] :].tolist())
+        assert answer == made.decode(got[0, tokens.shape[1] :].tolist())
 
 
 def test_mllama_answers_equal_those_of_transformers_with_each_image_as_one_tile(
@@ -404,10 +470,10 @@ def test_mllama_answers_equal_those_of_transformers_with_each_image_as_one_tile(
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start(run=None, model="mllama", transform=transform, prompts="p.jsonl", output="answers.jsonl")
     reference = transformers.MllamaForConditionalGeneration.from_pretrained("mllama").eval()
-    question_transform = runs.read_model("mllama", transform).transform
+    _, made = runs.read_model("mllama", transform)("cpu", "fp32")
     answers = [record["answer"] for record in records("answers.jsonl")]
-    for question, answer in zip(read_questions("p.jsonl"), answers, strict=True):
-        sample = question_transform(question, with_answer=False)
+    for each, answer in zip(read_samples("p.jsonl"), answers, strict=True):
+        sample = made(each, with_answer=False)
         tokens, given = torch.tensor([sample["tokens"]]), {}
         if len(sample["images"]):
             tiles = torch.zeros(1, 1, 4, 3, 12, 12)
@@ -424,5 +490,5 @@ def test_mllama_answers_equal_those_of_transformers_with_each_image_as_one_tile(
         got = reference.generate(
             input_ids=tokens, **given, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0
         )
-        assert answer == question_transform.decode(got[0, tokens.shape[1] :].tolist())
+        assert answer == made.decode(got[0, tokens.shape[1] :].tolist())
     assert len(set(answers)) == 2

@@ -11,8 +11,7 @@ from prompt_settings import images, tokenizer
 from torchfuse.recipes import evaluate, finetune, generate
 
 from torchfuse import from_pretrained
-from torchfuse.data.images import ImageTransform
-from torchfuse.data.questions import read_questions
+from torchfuse.data import ImageTransform, read_samples
 from torchfuse.tasks.runs import load_run
 
 PER_TILE = 10  # features: a class token and 3 x 3 patches
@@ -73,8 +72,8 @@ def loss_of_rows(transform):
     model = from_pretrained("mllama").eval()
     total = torch.zeros(())
     count = 0
-    for question in read_questions("rows.jsonl"):
-        sample, given = transform(question), {}
+    for each in read_samples("rows.jsonl"):
+        sample, given = transform(each), {}
         if num := len(sample["images"]):
             tiles = torch.zeros(1, num, 4, 3, 12, 12)
             tiles[0, :, 0] = sample["images"]

@@ -12,6 +12,7 @@ from prompt_settings import (
 
 from torchfuse import generate
 from torchfuse.data import ChatTemplate, GridImageTransform, Message, Sample, padded_collate_images
+from torchfuse.data.templates import text_template
 from torchfuse.generation import session
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.chat import HELP, chat
@@ -20,7 +21,6 @@ from torchfuse.tasks.prompt_settings import required_slots
 from torchfuse.tasks.prompts import user_message
 from torchfuse.tasks.report import Report
 from torchfuse.tasks.text_stream import TextStream
-from torchfuse.tasks.text_template import text_template
 
 WORDS = """
 {%- for message in messages %}

@@ -4,10 +4,10 @@ import pytest
 from prompt_settings import images, sample, transform
 
 from torchfuse.data import Message, Sample
+from torchfuse.data.templates import text_template
 from torchfuse.errors import DataError
 from torchfuse.tasks.prompt_lengths import encode_turn, longest_answer, prompt_lengths, turn_lengths
 from torchfuse.tasks.prompts import Prompt, load_samples, prompts_from, user_message
-from torchfuse.tasks.text_template import text_template
 
 
 def test_questions_and_conversations(tmp_path):

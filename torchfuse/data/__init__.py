@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torchfuse.data.readers import Mixture, Samples, read_mixture, read_samples
     from torchfuse.data.samples import Media, Message, Sample
     from torchfuse.data.steps import optimizer_steps
-    from torchfuse.data.templates import ChatTemplate
+    from torchfuse.data.templates import ChatTemplate, text_template
     from torchfuse.data.tokenizer import TextTokenizer
     from torchfuse.data.transform import SampleTransform
     from torchfuse.data.truncate import cut_between_turns
@@ -74,6 +74,7 @@ __all__ = [
     "read_mixture",
     "read_questions",
     "read_samples",
+    "text_template",
 ]
 
 __getattr__ = lazy_exports(
@@ -112,5 +113,6 @@ __getattr__ = lazy_exports(
         "read_mixture": "readers",
         "read_questions": "questions",
         "read_samples": "readers",
+        "text_template": "templates",
     },
 )

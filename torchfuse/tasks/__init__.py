@@ -7,7 +7,6 @@ from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.prompts import Prompt, load_samples, prompts_from, user_message
 from torchfuse.tasks.report import Report
 from torchfuse.tasks.runs import load_run
-from torchfuse.tasks.text_template import text_template
 from torchfuse.tasks.transforms import make_transform
 
 __all__ = [
@@ -24,6 +23,5 @@ __all__ = [
     "make_transform",
     "predict",
     "prompts_from",
-    "text_template",
     "user_message",
 ]

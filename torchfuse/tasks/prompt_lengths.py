@@ -28,20 +28,20 @@ def encode_turn(
         DataError: if the turn has no tokens, is too long for the transform, or has images in a later
             turn where all must come first.
     """
-    question = message_text(messages[-1])
+    question = f"{message_text(messages[-1])!r:.80}"
     if not first and messages[-1].media and transform.layout == "prefix":
         raise DataError(
             'with layout "prefix" images come in front of the sequence, so only the first turn can '
-            f"have any, got {len(messages[-1].media)} with {question!r}"
+            f"have any, got {len(messages[-1].media)} with {question}"
         )
     tokens = transform.prompt(messages) if first else transform.next_turn(messages, ended=ended)
     if transform.max_seq_len is not None and len(tokens) > transform.max_seq_len:
         raise DataError(
-            f"The question {question!r} is {len(tokens)} tokens long, and max_seq_len is "
+            f"The question {question} is {len(tokens)} tokens long, and max_seq_len is "
             f"{transform.max_seq_len}."
         )
     if not tokens:
-        raise DataError(f"the tokenizer makes no token of {question!r}")
+        raise DataError(f"the tokenizer makes no token of {question}")
     return tokens
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from torchfuse.data.templates import ChatTemplate
+from torchfuse.data.templates.chat import ChatTemplate
 from torchfuse.errors import ConfigError
 
 __all__ = ["text_template"]

@@ -194,7 +194,7 @@ def test_media_of_several_items(tmp_path, samples):
         frames = kinds["clip"](each).items
         own = model.run_encoder("encoder", {"images": frames[None]}).unflatten(1, (len(frames), -1))[0]
         torch.testing.assert_close(cached.media_input(each).items, own)
-        assert cached.num_items(each) == len(frames)
+        assert cached.reader.num_items(each) == len(frames)
 
 
 def test_a_later_start_computes_what_is_missing_and_reads_nothing_else(tmp_path, samples, monkeypatch):

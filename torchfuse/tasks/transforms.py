@@ -78,9 +78,10 @@ def read_transform(
 
 
 def _within(transform: SampleTransform, model: nn.Module) -> SampleTransform:
-    """Limit the sequences of a transform to what fits the model."""
-    owner: Any = unwrap(find_model(model))
-    transform.max_seq_len = min(transform.max_seq_len or owner.max_seq_len, owner.max_seq_len)
+    """Limit the sequences of a transform to what fits the model, if that has a limit."""
+    most = getattr(unwrap(find_model(model)), "max_seq_len", None)
+    if isinstance(most, int):
+        transform.max_seq_len = min(transform.max_seq_len or most, most)
     return transform
 
 

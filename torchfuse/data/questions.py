@@ -33,8 +33,6 @@ __all__ = [
     "QuestionDataset",
     "QuestionTransform",
     "check_questions",
-    "image_problems",
-    "question_from",
     "read_questions",
 ]
 
@@ -82,7 +80,7 @@ def read_questions(path: str | Path) -> list[Question]:
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
-        problems += [f"line {number}: {problem}" for problem in image_problems(questions[-1], checked)]
+        problems += [f"line {number}: {problem}" for problem in _image_problems(questions[-1], checked)]
     if problems:
         raise DataError(name_problems(path, problems))
     if not questions:
@@ -90,7 +88,7 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def image_problems(question: Question, checked: dict[Path, str]) -> list[str]:
+def _image_problems(question: Question, checked: dict[Path, str]) -> list[str]:
     """Return what is wrong with the images of a question, opening each path once.
 
     Args:
@@ -115,10 +113,10 @@ def _parse(line: str, folder: Path) -> Question:
         raise DataError(f"no JSON ({error}).") from error
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, got a {type(record).__name__}.")
-    return question_from(record, folder)
+    return _question_from(record, folder)
 
 
-def question_from(record: Mapping[str, Any], folder: Path) -> Question:
+def _question_from(record: Mapping[str, Any], folder: Path) -> Question:
     """Return the question of a record of a question file, or of a prompt in a YAML file.
 
     Raises:

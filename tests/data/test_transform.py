@@ -6,11 +6,14 @@ import torch
 from chats import CHATML, IMAGE, SPECIAL, save
 from support import tiny_decoder
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from torchtune.data import Message as TorchtuneMessage
+from torchtune.datasets import PackedDataset
+from torchtune.datasets._sft import SFTTransform
 from transformers import AutoTokenizer
 
 from torchfuse import fuse
 from torchfuse.data.images import ImageTransform, TiledImageTransform
-from torchfuse.data.questions import Question, QuestionTransform
+from torchfuse.data.questions import Question, QuestionDataset, QuestionTransform
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.data.transform import SampleTransform
@@ -232,3 +235,49 @@ def test_tokens_of_text_do_not_represent_images(tmp_path, token):
     save(tmp_path, chats.byte_level())
     with pytest.raises(ConfigError, match=f"image_token {token} is '.*' in .*, a token of text"):
         transform_for(tmp_path, image_token=token)
+
+
+def test_torchtunes_calls(tmp_path, picture):
+    """Those of its recipe ``generate``, of its datasets and of their packing."""
+    save(tmp_path, chats.byte_level(), CHATML)
+    transform, image = transform_for(tmp_path), chats.Image.open(picture.path)
+    kick_off = [TorchtuneMessage("user", "two", masked=True), TorchtuneMessage("assistant", "")]
+    expected = transform.prompt([Message("user", ["two"])])
+    assert transform({"messages": kick_off}, inference=True)["tokens"] == expected
+    parts = [{"type": "image", "content": image}, {"type": "text", "content": "two"}]
+    messages = [
+        TorchtuneMessage("user", parts, masked=True),
+        TorchtuneMessage("assistant", "cat", masked=True),
+        TorchtuneMessage("user", "two", masked=True),
+        TorchtuneMessage("assistant", "seven"),
+    ]
+    row = SFTTransform(model_transform=transform)({"messages": messages})
+    own = transform(
+        Sample(
+            [
+                Message("user", [picture, "two"]),
+                Message("assistant", ["cat"], 0),
+                Message("user", ["two"]),
+                Message("assistant", ["seven"]),
+            ]
+        )
+    )
+    assert row["tokens"] == own["tokens"]
+    assert [*row["labels"]] == own["labels"]
+    assert torch.equal(row["images"], own["images"])
+    text = {"messages": [TorchtuneMessage("user", "two", masked=True), messages[-1]]}
+    packed = PackedDataset([transform(text)] * 3, max_seq_len=61)
+    assert len(packed) == 1 + (3 * len(transform(text)["tokens"]) > 61)
+    with pytest.raises(
+        DataError, match="Message 1: the role 'ipython' is none of system, user, assistant"
+    ):
+        transform({"messages": [TorchtuneMessage("ipython", "2")]}, inference=True)
+    with pytest.raises(DataError, match="A sample must have messages, got text"):
+        transform({"text": "two"})
+
+
+def test_torchtunes_packing_of_questions_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.packed=True: torchtune's recipes pack text only\. Set"
+    ):
+        QuestionDataset(None, tmp_path / "questions.jsonl", packed=True)

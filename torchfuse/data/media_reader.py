@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchfuse.data.video import VideoTransform
 from torchfuse.errors import ConfigError, DataError
 from torchfuse.options import call_with_options
 
-__all__ = ["MediaReader"]
+__all__ = ["MediaCache", "MediaReader"]
 
 
 class MediaReader:
@@ -114,3 +115,30 @@ class MediaReader:
                 f"{', '.join(known) or 'nothing'}."
             )
         return self._others[media.modality]
+
+
+class MediaCache:
+    """The media that were read last. A copy, in another process too, begins empty.
+
+    Args:
+        size: how many to keep.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._inputs: OrderedDict[Media, MediaInput] = OrderedDict()
+
+    def get(self, media: Media, read: Callable[[Media], MediaInput]) -> MediaInput:
+        """Return what ``read`` makes of media."""
+        if media in self._inputs:
+            self._inputs.move_to_end(media)
+            return self._inputs[media]
+        made = read(media)
+        if self._size:
+            self._inputs[media] = made
+            if len(self._inputs) > self._size:
+                self._inputs.popitem(last=False)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MediaCache, (self._size,)

@@ -195,11 +195,19 @@ class QuestionTransform(SampleTransform):
         """Return the pixels of an image file, ``[3, h, w]``."""
         return self.media_input(Media(path)).items[0]
 
-    def __call__(self, sample: Question | Sample, *, with_answer: bool = True) -> dict[str, Any]:
-        return super().__call__(_sample(sample), with_answer=with_answer)
+    def __call__(
+        self,
+        sample: Question | Sample | Mapping[str, Any],
+        *,
+        with_answer: bool = True,
+        inference: bool = False,
+    ) -> dict[str, Any]:
+        given = _sample(sample) if isinstance(sample, Question) else sample
+        return super().__call__(given, with_answer=with_answer, inference=inference)
 
     def length(self, sample: Question | Sample, *, with_answer: bool = True) -> int:
-        return super().length(_sample(sample), with_answer=with_answer)
+        given = _sample(sample) if isinstance(sample, Question) else sample
+        return super().length(given, with_answer=with_answer)
 
     def encode(self, question: Question, *, with_answer: bool = True) -> tuple[list[int], list[int]]:
         """Return the ids of a question and of its answer, without opening images.
@@ -220,9 +228,7 @@ class QuestionTransform(SampleTransform):
         return tokens[:start], tokens[start:]
 
 
-def _sample(question: Question | Sample) -> Sample:
-    if isinstance(question, Sample):
-        return question
+def _sample(question: Question) -> Sample:
     first, *texts = question.question.split(_MARKER)
     content: Content = [first]
     for path, text in zip(question.images, texts, strict=True):
@@ -265,12 +271,25 @@ class QuestionDataset(Dataset[dict[str, Any]]):
         transform: turns a question into a sample; a torchtune recipe passes its tokenizer here.
         path: the question file.
         limit: how many of the file's questions to use, from its start; None: all.
+        packed: torchtune's option, which cannot be used.
 
     Raises:
+        ConfigError: if ``packed`` is true.
         DataError: naming each line that is wrong, or the first question without answer or too long.
     """
 
-    def __init__(self, transform: QuestionTransform, path: str | Path, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        transform: QuestionTransform,
+        path: str | Path,
+        limit: int | None = None,
+        packed: bool = False,
+    ) -> None:
+        if packed:
+            raise ConfigError(
+                "dataset.packed=True: torchtune's recipes pack text only. Set it to False, or train "
+                "with the recipe torchfuse/recipes/finetune.py and data.packed=true, which packs images."
+            )
         self.transform = transform
         self.questions = read_questions(path)[:limit]
         check_questions(transform, self.questions, path)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +15,8 @@ from torchfuse.data.features import FeatureReader
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.masks import ImageScope
 from torchfuse.data.media import MediaInput, MediaTransform
-from torchfuse.data.media_reader import MediaReader
+from torchfuse.data.media_reader import MediaCache, MediaReader
+from torchfuse.data.readers.torchtune_messages import sample_from_torchtune
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.sequences import IGNORED, SequenceEncoder
 from torchfuse.data.templates import ChatTemplate, last_answer
@@ -84,7 +84,7 @@ class SampleTransform:
         self._set_template(template)
         self.reader: MediaReader | FeatureReader = MediaReader(image_transform, media_transforms)
         self.image_transform = self.reader.image_transform
-        self._cache = _Cache(cache_images)
+        self._cache = MediaCache(cache_images)
 
     def _set_template(self, template: str | Path | ChatTemplate | None) -> None:
         chat = ChatTemplate.load(template, self._folder)
@@ -189,24 +189,33 @@ class SampleTransform:
         """Return the text of tokens up to the first stop token, without images."""
         return self._sequences.decode(tokens)
 
-    def __call__(self, sample: Sample, *, with_answer: bool = True) -> dict[str, Any]:
+    def __call__(
+        self, sample: Sample | Mapping[str, Any], *, with_answer: bool = True, inference: bool = False
+    ) -> dict[str, Any]:
         """Encode a sample.
 
         Args:
-            sample: a conversation.
+            sample: a conversation; or a mapping with ``messages``, as torchtune's datasets and recipes
+                pass it.
             with_answer: whether the whole conversation is encoded, with labels. False: its
                 ``sample.prompt`` up to where the answer begins.
+            inference: torchtune's keyword for the latter.
 
         Returns:
             ``tokens`` (list), ``images`` (``[m, 3, h, w]``, or a list of ``MediaInput`` where an image
             is more than one tensor), ``encoder_mask`` (bool ``[s, n]``, over the features of all images)
             and, with the answer, ``labels`` (list, unshifted, -100 where nothing is learned) and, if
-            weights of messages are other than 0 and 1, ``loss_weights`` (list).
+            weights of messages are other than 0 and 1, ``loss_weights`` (list). For a mapping also
+            torchtune's ``mask``, True where nothing is learned.
 
         Raises:
             DataError: if the sample has nothing to learn or is too long, or an image cannot be read.
             ConfigError: if the template cannot be used for it.
         """
+        if isinstance(sample, Mapping):
+            result = self(sample_from_torchtune(sample), with_answer=not inference)
+            labels = result.get("labels", [IGNORED] * len(result["tokens"]))
+            return {**result, "mask": [label == IGNORED for label in labels]}
         messages = sample.messages if with_answer else sample.prompt
         inputs = [self.media_input(media) for message in messages for media in message.media]
         num_items = [each.num_items for each in inputs]
@@ -308,26 +317,3 @@ class SampleTransform:
         if self.image_transform is None:
             return []
         return torch.empty(0, 3, self.image_transform.height, self.image_transform.width)
-
-
-class _Cache:
-    """The images that were read last. A copy, in another process too, begins empty."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._inputs: OrderedDict[Media, MediaInput] = OrderedDict()
-
-    def get(self, media: Media, read: Callable[[Media], MediaInput]) -> MediaInput:
-        """Return what ``read`` makes of an image."""
-        if media in self._inputs:
-            self._inputs.move_to_end(media)
-            return self._inputs[media]
-        made = read(media)
-        if self._size:
-            self._inputs[media] = made
-            if len(self._inputs) > self._size:
-                self._inputs.popitem(last=False)
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Cache, (self._size,)

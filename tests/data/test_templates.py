@@ -168,6 +168,18 @@ def test_contents_that_a_template_tests(tmp_path):
     assert encoded(transform_for(tmp_path), messages)["tokens"] == expected
 
 
+def test_variables_that_a_template_tests(tmp_path):
+    """As in Llama 3.1, which defines tools as none, and tests whether they are."""
+    tools = (
+        "{% if tools is not none %}{{ tools | tojson }}{% endif %}{% if documents %}x{% endif %}"
+        + LLAMA3
+    )
+    reference = save(tmp_path, chats.byte_level(), tools)
+    messages = [Message("user", ["two"]), Message("assistant", ["seven"])]
+    expected = reference.apply_chat_template(as_strings(messages), return_dict=False)
+    assert encoded(transform_for(tmp_path), messages)["tokens"] == expected
+
+
 def test_control_tokens_that_are_not_listed_as_special(tmp_path):
     tokenizer = chats.byte_level()
     content = json.loads(tokenizer.to_str())

@@ -17,7 +17,7 @@ from torchfuse.data.questions import Question, QuestionDataset, QuestionTransfor
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.data.transform import SampleTransform
-from torchfuse.errors import ConfigError, DataError
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 
 BOS, EOS = SPECIAL.index("<bos>"), SPECIAL.index("<eos>")
 
@@ -96,6 +96,22 @@ def test_bos_is_where_transformers_puts_it(tmp_path, option, post_processor):
     assert transform_for(tmp_path).prompt([Message("user", ["cat"])]) == [BOS, *cat]
     (tmp_path / "processor_config.json").write_text("{}")
     assert transform_for(tmp_path).prompt([Message("user", ["cat"])]) == [BOS, *cat]
+
+
+def test_a_tokenizer_without_a_model_names_its_ends(tmp_path):
+    save(tmp_path, chats.byte_level())
+    (tmp_path / "config.json").unlink()
+    tokenizer = TextTokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (
+        BOS,
+        (EOS,),
+        SPECIAL.index("<pad>"),
+    )
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match="must configure eos_token_id, an id or a list of ids, got None"
+    ):
+        TextTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", [*chats.TOKENIZERS])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torchfuse.data.masks import ImageScope, image_mask
 from torchfuse.data.samples import Message
 from torchfuse.data.templates import ChatTemplate
 from torchfuse.data.tokenizer import TextTokenizer
-from torchfuse.errors import DataError
+from torchfuse.errors import ConfigError, DataError
 
 __all__ = ["IGNORED", "SequenceEncoder"]
 
@@ -24,23 +25,42 @@ class SequenceEncoder:
     """Turn conversations into ids, given the number of items (tiles, frames) of each image.
 
     Args:
+        tokenizer: directory of the language model.
         template: how a conversation is written.
-        tokenizer: made with ``image_text`` and ``source`` of the template.
+        image_token: id of an image; None for the layout ``"prefix"``.
         layout: the tokens of an image.
         features_per_item: features of each item of an image.
         scope: which images a token may attend to, see ``image_mask``; with ``"marker"``.
+
+    Raises:
+        ConfigError: if the layout is unknown, or ``image_token`` does not fit it or the tokenizer.
+        CheckpointError: if the directory lacks a file.
     """
 
     def __init__(
         self,
+        tokenizer: str | Path,
         template: ChatTemplate,
-        tokenizer: TextTokenizer,
         *,
+        image_token: int | None,
         layout: ImageLayout,
         features_per_item: int,
         scope: ImageScope,
     ) -> None:
-        self.template, self.tokenizer = template, tokenizer
+        if layout not in get_args(ImageLayout):
+            raise ConfigError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
+        if (image_token is None) != (layout == "prefix"):
+            raise ConfigError(
+                f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
+                '"prefix", and an id for the others.'
+            )
+        self.template = template
+        self.tokenizer = TextTokenizer(
+            tokenizer,
+            image_token=image_token,
+            image_text=template.image_text,
+            template=template.source,
+        )
         self.layout, self.features_per_item, self.scope = layout, features_per_item, scope
         self.stop_tokens = self._find_stop_tokens()
 

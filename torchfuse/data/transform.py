@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torchfuse.data.readers.torchtune_messages import sample_from_torchtune
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.sequences import IGNORED, SequenceEncoder
 from torchfuse.data.templates import ChatTemplate, last_answer
-from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.errors import ConfigError, DataError
 from torchfuse.naming import find_model, unwrap
 
@@ -71,34 +70,25 @@ class SampleTransform:
         cache_images: int = 0,
         media_transforms: Mapping[str, MediaTransform | Mapping[str, Any] | str] | None = None,
     ) -> None:
-        if layout not in get_args(ImageLayout):
-            raise ConfigError(f'layout must be "marker", "placeholder" or "prefix", got {layout!r}.')
-        if (image_token is None) != (layout == "prefix"):
-            raise ConfigError(
-                f"image_token={image_token} does not fit layout={layout!r}: give None for the layout "
-                '"prefix", and an id for the others.'
-            )
         self.image_token, self.features_per_image = image_token, features_per_image
+        self._folder, self.layout, self._scope = tokenizer, layout, scope
         self.max_seq_len = max_seq_len
-        self._folder, self._images = tokenizer, (layout, scope)
         self._set_template(template)
         self.reader: MediaReader | FeatureReader = MediaReader(image_transform, media_transforms)
         self.image_transform = self.reader.image_transform
         self._cache = MediaCache(cache_images)
 
     def _set_template(self, template: str | Path | ChatTemplate | None) -> None:
-        chat = ChatTemplate.load(template, self._folder)
-        self.tokenizer = TextTokenizer(
-            self._folder,
-            image_token=self.image_token,
-            image_text=chat.image_text,
-            template=chat.source,
-        )
-        layout, scope = self._images
-        features = self.features_per_image
+        self.template = ChatTemplate.load(template, self._folder)
         self._sequences = SequenceEncoder(
-            chat, self.tokenizer, layout=layout, features_per_item=features, scope=scope
+            self._folder,
+            self.template,
+            image_token=self.image_token,
+            layout=self.layout,
+            features_per_item=self.features_per_image,
+            scope=self._scope,
         )
+        self.tokenizer = self._sequences.tokenizer
 
     @classmethod
     def for_model(
@@ -138,7 +128,7 @@ class SampleTransform:
                 "image_token, the id of one that the tokenizer has"
             )
         if "features_per_image" not in given:
-            problems.append("features_per_image must be given: this encoder does not tell its number")
+            problems.append("features_per_image must be given: for this encoder it is unknown")
         if problems:
             raise ConfigError(f"The transform does not fit the model: {'; '.join(problems)}.")
         length = owner.max_seq_len if max_seq_len is None else max_seq_len
@@ -166,16 +156,6 @@ class SampleTransform:
         return other
 
     @property
-    def template(self) -> ChatTemplate:
-        """The template of conversations."""
-        return self._sequences.template
-
-    @property
-    def layout(self) -> ImageLayout:
-        """The tokens of an image in the sequence."""
-        return self._sequences.layout
-
-    @property
     def pad_id(self) -> int:
         """Id that pads sequences."""
         return self.tokenizer.pad_id
@@ -199,7 +179,7 @@ class SampleTransform:
                 pass it.
             with_answer: whether the whole conversation is encoded, with labels. False: its
                 ``sample.prompt`` up to where the answer begins.
-            inference: torchtune's keyword for the latter.
+            inference: torchtune's keyword: the opposite of ``with_answer``.
 
         Returns:
             ``tokens`` (list), ``images`` (``[m, 3, h, w]``, or a list of ``MediaInput`` where an image
@@ -212,8 +192,9 @@ class SampleTransform:
             DataError: if the sample has nothing to learn or is too long, or an image cannot be read.
             ConfigError: if the template cannot be used for it.
         """
+        with_answer = with_answer and not inference
         if isinstance(sample, Mapping):
-            result = self(sample_from_torchtune(sample), with_answer=not inference)
+            result = self(sample_from_torchtune(sample), with_answer=with_answer)
             labels = result.get("labels", [IGNORED] * len(result["tokens"]))
             return {**result, "mask": [label == IGNORED for label in labels]}
         messages = sample.messages if with_answer else sample.prompt
@@ -260,7 +241,7 @@ class SampleTransform:
             DataError: if the template refuses the conversation, or an image cannot be read.
             ConfigError: if the template writes earlier turns otherwise than before.
         """
-        new = messages[last_answer(messages) :]
+        new = messages[last_answer(messages) + 1 :]
         return self._sequences.next_turn(messages, self._num_items(new), ended=ended)
 
     def media_input(self, media: Media) -> MediaInput:

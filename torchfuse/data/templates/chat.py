@@ -32,7 +32,8 @@ TEMPLATES: Final = tuple(sorted(file.stem for file in _FOLDER.glob("*.jinja")))
 
 _BY_TOKENIZER: Final = ("plain", "vicuna")  # begin with what the tokenizer puts in front of a text
 _PROBE: Final = "qzx"
-_DUMMIES: Final = {"bos_token": "", "eos_token": "", "boundary": "", "end_of_text": ""}
+_UNUSED: Final = {"tools": None, "documents": None}  # which templates of transformers test
+_EMPTY: Final = dict.fromkeys(("bos_token", "eos_token", "boundary", "end_of_text"), "")
 _EDGE: Final = re.compile("start|begin|end")  # of what is around an image
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -119,14 +120,13 @@ class ChatTemplate:
         file = folder / "chat_template.jinja"
         if file.is_file():
             return cls(_read(file), name=str(file), adds_bos=of_processor)
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            file = folder / name
+        for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
             found = read_json(file).get("chat_template") if file.is_file() else None
             if isinstance(found, list):
                 found = {entry["name"]: entry["template"] for entry in found}.get("default")
             if isinstance(found, str):
-                by_processor = of_processor or name == "chat_template.json"
-                return cls(found, name=f"{file}, chat_template", adds_bos=by_processor)
+                of_processor |= file.name == "chat_template.json"
+                return cls(found, name=f"{file}, chat_template", adds_bos=of_processor)
         return cls.load("plain", folder)
 
     def _probe(self) -> None:
@@ -161,7 +161,8 @@ class ChatTemplate:
     def _try(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Return the text of messages, an empty one if the template refuses them."""
         try:
-            return find_blocks(self._template.render(messages=messages, **_DUMMIES, **variables))[0]
+            rendered = self._template.render(messages=messages, **_UNUSED, **_EMPTY, **variables)
+            return find_blocks(rendered)[0]
         except Exception:  # what a template calls can raise anything
             return ""
 
@@ -176,6 +177,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 boundary=tokenizer.boundary,
                 end_of_text=tokenizer.end_of_text,
+                **_UNUSED,
                 **tokenizer.special_tokens,
             )
         except jinja2.TemplateError as error:

@@ -58,6 +58,11 @@ class TokenizerFile:
         added = next((text for text, token in self._added.items() if token["id"] == token_id), None)
         return added or next((text for text, i in self._vocab.items() if i == token_id), None)
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a token, None if there is none."""
+        added = self._added.get(text)
+        return self._vocab.get(text) if added is None else added["id"]
+
     def is_text(self, token_id: int, ends: Collection[int | None]) -> bool:
         """Whether a token occurs in text, or begins or ends one."""
         text = self.text(token_id)

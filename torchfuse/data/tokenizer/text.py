@@ -31,9 +31,9 @@ class TextTokenizer:
     Truncation and padding that were saved in ``tokenizer.json`` do not apply.
 
     Args:
-        path: directory with ``tokenizer.json``, and ``config.json`` or ``generation_config.json`` for
-            ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``; ``tokenizer_config.json`` is read if
-            there is one.
+        path: directory with ``tokenizer.json``. ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``
+            are those of ``generation_config.json``, ``config.json`` or else the special tokens in
+            ``tokenizer_config.json``.
         image_token: id of images in the model's sequences; None: they have none.
         image_text: an image in a template's text. None: the tokenizer's text of ``image_token``, or
             ``<image>``.
@@ -70,10 +70,10 @@ class TextTokenizer:
     ) -> None:
         path = Path(path)
         file = TokenizerFile(path)
-        config = read_json(path / "config.json")
-        more = path / "generation_config.json"
-        if more.is_file():
-            config |= {k: v for k, v in read_json(more).items() if v is not None}
+        named, config = _named_tokens(path), _configuration(path)
+        for name, text in (named or {}).items():  # for a tokenizer without a model
+            if config.get(f"{name}_id") is None:
+                config[f"{name}_id"] = file.token_id(text)
         has_bos = config.get("bos_token_id") is not None
         self.bos_id = _ids(config, "bos_token_id", path)[0] if has_bos else None
         self.eos_ids = _ids(config, "eos_token_id", path)
@@ -89,7 +89,12 @@ class TextTokenizer:
                 "It must be one that represents images only; fusion_vocab_size=1 adds a row for it."
             )
         self._hide_special_tokens(file, image_text, template)
-        self._read_options(path / "tokenizer_config.json", has_post_processor=file.has_post_processor)
+        around = self._tokenizer.encode(self.boundary).ids
+        self.bos: tuple[int, ...] = tuple(around[: around.index(self._token_id(self.boundary))])
+        if named is None and not file.has_post_processor and self.bos_id is not None:
+            self.bos = (self.bos_id,)
+        if named is not None:
+            self.special_tokens = named
 
     def _hide_special_tokens(self, file: TokenizerFile, image_text: str | None, template: str) -> None:
         nonce = secrets.token_hex(8)
@@ -118,20 +123,6 @@ class TextTokenizer:
         self.special_tokens = {"eos_token": self.end_of_text}
         if self.bos_id is not None:
             self.special_tokens["bos_token"] = ends[self.bos_id]
-
-    def _read_options(self, path: Path, *, has_post_processor: bool) -> None:
-        around = self._tokenizer.encode(self.boundary).ids
-        self.bos: tuple[int, ...] = tuple(around[: around.index(self._token_id(self.boundary))])
-        if not path.is_file():
-            if not has_post_processor and self.bos_id is not None:
-                self.bos = (self.bos_id,)
-            return
-        for name, value in read_json(path).items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str):
-                self.special_tokens[name] = text
-            elif name in self.special_tokens and value is None:
-                del self.special_tokens[name]
 
     def _token_id(self, text: str) -> int:
         """Return the tokenizer's id of a special token, which is added if it has none."""
@@ -205,6 +196,28 @@ class TextTokenizer:
 def _any_of(texts: Collection[str]) -> str:
     """Return a pattern that matches the longest of some texts."""
     return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text))))
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """Return the settings of the model, if it has any; those of its generation override others."""
+    config: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (path / name).is_file():
+            config |= {key: value for key, value in read_json(path / name).items() if value is not None}
+    return config
+
+
+def _named_tokens(path: Path) -> dict[str, str] | None:
+    """Return the special tokens by their names in ``tokenizer_config.json``; None without the file."""
+    file = path / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in read_json(file).items()
+        if name.endswith("_token")
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _ids(config: Mapping[str, Any], name: str, path: Path) -> tuple[int, ...]:

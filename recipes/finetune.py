@@ -14,7 +14,7 @@ from the newest one, to the bit:
     tune run torchfuse/recipes/finetune.py --config ... save_every=100 resume=true
 """
 
-from torchfuse.recipes.finetune_config import Config, check_config
+from torchfuse.recipes.finetune_config import Config, check_config, read_data
 
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.training.config import recipe
@@ -25,10 +25,11 @@ def main(config: Config) -> None:
     """Finetune a fused model on questions about images."""
     check_config(config)
     stages = FreezeSchedule(read_freeze_meta(config.freeze))
-    # Imported here: torchtune takes seconds, and the configuration is checked before.
+    train, test = read_data(config)
+    # Imported here: torchtune takes seconds, and configuration and files are checked before.
     from torchfuse.recipes.finetune_run import run
 
-    run(config, stages)
+    run(config, stages, train, test)
 
 
 if __name__ == "__main__":

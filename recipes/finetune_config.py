@@ -1,20 +1,36 @@
 """Configuration of the finetune recipe: keys, their ranges, and those that a resumed run must share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from omegaconf import MISSING
 
+from torchfuse.data import Mixture, Sample, Samples
+from torchfuse.data.readers import read_mixture
 from torchfuse.errors import ConfigError
 
-__all__ = ["Config", "Data", "Pretrained", "Train", "check_config", "flat", "resume_signature"]
+__all__ = [
+    "Config",
+    "Data",
+    "Pretrained",
+    "Train",
+    "check_config",
+    "default_signature",
+    "read_data",
+    "resume_signature",
+]
 
 # Keys that a resumed run may change: they do not affect the trained weights.
 _FREE_ON_RESUME: Final = frozenset(
     {
         "output_dir",
         "data.test",
+        "data.num_workers",
+        "data.prefetch_factor",
+        "data.start_method",
+        "data.bad_samples",
+        "data.cache_images",
         "device",
         "activation_checkpointing",
         "compile",
@@ -25,6 +41,7 @@ _FREE_ON_RESUME: Final = frozenset(
         "resume",
     }
 )
+_FROM_PRETRAINED: Final = "torchfuse.from_pretrained"
 _SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
 
 
@@ -42,11 +59,37 @@ class Pretrained:
 
 @dataclass
 class Data:
-    """Question files."""
+    """Files of samples, and how samples become batches.
 
-    train: str = MISSING
-    test: str | None = None
+    ``train`` and ``test`` are paths, as for ``torchfuse.data.read_samples``, or lists of ``{path,
+    format, weight, image_root}``. Without a section ``transform``, ``template`` (a name, a ``.jinja``
+    file; null: the tokenizer's own) and the model determine the tokens: ``tokenizer`` and
+    ``image_transform`` are directories, null: of the decoder and of the encoder; ``image_token``,
+    ``features_per_image`` and ``scope`` are needed where the model does not determine them;
+    ``media_transforms`` are components by modality; ``cache_images`` is how many images each process
+    keeps in memory. A sample longer than
+    ``max_seq_len`` (null: the model's) is handled as ``too_long`` says: ``drop``, ``cut`` or ``error``;
+    one that cannot be used as ``bad_samples`` says: ``error`` or ``skip``.
+    """
+
+    train: Any = MISSING
+    test: Any = None
     limit: int | None = None
+    tokenizer: str | None = None
+    image_transform: Any = None
+    media_transforms: dict[str, Any] | None = None
+    template: str | None = None
+    image_token: int | None = None
+    features_per_image: int | None = None
+    scope: str | None = None
+    cache_images: int | None = None
+    max_seq_len: int | None = None
+    packed: bool = False
+    too_long: str = "drop"
+    bad_samples: str = "error"
+    num_workers: int = 0
+    prefetch_factor: int = 2
+    start_method: str | None = None
 
 
 @dataclass
@@ -77,7 +120,7 @@ class Config:
     output_dir: str = MISSING
     model: dict[str, Any] = MISSING
     pretrained: Pretrained = field(default_factory=Pretrained)
-    transform: dict[str, Any] = MISSING
+    transform: dict[str, Any] | None = None
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     freeze: list[dict[str, Any]] = field(default_factory=list)
@@ -97,10 +140,12 @@ def check_config(config: Config) -> None:
     """Raise a ``ConfigError`` for missing checkpoints, or one for all numbers out of range."""
     train, pretrained = config.train, config.pretrained
     missing = [name for name in ("decoder", "encoder") if getattr(pretrained, name) is None]
-    if missing and pretrained.path is None:
+    loads_itself = len(missing) == 2 and config.model.get("_component_") == _FROM_PRETRAINED
+    if missing and pretrained.path is None and not loads_itself:
         raise ConfigError(
             f"Configuration key 'pretrained.{missing[0]}': missing, and must be given; or give "
-            "pretrained.path, the directory of a whole model."
+            "pretrained.path, the directory of a whole model, or a model whose _component_ is "
+            f"{_FROM_PRETRAINED}."
         )
     problems = [
         f"{name}={value} must be at least {least}"
@@ -131,6 +176,20 @@ def check_config(config: Config) -> None:
         raise ConfigError(f"{'; '.join(problems)}.")
 
 
+def read_data(config: Config) -> tuple[Samples | Mixture, Sequence[Sample]]:
+    """Open the files of samples; return those to train on and those to test with."""
+    data = config.data
+    train: Samples | Mixture = read_mixture(data.train, seed=config.seed, what="data.train")
+    if isinstance(data.train, str):  # one set needs no order of its own
+        train = train.samples
+    if data.limit is not None:
+        if isinstance(train, Mixture):
+            raise ConfigError(f"data.limit={data.limit} needs data.train to be one path.")
+        train = train[: data.limit]
+    test = () if data.test is None else read_mixture(data.test, what="data.test").samples
+    return train, test
+
+
 def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
     """Return the keys that affect training, with their values; a resumed run must have the same.
 
@@ -140,17 +199,22 @@ def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
         config: the configuration.
         world_size: the number of ranks.
     """
-    kept = {name: value for name, value in flat(asdict(config)) if name not in _FREE_ON_RESUME}
+    kept = {name: value for name, value in _flat(asdict(config)) if name not in _FREE_ON_RESUME}
     size = world_size
     for name in _SIZES:
         size *= kept.pop(name)
     return {**kept, "questions a step": size}
 
 
-def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def default_signature() -> dict[str, Any]:
+    """Return the part of a signature that a configuration has without any key."""
+    return {name: value for name, value in _flat(asdict(Config())) if value != MISSING}
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Iterate over the values of nested sections, by dotted key."""
     for name, value in section.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

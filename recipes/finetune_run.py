@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,14 @@ from omegaconf import OmegaConf
 from torch import distributed, nn
 from torchfuse.recipes.finetune_config import Config
 from torchfuse.recipes.finetune_trainer import CHECKPOINTS, Trainer
+from torchfuse.tasks.transforms import read_transform
 from torchtune import training
 from torchtune.utils import get_world_size_and_rank
 
 from torchfuse import describe
 from torchfuse.checkpoint import latest_checkpoint, save_trained
-from torchfuse.data.questions import QuestionDataset, QuestionTransform
-from torchfuse.data.samples import Sample
-from torchfuse.errors import ConfigError, ModelError
+from torchfuse.data import LoaderOptions, Mixture, Sample, Samples, SampleTransform, StepLoader
+from torchfuse.errors import ConfigError, DataError, ModelError
 from torchfuse.io.atomic import write_text
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.evaluation import (
@@ -30,19 +32,21 @@ from torchfuse.tasks.evaluation import (
     training_costs,
 )
 from torchfuse.tasks.prediction import Prediction, predict
-from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
-from torchfuse.tasks.prompts import load_samples
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
-from torchfuse.training import build, shard
+from torchfuse.training import shard
 
 
-def run(config: Config, stages: FreezeSchedule) -> None:
+def run(
+    config: Config, stages: FreezeSchedule, train: Samples | Mixture, test: Sequence[Sample]
+) -> None:
     """Finetune, evaluate and save.
 
     Args:
         config: a configuration whose numbers have been checked.
         stages: which parameters train from which step on.
+        train: the samples to train on.
+        test: the samples to answer.
     """
     started = time.perf_counter()
     distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -52,24 +56,20 @@ def run(config: Config, stages: FreezeSchedule) -> None:
     training.set_seed(config.seed)
     output = _output_dir(config)
 
-    transform: QuestionTransform = build(config.transform, what="transform", kind=QuestionTransform)
-    questions = QuestionDataset(transform, config.data.train, config.data.limit)
-    test_file = config.data.test
-    test = load_samples(test_file) if test_file else []
-    longest = longest_answer(transform, test, test_file or "")
-    settings = PromptSettings(transform, max_new_tokens=longest)
-    validation = _validation_samples(test, config)
+    transform_of = read_transform(asdict(config))
     model = _build_model(config, shard_it=distributed_run)
+    transform = transform_of(model)
+    settings = PromptSettings(transform, max_new_tokens=_longest_answer(test, transform))
+    validation = _validation_samples(test, config)
     settings.check(model)
     pretrained = config.pretrained
     check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
-    check_lengths(model, transform, questions.questions, config.data.train)
-    if test:
-        check_lengths(model, transform, test, test_file)
-    trainer = Trainer(model, stages, questions, config)
+    check_lengths(model, transform, test, config.data.test)
+    loader = _loader(train, transform, config)
+    trainer = Trainer(model, stages, loader, config)
     log(f"\n{describe(model)}\n")
 
-    def answer(samples: list[Sample]) -> list[Prediction]:
+    def answer(samples: Sequence[Sample]) -> list[Prediction]:
         # Every rank answers all samples: under sharding all ranks must run the same steps.
         return predict(model, settings, samples, batch_size=config.eval_batch_size)
 
@@ -134,7 +134,41 @@ def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
     return model
 
 
-def _validation_samples(test: list[Sample], config: Config) -> list[Sample]:
+def _loader(train: Samples | Mixture, transform: SampleTransform, config: Config) -> StepLoader:
+    data, options = config.data, config.train
+    world_size, rank = get_world_size_and_rank()
+    return StepLoader(
+        train,
+        transform,
+        LoaderOptions(
+            batch_size=options.batch_size,
+            batches_per_step=options.gradient_accumulation_steps,
+            epochs=options.epochs,
+            max_steps=options.max_steps,
+            max_seq_len=data.max_seq_len,
+            packed=data.packed,
+            too_long=data.too_long,  # type: ignore[arg-type]  # checked there
+            bad_samples=data.bad_samples,  # type: ignore[arg-type]
+            num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_factor,
+            start_method=data.start_method,
+            pin_memory=config.device.startswith("cuda"),
+            seed=config.seed,
+        ),
+        world_size=world_size,
+        rank=rank,
+    )
+
+
+def _longest_answer(test: Sequence[Sample], transform: SampleTransform) -> int:
+    """Return the tokens of the longest answer, with the one that ends it."""
+    missing = [sample.origin for sample in test if sample.answer is None]
+    if missing:
+        raise DataError(f"{missing[0]}: a sample of data.test needs an answer to compare with.")
+    return max((len(transform.tokenizer.encode(sample.answer or "")) + 1 for sample in test), default=1)
+
+
+def _validation_samples(test: Sequence[Sample], config: Config) -> list[Sample]:
     """Return the samples with one image, which are answered during training."""
     about_one = [sample for sample in test if len(sample.media) == 1]
     if config.eval_every is not None and not about_one:

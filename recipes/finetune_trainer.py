@@ -2,21 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, distributed, nn
-from torchfuse.recipes.finetune_config import Config, resume_signature
+from torchfuse.recipes.finetune_config import Config, default_signature, resume_signature
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from torchtune.utils import batch_to_device, get_world_size_and_rank
 from tqdm import tqdm
 
 from torchfuse import param_groups
 from torchfuse.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from torchfuse.data.questions import QuestionDataset
-from torchfuse.data.steps import count_tokens, optimizer_steps
+from torchfuse.data.loading import Cursor, StepLoader
+from torchfuse.data.token_counts import count_tokens
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.image_inputs import fit_to_encoder
@@ -31,24 +32,24 @@ class Trainer:
     Args:
         model: the model, sharded or not.
         stages: which parameters train from which step on.
-        questions: the training set.
+        loader: the batches of every step.
         config: the recipe's configuration.
     """
 
     def __init__(
-        self, model: nn.Module, stages: FreezeSchedule, questions: QuestionDataset, config: Config
+        self, model: nn.Module, stages: FreezeSchedule, loader: StepLoader, config: Config
     ) -> None:
-        self.model, self.stages, self.questions, self.config = model, stages, questions, config
+        self.model, self.stages, self.loader, self.config = model, stages, loader, config
         self.device, _ = device_and_dtype(config.device, config.dtype)
         self.world_size, self.rank = get_world_size_and_rank()
-        self.step, self.record = 0, TrainingRecord()
+        self.step, self.cursor, self.record = 0, Cursor(), TrainingRecord()
         self.trained = stages.trained_ever(model)
         if not self.trained:
             raise ConfigError(
                 "No parameter trains: set model.fusion_trainable=true, or add a freeze stage."
             )
         stages.apply(model, 0)
-        self.num_steps, _ = self._steps()
+        self.num_steps = loader.num_steps
         options = config.train
         self.optimizer = torch.optim.AdamW(
             param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages)
@@ -68,22 +69,36 @@ class Trainer:
         if not self.config.resume or latest_checkpoint(folder) is None:
             return False
         loaded = load_checkpoint(folder, self.model, self.optimizer)
-        current, saved = resume_signature(self.config, self.world_size), loaded.extra.get("course")
+        saved = loaded.extra.get("course")
         if saved is None:
             raise CheckpointError(f"{loaded.path} is not a checkpoint of this recipe.")
+        defaults = default_signature()  # of keys that there were not when it was saved
+        current, saved = resume_signature(self.config, self.world_size), {**defaults, **saved}
         differ = [
-            f"{name} was {saved.get(name)!r} and is {current.get(name)!r}"
-            for name in {**saved, **current}
-            if saved.get(name) != current.get(name)
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in current.items()
+            if saved.get(name) != value
         ]
         if differ:
             raise ConfigError(
                 f"{loaded.path} was made with a different configuration: {'; '.join(differ)}."
             )
         self.step = loaded.step
+        self.cursor = self._restored_cursor(loaded.extra.get("data"), loaded.path)
         self.record = TrainingRecord.restored(loaded.extra["record"], self.rank)
         self.lr_schedule.load_state_dict(loaded.extra["lr_schedule"])
         return True
+
+    def _restored_cursor(self, saved: dict[str, Any] | None, path: Path) -> Cursor:
+        """Return the cursor of a checkpoint, after comparing the data that it was trained on."""
+        if saved is None:  # of a version that saved none
+            return self.loader.cursor_of_step(self.step)
+        if saved["digest"] != self.loader.samples.digest:
+            raise ConfigError(
+                f"{path} was trained on other data: the rows of data.train={self.config.data.train} "
+                "have changed since. Restore them, or start a new run in another output_dir."
+            )
+        return Cursor(**saved["cursor"])
 
     def save(self) -> None:
         """Write a checkpoint of the run; every rank calls this."""
@@ -96,6 +111,7 @@ class Trainer:
                 "course": resume_signature(self.config, self.world_size),
                 "record": self.record.of_all_ranks(self.device).state(),
                 "lr_schedule": self.lr_schedule.state_dict(),
+                "data": {"digest": self.loader.samples.digest, "cursor": self.cursor.state()},
             },
             trained=self.trained,
         )
@@ -103,8 +119,8 @@ class Trainer:
     def train(self, log: Callable[[str], None], validate: Callable[[], float]) -> TrainingRecord:
         """Take the remaining steps; validate and save as often as configured; return the record."""
         record, config = self.record, self.config
-        _, steps = self._steps()
         self.model.train()
+        steps = islice(self.loader.steps(self.cursor), self.num_steps - self.step)
         bar = tqdm(
             desc="finetune",
             total=self.num_steps,
@@ -113,7 +129,7 @@ class Trainer:
         )
         with bar:
             began = time.perf_counter()
-            for step in steps:
+            for step, self.cursor in steps:
                 loss = self._train_step(step)
                 record.losses.append((self.step, loss))
                 record.seconds += time.perf_counter() - began
@@ -121,6 +137,11 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if bar.disable and self.step % max(1, self.num_steps // 10) == 0:
                     log(f"step {self.step} of {self.num_steps}: loss {loss:.3f}")
+                for message in self.loader.skipped:
+                    log(f"skipped: {message}")
+                counts = {"skipped": len(self.loader.skipped), "too_long": self.loader.too_long}
+                record.samples.update(counts)
+                self.loader.skipped, self.loader.too_long = [], 0
                 if self._is_due(config.eval_every):
                     record.accuracies.append((self.step, validate()))
                 if self._is_due(config.save_every):
@@ -133,11 +154,11 @@ class Trainer:
         # A function of the step alone, so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed(self.config.seed + self.step * self.world_size + self.rank)
         for batch in step:
-            self.record.tokens.update(count_tokens(batch, self.questions.transform))
+            self.record.tokens.update(count_tokens(batch, self.loader.transform))
             batch_to_device(batch, self.device)
             batch.update(fit_to_encoder(self.model, batch))
         self.stages.apply(self.model, self.step)
-        loss = _backward(self.model, step, self.world_size)
+        loss = _backward(self.model, step, self.world_size, self.device)
         self.step += 1
         if not math.isfinite(loss):
             raise ConfigError(
@@ -151,20 +172,6 @@ class Trainer:
         self.lr_schedule.step()
         return loss
 
-    def _steps(self) -> tuple[int, Iterable[list[dict[str, Any]]]]:
-        options = self.config.train
-        return optimizer_steps(
-            self.questions,
-            batch_size=options.batch_size,
-            batches_per_step=options.gradient_accumulation_steps,
-            epochs=options.epochs,
-            max_steps=options.max_steps,
-            seed=self.config.seed,
-            world_size=self.world_size,
-            rank=self.rank,
-            start=self.step,
-        )
-
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.num_steps)
 
@@ -173,18 +180,25 @@ class Trainer:
         return Path(self.config.output_dir) / CHECKPOINTS
 
 
-def _backward(model: nn.Module, step: list[dict[str, Any]], world_size: int) -> float:
+def _backward(
+    model: nn.Module, step: list[dict[str, Any]], world_size: int, device: torch.device
+) -> float:
     """Compute the gradients of one optimizer step, in which every supervised token weighs the same."""
-    labels = [batch.pop("labels") for batch in step]
-    count = sum(((label[:, 1:] != -100).sum() for label in labels), torch.zeros((), dtype=torch.long))
+    targets = [(batch.pop("labels"), batch.pop("loss_weights", None)) for batch in step]
+    count = torch.zeros((), device=device)
+    for labels, weights in targets:
+        learned = (labels[:, 1:] != -100).float()
+        count = count + (learned if weights is None else learned * weights[:, 1:]).sum()
     if world_size > 1:
         distributed.all_reduce(count)
-    total: Tensor = torch.zeros(())
-    for batch, label in zip(step, labels, strict=True):
-        summed, _ = next_token_loss(model(**batch), label)
+    # Weights may add up to less than 1.
+    count = torch.where(count > 0, count, torch.ones_like(count))
+    total: Tensor = torch.zeros((), device=device)
+    for batch, (labels, weights) in zip(step, targets, strict=True):
+        summed, _ = next_token_loss(model(**batch), labels, loss_weights=weights)
         # FSDP averages gradients over ranks, and the count is of all ranks already.
-        (summed * world_size / count.clamp(min=1)).backward()
+        (summed * world_size / count).backward()
         total = total + summed.detach()
     if world_size > 1:
         distributed.all_reduce(total)
-    return float(total / count.clamp(min=1))
+    return float(total / count)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         image_size,
         open_image,
     )
+    from torchfuse.data.loading import Cursor, LoaderOptions, StepLoader
     from torchfuse.data.media import MediaInput, MediaTransform, collate_media
     from torchfuse.data.media_reader import MediaReader
     from torchfuse.data.packing import FirstFit, Packs, pack
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     )
     from torchfuse.data.readers import Mixture, Samples, read_mixture, read_samples
     from torchfuse.data.samples import Media, Message, Sample
-    from torchfuse.data.steps import optimizer_steps
     from torchfuse.data.templates import ChatTemplate, text_template
     from torchfuse.data.tokenizer import TextTokenizer
     from torchfuse.data.transform import SampleTransform
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from torchfuse.data.video import VideoTransform
 
 __all__ = [
+    "Cursor",
+    "LoaderOptions",
+    "StepLoader",
     "ChatTemplate",
     "FirstFit",
     "GridImageTransform",
@@ -67,7 +70,6 @@ __all__ = [
     "left_padding",
     "merge_documents",
     "open_image",
-    "optimizer_steps",
     "pack",
     "padded_collate_images",
     "positions",
@@ -80,6 +82,9 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
+        "Cursor": "loading",
+        "LoaderOptions": "loading",
+        "StepLoader": "loading",
         "ChatTemplate": "templates",
         "FirstFit": "packing",
         "GridImageTransform": "images",
@@ -108,7 +113,6 @@ __getattr__ = lazy_exports(
         "image_size": "images",
         "merge_documents": "documents",
         "open_image": "images",
-        "optimizer_steps": "steps",
         "pack": "packing",
         "read_mixture": "readers",
         "read_questions": "questions",

@@ -41,6 +41,7 @@ class Encoder(Protocol):
     pad_id: int
     layout: ImageLayout
     max_seq_len: int | None
+    image_token: int | None
 
     def __call__(self, sample: Any) -> dict[str, Any]:
         """Return the sequence, as the collator takes it."""
@@ -229,8 +230,9 @@ class StepLoader:
     Attributes:
         num_steps: steps of the whole run. With ``packed``, how many rows an epoch has is estimated from
             its first window, and exact where there is only one.
-        skipped: a message for each sample that was left out because it could not be used.
-        too_long: how many samples were left out because they are longer than ``max_seq_len``.
+        skipped: a message for each sample of this rank that was left out because it cannot be used.
+        too_long: how many samples were left out because they are too long; with ``packed`` those of all
+            ranks are counted on rank 0.
 
     Raises:
         ConfigError: naming everything in the options that is out of range.
@@ -290,7 +292,9 @@ class StepLoader:
         batches = iter(loader)
         while step := list(islice(batches, self.options.batches_per_step)):
             end, too_long = ends.popleft()
-            self.too_long += too_long + sum(batch.pop("too_long") for batch in step)
+            # Every rank packs all samples.
+            self.too_long += sum(batch.pop("too_long") for batch in step)
+            self.too_long += 0 if self._rank else too_long
             bad = [message for batch in step for message in batch.pop("bad")]
             if bad and self.options.bad_samples == "error":
                 raise DataError("\n  ".join(bad))

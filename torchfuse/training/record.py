@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class TrainingRecord:
         tokens: number of tokens that this rank trained on, by modality.
         seconds: seconds of training, without evaluation and saving.
         before: accuracy before the first step, by kind of question.
+        samples: number of samples that were left out, by reason.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -30,20 +31,16 @@ class TrainingRecord:
     tokens: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     before: dict[str, float] = field(default_factory=dict)
+    samples: Counter[str] = field(default_factory=Counter)
 
     def of_all_ranks(self, device: torch.device) -> TrainingRecord:
-        """Return the record with the tokens of all ranks, each of which calls this.
+        """Return the record with the tokens and samples of all ranks, each of which calls this.
 
         Args:
             device: device of the reduction.
         """
-        tokens = Counter(self.tokens)
-        if distributed.is_initialized():
-            names = sorted(tokens)
-            counts = torch.tensor([tokens[name] for name in names], device=device)
-            distributed.all_reduce(counts)
-            tokens = Counter(dict(zip(names, counts.tolist(), strict=True)))
-        return TrainingRecord(self.losses, self.accuracies, tokens, self.seconds, self.before)
+        tokens, samples = (_of_all_ranks(counter, device) for counter in (self.tokens, self.samples))
+        return replace(self, tokens=tokens, samples=samples)
 
     def state(self) -> dict[str, Any]:
         """Return the record as JSON values.
@@ -59,6 +56,7 @@ class TrainingRecord:
             "tokens": dict(self.tokens),
             "seconds": self.seconds,
             "before": self.before,
+            "samples": dict(self.samples),
         }
 
     @classmethod
@@ -67,12 +65,26 @@ class TrainingRecord:
 
         Args:
             state: the state of a record of all ranks.
-            rank: rank of this process. Rank 0 starts with the tokens of all ranks, the others with none.
+            rank: rank of this process. Rank 0 starts with the counts of all ranks, the others with none.
         """
         return cls(
             losses=[(step, loss) for step, loss in state["losses"]],
             accuracies=[(step, share) for step, share in state["accuracies"]],
-            tokens=Counter({name: 0 if rank else count for name, count in state["tokens"].items()}),
+            tokens=_of_rank(state["tokens"], rank),
             seconds=state["seconds"],
             before=dict(state["before"]),
+            samples=_of_rank(state.get("samples", {}), rank),
         )
+
+
+def _of_rank(counts: Mapping[str, int], rank: int) -> Counter[str]:
+    return Counter({name: 0 if rank else count for name, count in counts.items()})
+
+
+def _of_all_ranks(counter: Counter[str], device: torch.device) -> Counter[str]:
+    if not distributed.is_initialized():
+        return Counter(counter)
+    names = sorted(counter)
+    counts = torch.tensor([counter[name] for name in names], device=device)
+    distributed.all_reduce(counts)
+    return Counter(dict(zip(names, counts.tolist(), strict=True)))

@@ -199,7 +199,7 @@ def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
         config: the configuration.
         world_size: the number of ranks.
     """
-    kept = {name: value for name, value in _flat(asdict(config)) if name not in _FREE_ON_RESUME}
+    kept = {name: value for name, value in flat(asdict(config)) if name not in _FREE_ON_RESUME}
     size = world_size
     for name in _SIZES:
         size *= kept.pop(name)
@@ -208,13 +208,13 @@ def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
 
 def default_signature() -> dict[str, Any]:
     """Return the part of a signature that a configuration has without any key."""
-    return {name: value for name, value in _flat(asdict(Config())) if value != MISSING}
+    return {name: value for name, value in flat(asdict(Config())) if value != MISSING}
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Iterate over the values of nested sections, by dotted key."""
     for name, value in section.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -147,8 +147,8 @@ def _loader(train: Samples | Mixture, transform: SampleTransform, config: Config
             max_steps=options.max_steps,
             max_seq_len=data.max_seq_len,
             packed=data.packed,
-            too_long=data.too_long,  # type: ignore[arg-type]  # checked there
-            bad_samples=data.bad_samples,  # type: ignore[arg-type]
+            too_long=data.too_long,
+            bad_samples=data.bad_samples,
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
             start_method=data.start_method,

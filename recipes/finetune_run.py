@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from torch import distributed, nn
 from torchfuse.recipes.finetune_config import Config
 from torchfuse.recipes.finetune_trainer import CHECKPOINTS, Trainer
-from torchfuse.tasks.transforms import read_transform
 from torchtune import training
 from torchtune.utils import get_world_size_and_rank
 
@@ -34,6 +33,7 @@ from torchfuse.tasks.evaluation import (
 from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
+from torchfuse.tasks.transforms import read_transform
 from torchfuse.training import shard
 
 

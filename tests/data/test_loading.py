@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from itertools import islice
@@ -233,44 +231,42 @@ def test_options_out_of_range():
         loader(Numbers(7))
 
 
-def write_steps(path, cursor, method, workers, packed, rank, ranks):
+def write_steps(path, cursor, given):
     """Append the samples of each step, and the cursor after it, to a file, for ever."""
-    loading._WINDOW = WINDOW
-    options = {"num_workers": workers, "start_method": method, "packed": packed}
-    given = loader(ranks=ranks, rank=rank, batch_size=2, **options)
+    os.setsid()  # so that its workers are killed with it
+    torch.set_num_threads(1)
     with Path(path).open("a") as file:
-        for step, end in given.steps(Cursor(**cursor)):
+        for step, end in given.steps(cursor):
             file.write(json.dumps([samples_of(step), end.state()]) + "\n")
             file.flush()
 
 
 @pytest.mark.long
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
 @packing
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("workers", "method"), [(0, "spawn"), *((2, method) for method in METHODS)])
+@pytest.mark.parametrize(("workers", "method"), [(0, None), *((2, method) for method in METHODS)])
 def test_kills_lose_and_repeat_nothing(tmp_path, packed, workers, method, ranks):
+    options = {"packed": packed, "batch_size": 2, "num_workers": workers, "start_method": method}
     rng = random.Random(f"{packed} {workers} {method} {ranks}")
     for rank in range(ranks):
-        path, cursor, whole = tmp_path / f"{rank}.jsonl", {}, []
+        path, cursor, whole = tmp_path / f"{rank}.jsonl", Cursor(), []
+        given = loader(ranks=ranks, rank=rank, **options)
         for _ in range(20):
-            script = (
-                "import sys; sys.path[:0] = sys.argv[1:2]; import json, test_loading;"
-                "test_loading.write_steps(*json.loads(sys.argv[2]))"
-            )
             path.write_text("")
-            given = json.dumps([str(path), cursor, method, workers, packed, rank, ranks])
-            # With a session of its own, so that its workers are killed too.
-            process = subprocess.Popen(
-                [sys.executable, "-c", script, str(Path(__file__).parent), given], start_new_session=True
+            process = multiprocessing.get_context("fork").Process(
+                target=write_steps, args=(path, cursor, given)
             )
-            while not path.read_text():
-                time.sleep(0.01)
-                assert process.poll() is None
-            time.sleep(rng.uniform(0, 0.05))
+            process.start()
+            while "\n" not in path.read_text():
+                time.sleep(0.001)
+                assert process.is_alive()
+            time.sleep(rng.uniform(0, 0.02))
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.join()
             lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-            kept = lines[: rng.randint(1, len(lines))]  # the last checkpoint was saved here
+            kept = lines[: rng.randint(1, min(len(lines), 9))]  # the last checkpoint was saved here
             whole += [step for step, _ in kept]
-            cursor = kept[-1][1]
-        assert whole == drawn(loader(ranks=ranks, rank=rank, batch_size=2, packed=packed), len(whole))
+            cursor = Cursor(**kept[-1][1])
+        alone = loader(ranks=ranks, rank=rank, packed=packed, batch_size=2)
+        assert whole == drawn(alone, len(whole))

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from torchfuse import param_groups
 from torchfuse.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from torchfuse.data.loading import Cursor, StepLoader
-from torchfuse.data.token_counts import count_tokens
+from torchfuse.data.loading import Cursor, StepLoader, count_tokens
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.image_inputs import fit_to_encoder

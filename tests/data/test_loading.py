@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchfuse.data import Mixture, loading, read_samples
-from torchfuse.data.loading import Cursor, LoaderOptions, StepLoader
+from torchfuse.data import Mixture, read_samples
+from torchfuse.data.loading import Cursor, LoaderOptions, StepLoader, order
 from torchfuse.errors import ConfigError, DataError
 
 NUM, LONGEST, WINDOW = 211, 23, 67
@@ -23,7 +23,7 @@ METHODS = ["fork", "spawn"] if "fork" in multiprocessing.get_all_start_methods()
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(loading, "_WINDOW", WINDOW)
+    monkeypatch.setattr(order, "WINDOW", WINDOW)
 
 
 class Numbers:

@@ -7,8 +7,8 @@ import torch
 from prompt_settings import LAYOUTS, PER_IMAGE, images, transform
 
 from torchfuse.data.collate import padded_collate_images
+from torchfuse.data.loading import count_tokens
 from torchfuse.data.questions import QuestionDataset
-from torchfuse.data.token_counts import count_tokens
 
 NUM = 13
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchfuse.data.loading import Encoder
+from torchfuse.data.loading.options import Encoder
 
 __all__ = ["count_tokens"]
 

@@ -1,0 +1,85 @@
+"""Rows of batches: one sample each, or several that are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from torchfuse.data.collate import padded_collate_images
+from torchfuse.data.loading.options import Encoder, LoaderOptions
+from torchfuse.data.packing import pack
+from torchfuse.data.truncate import cut_between_turns, sequence_length
+from torchfuse.errors import DataError
+
+__all__ = ["Batch", "Collate", "Row", "Rows"]
+
+Batch = dict[str, Any]
+Row = tuple[int, ...]  # indices of the samples that share a sequence
+
+
+@dataclass
+class Rows(Dataset[dict[str, Any]]):
+    """Rows by the indices of their samples.
+
+    What cannot be used is returned as text, not raised: the error of a worker would reach the user with
+    the worker's traceback in its message.
+    """
+
+    samples: Sequence[Any]
+    transform: Encoder
+    options: LoaderOptions
+
+    def __getitem__(self, row: Row) -> dict[str, Any]:
+        documents: list[dict[str, Any]] = []
+        result: dict[str, Any] = {"bad": [], "too_long": 0}
+        for index in row:
+            try:
+                document = self._fit(self.transform(self.samples[index]))
+            except DataError as error:
+                result["bad"].append(str(error))
+            else:
+                result["too_long"] += document is None
+                documents += [] if document is None else [document]
+        if not documents:
+            documents.append(_nothing_to_learn(self.transform.pad_id))
+        if self.options.packed:
+            assert self.options.max_seq_len is not None
+            layout, pad_id = self.transform.layout, self.transform.pad_id
+            packs = pack(documents, self.options.max_seq_len, layout=layout, padding_idx=pad_id)
+            (documents,) = ([each] for each in packs)
+        return {**documents[0], **result}
+
+    def _fit(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a document that is not too long, or None."""
+        room, prefix = self.options.max_seq_len, self.transform.layout == "prefix"
+        if room is None or sequence_length(document, prefix=prefix) <= room:
+            return document
+        if self.options.too_long == "drop":
+            return None
+        return cut_between_turns(document, room, prefix=prefix)
+
+
+def _nothing_to_learn(pad_id: int) -> dict[str, Any]:
+    """Return a document for a row without any, so that every rank has a batch."""
+    return {
+        "tokens": [pad_id],
+        "labels": [-100],
+        "images": torch.empty(0, 3, 1, 1),
+        "encoder_mask": torch.empty(1, 0, dtype=torch.bool),
+    }
+
+
+@dataclass
+class Collate:
+    """Make a batch of rows, with the messages and counts of what was left out of them."""
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        bad = [message for row in rows for message in row.pop("bad")]
+        too_long = sum(row.pop("too_long") for row in rows)
+        return {**padded_collate_images(rows, self.pad_id), "bad": bad, "too_long": too_long}

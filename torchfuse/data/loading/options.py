@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -78,6 +78,10 @@ class LoaderOptions:
             problems.append("packed=True needs max_seq_len, the length of packed rows")
         if self.bad_samples not in ("error", "skip"):
             problems.append(f'bad_samples must be "error" or "skip", got {self.bad_samples!r}')
+        if self.too_long not in get_args(TooLong):
+            problems.append(
+                f"too_long must be one of {', '.join(get_args(TooLong))}, got {self.too_long!r}"
+            )
         methods = torch.multiprocessing.get_all_start_methods()
         if self.start_method not in (None, *methods):
             problems.append(f"start_method must be {', '.join(methods)}, got {self.start_method!r}")

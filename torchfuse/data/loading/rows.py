@@ -37,10 +37,12 @@ class Rows(Dataset[dict[str, Any]]):
         documents: list[dict[str, Any]] = []
         result: dict[str, Any] = {"bad": [], "too_long": 0}
         for index in row:
+            sample = None
             try:
-                document = self._fit(self.transform(self.samples[index]))
+                sample = self.samples[index]
+                document = self._fit(self.transform(sample))
             except DataError as error:
-                result["bad"].append(str(error))
+                result["bad"].append(_with_origin(str(error), getattr(sample, "origin", "")))
             else:
                 result["too_long"] += document is None
                 documents += [] if document is None else [document]
@@ -61,6 +63,11 @@ class Rows(Dataset[dict[str, Any]]):
         if self.options.too_long == "drop":
             return None
         return cut_between_turns(document, room, prefix=prefix)
+
+
+def _with_origin(message: str, origin: str) -> str:
+    """Return a message with file and row in front, if it is of an image and lacks them."""
+    return message if origin in message else f"{origin}: {message}"
 
 
 def _nothing_to_learn(pad_id: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _FREE_ON_RESUME: Final = frozenset(
         "data.start_method",
         "data.bad_samples",
         "data.cache_images",
+        "data.cache_features",
         "device",
         "activation_checkpointing",
         "compile",
@@ -67,8 +68,8 @@ class Data:
     ``image_transform`` are directories, null: of the decoder and of the encoder; ``image_token``,
     ``features_per_image`` and ``scope`` are needed where the model does not determine them;
     ``media_transforms`` are components by modality; ``cache_images`` is how many images each process
-    keeps in memory. A sample longer than
-    ``max_seq_len`` (null: the model's) is handled as ``too_long`` says: ``drop``, ``cut`` or ``error``;
+    keeps in memory, and ``cache_features`` a folder for the features of a frozen encoder. A sample longer
+    than ``max_seq_len`` (null: the model's) is handled as ``too_long`` says: ``drop``, ``cut`` or ``error``;
     one that cannot be used as ``bad_samples`` says: ``error`` or ``skip``.
     """
 
@@ -83,6 +84,7 @@ class Data:
     features_per_image: int | None = None
     scope: str | None = None
     cache_images: int | None = None
+    cache_features: str | None = None
     max_seq_len: int | None = None
     packed: bool = False
     too_long: str = "drop"

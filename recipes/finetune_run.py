@@ -18,7 +18,7 @@ from torchtune.utils import get_world_size_and_rank
 from torchfuse import describe
 from torchfuse.checkpoint import latest_checkpoint, save_trained
 from torchfuse.data import LoaderOptions, Mixture, Sample, Samples, SampleTransform, StepLoader
-from torchfuse.errors import ConfigError, DataError, ModelError
+from torchfuse.errors import ConfigError, ModelError
 from torchfuse.io.atomic import write_text
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.evaluation import (
@@ -30,7 +30,9 @@ from torchfuse.tasks.evaluation import (
     prediction_record,
     training_costs,
 )
+from torchfuse.tasks.feature_cache import cache_features
 from torchfuse.tasks.prediction import Prediction, predict
+from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
@@ -57,15 +59,16 @@ def run(
     output = _output_dir(config)
 
     transform_of = read_transform(asdict(config))
-    model = _build_model(config, shard_it=distributed_run)
+    model = build_model(config.model, vars(config.pretrained), device=config.device, dtype=config.dtype)
     transform = transform_of(model)
-    settings = PromptSettings(transform, max_new_tokens=_longest_answer(test, transform))
+    settings = PromptSettings(transform, max_new_tokens=longest_answer(transform, test, config.data.test))
     validation = _validation_samples(test, config)
     settings.check(model)
     pretrained = config.pretrained
     check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
     check_lengths(model, transform, test, config.data.test)
-    loader = _loader(train, transform, config)
+    loader = _loader(train, _with_features(model, stages, train, transform, config), config)
+    _prepare(model, config, shard_it=distributed_run)
     trainer = Trainer(model, stages, loader, config)
     log(f"\n{describe(model)}\n")
 
@@ -118,8 +121,28 @@ def _output_dir(config: Config) -> Path:
     return path
 
 
-def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
-    model = build_model(config.model, vars(config.pretrained), device=config.device, dtype=config.dtype)
+def _with_features(
+    model: nn.Module,
+    stages: FreezeSchedule,
+    train: Samples | Mixture,
+    transform: SampleTransform,
+    config: Config,
+) -> SampleTransform:
+    """Return the transform for training: with ``data.cache_features`` it reads features, not pixels."""
+    data = config.data
+    if data.cache_features is None:
+        return transform
+    trained = [name for name in stages.trained_ever(model) if name.startswith("encoder")]
+    if trained:
+        raise ConfigError(
+            f"data.cache_features={data.cache_features} needs a frozen encoder, and {trained[0]} trains."
+        )
+    workers = {"num_workers": data.num_workers, "start_method": data.start_method}
+    return cache_features(model, train, transform, data.cache_features, **workers)
+
+
+def _prepare(model: nn.Module, config: Config, *, shard_it: bool) -> None:
+    """Checkpoint activations, compile layers and shard, as configured."""
     layers = {type(layer) for layer in model.layers}
     if config.activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy=layers)
@@ -131,7 +154,6 @@ def _build_model(config: Config, *, shard_it: bool) -> nn.Module:
             shard(model)
         except ModelError as error:
             raise ConfigError(f"The model cannot be sharded: {error}") from error
-    return model
 
 
 def _loader(train: Samples | Mixture, transform: SampleTransform, config: Config) -> StepLoader:
@@ -158,14 +180,6 @@ def _loader(train: Samples | Mixture, transform: SampleTransform, config: Config
         world_size=world_size,
         rank=rank,
     )
-
-
-def _longest_answer(test: Sequence[Sample], transform: SampleTransform) -> int:
-    """Return the tokens of the longest answer, with the one that ends it."""
-    missing = [sample.origin for sample in test if sample.answer is None]
-    if missing:
-        raise DataError(f"{missing[0]}: a sample of data.test needs an answer to compare with.")
-    return max((len(transform.tokenizer.encode(sample.answer or "")) + 1 for sample in test), default=1)
 
 
 def _validation_samples(test: Sequence[Sample], config: Config) -> list[Sample]:

@@ -68,9 +68,9 @@ class Data:
     ``image_transform`` are directories, null: of the decoder and of the encoder; ``image_token``,
     ``features_per_image`` and ``scope`` are needed where the model does not determine them;
     ``media_transforms`` are components by modality; ``cache_images`` is how many images each process
-    keeps in memory, and ``cache_features`` a folder for the features of a frozen encoder. A sample longer
-    than ``max_seq_len`` (null: the model's) is handled as ``too_long`` says: ``drop``, ``cut`` or ``error``;
-    one that cannot be used as ``bad_samples`` says: ``error`` or ``skip``.
+    keeps in memory, and ``cache_features`` a folder for the features of a frozen encoder. A sample that
+    is longer than ``max_seq_len`` (null: the model's) is handled as ``too_long`` says: ``drop``, ``cut``
+    or ``error``; one that cannot be used as ``bad_samples`` says: ``error`` or ``skip``.
     """
 
     train: Any = MISSING

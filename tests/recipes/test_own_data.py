@@ -1,6 +1,7 @@
 """Finetuning on the data that people have: two directories, LLaVA JSON and Parquet, nothing else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,3 +80,40 @@ def test_workers_change_no_loss(folder, tmp_path):
     alone = run(folder, tmp_path, data=data, output_dir=str(tmp_path / "run"))
     workers = {"num_workers": 2, "start_method": "spawn", "prefetch_factor": 1}
     assert run(folder, tmp_path, data=data | workers) == alone
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_cached_features_change_no_loss(folder, tmp_path, packed):
+    cache = tmp_path / "features"
+    data = {"packed": packed}
+    losses = run(folder, tmp_path, data=data)
+    for _ in range(2):  # the second run finds them
+        again = run(folder, tmp_path, data=data | {"cache_features": str(cache)})
+        assert again == pytest.approx(losses, rel=1e-5)
+    assert list(cache.glob("*.safetensors"))
+
+
+def test_an_encoder_that_trains_has_no_cached_features(folder, tmp_path, capfd):
+    with pytest.raises(SystemExit, match="^1$"):
+        run(
+            folder,
+            tmp_path,
+            model={"encoder_trainable": True},
+            data={"cache_features": str(tmp_path / "features")},
+        )
+    assert "needs a frozen encoder, and encoder" in capfd.readouterr().err
+
+
+def test_a_run_resumes_on_the_same_rows_only(folder, tmp_path, capfd):
+    file = tmp_path / "rows.jsonl"
+    rows = [json.dumps(row) + "\n" for row in json.loads((folder / "llava.json").read_text())]
+    file.write_text("".join(rows))
+    data = {"train": [{"path": str(file), "image_root": str(folder / "pictures")}]}
+    whole = run(folder, tmp_path, data=data, save_every=1)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+    assert run(folder, tmp_path, data=data, save_every=1, resume=True) == whole
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+    file.write_text("".join(reversed(rows)))
+    with pytest.raises(SystemExit, match="^1$"):
+        run(folder, tmp_path, data=data, save_every=1, resume=True)
+    assert "was trained on other data" in capfd.readouterr().err

@@ -56,7 +56,9 @@ def legacy():
 
 
 @pytest.mark.parametrize(
-    "build", [chats.byte_level, chats.metaspace, lambda: chats.metaspace("always"), legacy], ids=str
+    "build",
+    [chats.byte_level, chats.metaspace, lambda: chats.metaspace("always"), legacy],
+    ids=["byte_level", "metaspace", "metaspace_always", "legacy"],
 )
 def test_texts_between_images_are_encoded_as_the_whole_text(tmp_path, build, picture):
     reference = save(tmp_path, build())

@@ -57,7 +57,7 @@ class Patches(nn.Module):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", default="cross_attention")
+    parser.add_argument("--arch", default="joint_decoder")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--slots", type=int, default=2048, help="tokens of a packed row, one a step")

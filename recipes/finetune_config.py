@@ -142,7 +142,8 @@ def check_config(config: Config) -> None:
     """Raise a ``ConfigError`` for missing checkpoints, or one for all numbers out of range."""
     train, pretrained = config.train, config.pretrained
     missing = [name for name in ("decoder", "encoder") if getattr(pretrained, name) is None]
-    loads_itself = len(missing) == 2 and config.model.get("_component_") == _FROM_PRETRAINED
+    model = config.model if isinstance(config.model, dict) else {}
+    loads_itself = len(missing) == 2 and model.get("_component_") == _FROM_PRETRAINED
     if missing and pretrained.path is None and not loads_itself:
         raise ConfigError(
             f"Configuration key 'pretrained.{missing[0]}': missing, and must be given; or give "

@@ -34,6 +34,7 @@ from torchfuse.tasks.feature_cache import cache_features
 from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
+from torchfuse.tasks.prompts import read_all
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
 from torchfuse.training import shard
@@ -58,6 +59,7 @@ def run(
     training.set_seed(config.seed)
     output = _output_dir(config)
 
+    test = read_all(test, config.data.test if isinstance(config.data.test, str) else "data.test")
     transform_of = read_transform(asdict(config))
     model = build_model(config.model, vars(config.pretrained), device=config.device, dtype=config.dtype)
     transform = transform_of(model)

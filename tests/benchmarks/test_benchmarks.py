@@ -105,7 +105,7 @@ def test_quantized_answers(capsys, run):
         assert 0 < compared.moved_answers < 0.02
         assert compared.same in (0, 1 / 3, 2 / 3, 1)
     printed = capsys.readouterr().out
-    assert "int8_weight_only of decoder\n3 questions of " in printed
+    assert "int8_weight_only of decoder\n3 samples of " in printed
     assert "weights quantized: 22, " in printed
     assert printed.count("within 2%") == 2
 
@@ -116,7 +116,7 @@ def test_quantized_answers_of_some_questions_and_another_scheme(capsys, run):
     assert list(found) == ["fp32"]
     assert found["fp32"].moved > 0.003  # three bits of mantissa
     printed = capsys.readouterr().out
-    assert "float8_weight_only of decoder, encoder\n1 questions of " in printed
+    assert "float8_weight_only of decoder, encoder\n1 samples of " in printed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")

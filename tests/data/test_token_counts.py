@@ -6,9 +6,8 @@ import pytest
 import torch
 from prompt_settings import LAYOUTS, PER_IMAGE, images, transform
 
-from torchfuse.data.collate import padded_collate_images
+from torchfuse.data import padded_collate_images, read_samples
 from torchfuse.data.loading import count_tokens
-from torchfuse.data.questions import QuestionDataset
 
 NUM = 13
 
@@ -28,26 +27,25 @@ def questions(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def load(layout):
-        return QuestionDataset(transform(tmp_path, layout), tmp_path / "q.jsonl")
+        return transform(tmp_path, layout), read_samples(tmp_path / "q.jsonl")
 
     return load
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_are_counted_alike_in_every_layout(questions, layout):
-    data = questions(layout)
-    batch = padded_collate_images(list(data), data.transform.pad_id)
+    encode, samples = questions(layout)
+    batch = padded_collate_images([encode(sample) for sample in samples], encode.pad_id)
     words = [
-        1 + len(q.question.replace("<image>", "").split()) + len(q.answer.split()) + 1
-        for q in data.questions
+        1 + len(sample.prompt[0].text.split()) + len(sample.answer.split()) + 1 for sample in samples
     ]
-    shown = sum(len(q.images) for q in data.questions)
-    assert count_tokens(batch, data.transform) == {"text": sum(words), "image": PER_IMAGE * shown}
+    shown = sum(len(sample.images) for sample in samples)
+    assert count_tokens(batch, encode) == {"text": sum(words), "image": PER_IMAGE * shown}
 
 
 def test_a_batch_of_text_has_no_tokens_of_images(questions):
-    data = questions("prefix")
-    batch = padded_collate_images([data[0], data[3]], data.transform.pad_id)
+    encode, samples = questions("prefix")
+    batch = padded_collate_images([encode(samples[0]), encode(samples[3])], encode.pad_id)
     assert "encoder_mask" not in batch
-    counts = count_tokens(batch, data.transform)
+    counts = count_tokens(batch, encode)
     assert counts == {"text": int(torch.count_nonzero(batch["tokens"])), "image": 0}

@@ -37,8 +37,7 @@ def test_a_fifth_architecture_is_finetuned_and_answers(start, monkeypatch):
 
 
 def test_an_architecture_on_the_command_line_gets_its_own_options(start):
-    prefix = ["model.placement=prefix", "transform.layout=prefix", "transform.image_token=null"]
-    output = start("cross_attention", "model.arch=mot", *prefix)
+    output = start("cross_attention", "model.arch=mot", "model.placement=prefix")
     described = json.loads((output / "fusion" / "fusion.json").read_text())
     own = {f.name for f in strategy._REGISTRY["mot"].__dataclass_fields__.values()}
     assert described["architecture"] == "mot"

@@ -14,6 +14,15 @@ from torchfuse.tasks.runs import build_model, load_run
 from torchfuse.training.config import read_config, typed
 
 MODEL = "model (torchfuse.models.builders.digits): "
+# Configurations had a section of this kind before the model determined what is in it.
+OLD_TRANSFORM = {
+    "_component_": "torchfuse.data.questions.QuestionTransform",
+    "tokenizer": "demo/llama",
+    "image_transform": "demo/clip",
+    "image_token": 40,
+    "features_per_image": 5,
+    "scope": "all",
+}
 TRANSFORM = "transform (torchfuse.data.questions.QuestionTransform): "
 
 
@@ -37,6 +46,8 @@ def modification_times(folder):
 
 def error_of(recipe, config, capsys, *overrides):
     """What a recipe writes to stderr: one error message and no traceback."""
+    if any(override.startswith("transform.") for override in overrides):
+        overrides = [f"transform={json.dumps(OLD_TRANSFORM)}", *overrides]
     before = modification_times(Path.cwd())
     with pytest.raises(SystemExit) as ended:
         run_program(recipe, Path.cwd(), "--config", DIGITS / config, *overrides)
@@ -89,7 +100,7 @@ def lengthen(name):
         (
             "model.fusion_vocab_size=0",
             None,
-            "image_token is 40, but the model embeds the ids below 40",
+            "the model has no token for images: fuse(..., fusion_vocab_size=1) adds one",
         ),
         ("model.every=9", None, "every=9 fuses no layer of this decoder, which has 4"),
         (
@@ -97,22 +108,17 @@ def lengthen(name):
             None,
             "demo/images is not a checkpoint: it has no config.json",
         ),
-        ("pretrained.encoder=demo/nowhere", None, "demo/nowhere is not a directory"),
-        ("pretrained.encoder=demo/llama", None, "model_type 'llama' is not supported, only clip"),
+        ("pretrained.encoder=demo/nowhere", None, "demo/nowhere holds no image processor"),
+        ("pretrained.encoder=demo/llama", None, "demo/llama holds no image processor"),
         ("data.train=demo/nowhere.jsonl", None, "demo/nowhere.jsonl cannot be read"),
-        ("seed=7", break_line, "questions/train.jsonl, line 6: no JSON"),
+        ("seed=7", break_line, "questions/train.jsonl, line 6: "),
         ("seed=7", break_image, "broken.png is no image that can be opened"),
+        ("data.max_seq_len=null", lengthen("test"), "max_seq_len is 128"),
         (
-            "transform.max_seq_len=null",
-            lengthen("train"),
-            "train.jsonl, sample 65: 203 tokens with its answer, and the model's max_seq_len is 128",
+            "train.batch_size=999",
+            None,
+            "64 samples (64 rows) are too few for one step of 1 x 999 x 1 rows",
         ),
-        (
-            "transform.max_seq_len=null",
-            lengthen("test"),
-            "test.jsonl, sample 49: 203 tokens with its answer, and the model's max_seq_len is 128",
-        ),
-        ("train.batch_size=999", None, "64 questions are too few for one step of 1 x 999 x 1"),
         ("output_dir=demo/prompt.yaml/run", None, "is not a directory that can be written to"),
         ("model.fusion_trainable=false", None, "No parameter trains: set model.fusion_trainable=true"),
         ("train.lr={decoder: 1.0}", None, "lr must name the parts that train, fusion; unknown: decoder"),
@@ -128,7 +134,7 @@ def test_finetune(demo, capsys, override, damage, message):
     ("overrides", "message"),
     [
         ("train=5", "Configuration key 'train': expected a section with lr, "),
-        ("data=x", "Configuration key 'data': expected a section with train, test, limit, got 'x'"),
+        ("data=x", "Configuration key 'data': expected a section with train, test, limit, tokenizer, "),
         (
             "pretrained=x",
             "Configuration key 'pretrained': expected a section with decoder, encoder, path, got 'x'",
@@ -255,7 +261,8 @@ def test_files_that_are_no_configuration(intact, tmp_path, capsys, recipe, text,
 )
 def test_a_run_whose_configuration_was_edited(intact, tmp_path, section, change, message):
     config = yaml.safe_load((DIGITS / "cross_attention.yaml").read_text())
-    config[section] |= change
+    config.setdefault("transform", OLD_TRANSFORM) if section == "transform" else None
+    config[section] = config[section] | change
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.yaml, {message}"):
         load_run(tmp_path, device="cpu", dtype="fp32")
@@ -263,8 +270,9 @@ def test_a_run_whose_configuration_was_edited(intact, tmp_path, section, change,
 
 def test_sharding_needs_participation(intact):
     config = typed(read_config(DIGITS / "cross_attention.yaml", ""), finetune_config.Config)
+    model = build_model(config.model, vars(config.pretrained), device="cpu", dtype="fp32")
     with pytest.raises(ConfigError, match='cannot be sharded: .* needs on_missing="participate"'):
-        finetune_run._build_model(config, shard_it=True)
+        finetune_run._prepare(model, config, shard_it=True)
 
 
 @pytest.mark.parametrize("encoder", [5, ["demo/clip"], {"encoder": 5}], ids=str)

@@ -8,7 +8,7 @@ from programs import DIGITS, run_program
 from torchfuse.recipes import finetune
 
 from torchfuse import get_fusion_params
-from torchfuse.data.questions import read_questions
+from torchfuse.data import read_samples
 from torchfuse.tasks.runs import load_run
 
 
@@ -53,10 +53,10 @@ def test_costs_are_recorded_and_evaluating_in_between_changes_nothing(start, dig
     assert 0 < metrics["training_seconds"] < metrics["seconds"]
     assert metrics["tokens"] == plain["tokens"]
     # 60 of 61 questions, in five batches of twelve
-    questions = read_questions(digits / "questions" / "train.jsonl")[:61]
-    text = [sum(map(len, transform.encode(q))) - 5 * len(q.images) for q in questions]
+    samples = read_samples(digits / "questions" / "train.jsonl")[:61]
+    text = [transform.length(sample) - 5 * len(sample.images) for sample in samples]
     assert sum(text) - max(text) <= metrics["tokens"]["text"] <= sum(text) - min(text)
-    shown = sum(len(q.images) for q in questions)
+    shown = sum(len(sample.images) for sample in samples)
     assert 5 * (shown - 2) <= metrics["tokens"]["image"] <= 5 * shown
     seconds = sum(metrics["tokens"].values()) / metrics["tokens_per_second"]
     assert seconds == pytest.approx(metrics["training_seconds"], abs=0.06)  # one digit is kept of it

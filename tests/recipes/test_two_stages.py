@@ -134,7 +134,7 @@ def test_two_ranks_follow_the_stages_and_resume(runs):
 def test_a_resumed_run_draws_the_same_random_numbers_and_accumulates_the_same_batches(runs, monkeypatch):
     """Experts of MoMa are chosen with noise; the decoder trains too."""
     moma = yaml.safe_load((DIGITS / "moma.yaml").read_text())
-    changes = {"model": moma["model"], "transform": moma["transform"]}
+    changes = {"model": moma["model"]}
     changes["freeze"] = [
         {"start_step": 0, "specs": [{"module": "*", "frozen": False}]},
         {"start_step": 1, "specs": [{"module": "encoder", "frozen": True}]},

@@ -16,7 +16,15 @@ from torchfuse.data.readers.formats import FORMATS
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.errors import DataError, name_problems
 
-__all__ = ["Prompt", "load_samples", "message_text", "prompt_record", "prompts_from", "user_message"]
+__all__ = [
+    "Prompt",
+    "load_samples",
+    "read_all",
+    "message_text",
+    "prompt_record",
+    "prompts_from",
+    "user_message",
+]
 
 _IMAGE: Final = "<image>"
 _KEYS: Final = ("system", "turns")
@@ -100,7 +108,19 @@ def load_samples(
     Raises:
         DataError: naming every row that is wrong.
     """
-    given = read_samples(path, format=format, image_root=image_root)
+    return read_all(read_samples(path, format=format, image_root=image_root), path)
+
+
+def read_all(given: Sequence[Sample], path: str | Path) -> list[Sample]:
+    """Read all samples, and check that every image in them is one, by the head of its file.
+
+    Args:
+        given: the samples.
+        path: their file, for messages.
+
+    Raises:
+        DataError: naming every row that is wrong.
+    """
     samples, problems = [], []
     checked: dict[Media, str] = {}
     bar = tqdm(range(len(given)), desc=f"check {Path(path).name}", disable=None, leave=False)

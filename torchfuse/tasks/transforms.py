@@ -69,7 +69,7 @@ def read_transform(
             f"Configuration key '{where}data.tokenizer': missing, and must be given where neither "
             "pretrained nor model names the decoder's directory."
         )
-    images = _image_transform(config, f"{where}data.image_transform")
+    images = _image_transform(config, where)
     template = ChatTemplate.load(data.get("template"), tokenizer)
     options = {name: data[name] for name in _OPTIONS if data.get(name) is not None}
     return lambda model: SampleTransform.for_model(
@@ -105,17 +105,22 @@ def find_folder(config: Mapping[str, Any], part: str) -> Any:
     return next((folder for folder in named if folder), None)
 
 
-def _image_transform(config: Mapping[str, Any], what: str) -> ImageTransform | None:
-    data = config.get("data") or {}
+def _image_transform(config: Mapping[str, Any], where: str) -> ImageTransform | None:
+    data, what = config.get("data") or {}, f"{where}data.image_transform"
     given = data.get("image_transform")
     if isinstance(given, Mapping):
         built: ImageTransform = build(given, what=what, kind=ImageTransform)
         return built
-    folder = given or find_folder(config, "encoder")
+    folder = named = given or find_folder(config, "encoder")
     if isinstance(folder, Mapping) and len(folder) == 1:
         [folder] = folder.values()
     if not given and data.get("media_transforms") and not (folder and find_processor(folder)):
         return None  # an encoder of another modality
+    if folder is not None and not isinstance(folder, str | Mapping):
+        section = "data: image_transform" if given else "pretrained: encoder"
+        raise ConfigError(
+            f"{where}{section} must be a string, a path, a mapping of one or null, got {named!r}."
+        )
     if not isinstance(folder, str):
         raise ConfigError(
             f"Configuration key '{what}': missing, and must be given where neither pretrained nor "

@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+import random
 import re
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from chats import (
 )
 
 from torchfuse.data.images import ImageTransform
-from torchfuse.data.samples import Media, Message, Sample
+from torchfuse.data.samples import ROLES, Media, Message, Sample
 from torchfuse.data.templates import ChatTemplate
 from torchfuse.data.transform import SampleTransform
 from torchfuse.errors import ConfigError, DataError
@@ -102,6 +103,25 @@ def test_spelled_special_tokens_are_text(tmp_path, tokenizer, name):
         answers = transform.decode(learned), transform.decode(learned[learned.index(learned[-1]) + 1 :])
         # A token that begins before the answer is learned too.
         assert all(answer.strip().endswith(spelled.strip()) for answer in answers)
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES])
+def test_pieces_of_special_tokens_never_become_one(tmp_path, tokenizer, name):
+    save(tmp_path, tokenizer, TEMPLATES[name])
+    transform, source = transform_for(tmp_path), random.Random(3)
+    pieces = [*SPECIAL, *"< > </ <| |> im eos _start _end s> ima ge> eot_id a".split(), " ", "\ufdd0"]
+
+    def special(*texts):
+        roles = (*ROLES, *ROLES[1:])
+        first, *others = (Message(role, [text]) for role, text in zip(roles, texts, strict=True))
+        image = Message("user", ["<ima", Media(chats.Path("a.png")), "ge>"])
+        tokens = encoded(transform, [first, image, *others])["tokens"]
+        return [token for token in tokens if token < len(SPECIAL)]
+
+    expected = special(*["a"] * 5)
+    for _ in range(60):
+        texts = ["".join(source.choices(pieces, k=source.randint(1, 7))) for _ in range(5)]
+        assert special(*texts) == expected, texts
 
 
 def test_a_text_of_several_parts_spells_no_special_token(tmp_path, tokenizer):

@@ -1,10 +1,9 @@
 """The tokenizer in a language model's directory.
 
-Special tokens have secret names here: the text of each in ``tokenizer.json`` gets a random prefix when
-the file is read. So a text that spells ``<|eot_id|>`` is text, and only in a template's own text
-(``encode_template``) such words get the prefix and become tokens. One call of the tokenizer encodes a
-whole conversation, so that merges, prefixes of words and whitespace around special tokens are those of
-the whole text.
+Special tokens are renamed when ``tokenizer.json`` is read: the text of each gets a random prefix. So a
+text that spells ``<|eot_id|>`` is text; only in a template's own text (``encode_template``) such words
+get the prefix, and become tokens. One call of the tokenizer encodes a whole conversation, so that
+merges, prefixes of words and whitespace around special tokens are those of the whole text.
 """
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ class TextTokenizer:
         return ids, owners
 
     def _mark(self, text: str) -> str:
-        """Give the special tokens of a text their secret names, and mend those that were broken."""
+        """Rename the special tokens of a text, except those that were broken, which are mended."""
         return self._marks.sub(
             lambda found: "" if found[0] == self._break else self._prefix + found[0], text
         )

@@ -138,10 +138,11 @@ def test_texts_of_a_template_that_cannot_be_used(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["{text}", "'{text}\"\n", "\\ {{{text}}} {%- {# 猫🐈 {text", "\\n{text}"]
+    "text",
+    ["{text}", "QUESTION: {text} SYSTEM", "'{text}\"\n", "\\ {{{text}}} {%- {# 猫🐈 {text", "\\n{text}"],
 )
 def test_texts_of_a_template_are_taken_as_they_are(tmp_path, text):
-    made = transform(tmp_path, "all", template=text_template(question=text))
+    made = transform(tmp_path, "all", template=text_template(f"{text}QUESTION", text))
     rendered = made.template.prompt([Message("user", ["w4"])], made.tokenizer)
     assert rendered == text.replace("{text}", "w4") + made.tokenizer.boundary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from torchfuse.data.templates.chat import ChatTemplate
@@ -51,8 +52,10 @@ def text_template(system: str = "{text}\n", question: str = "{text}") -> ChatTem
     ]
     if problems:
         raise ConfigError(f"{'; '.join(problems)}.")
-    source = _SOURCE
-    for name, text in texts.items():
-        before, after = text.split(_TEXT)
-        source = source.replace(name.upper(), f"{before!r} + message.content + {after!r}")
+    halves = {name.upper(): text.split(_TEXT) for name, text in texts.items()}
+    source = re.sub(
+        "|".join(halves),  # in one pass, because a text may hold these words
+        lambda found: "{!r} + message.content + {!r}".format(*halves[found[0]]),
+        _SOURCE,
+    )
     return ChatTemplate(source, name="template", adds_bos=True)

@@ -103,7 +103,7 @@ def measure(model, samples, transform, device):
     norm = float(torch.stack(gradients).norm())
     model.zero_grad()
     worked = time.process_time() - worked
-    return time.perf_counter() - started, read, worked, float(total / count), norm
+    return time.perf_counter() - started, read, worked, float(total.detach() / count), norm
 
 
 def main(argv=None):

@@ -18,6 +18,7 @@ from torchtune.utils import get_world_size_and_rank
 from torchfuse import describe
 from torchfuse.checkpoint import latest_checkpoint, save_trained
 from torchfuse.data import LoaderOptions, Mixture, Sample, Samples, SampleTransform, StepLoader
+from torchfuse.data.readers.read_all import read_all
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.io.atomic import write_text
 from torchfuse.params import FreezeSchedule
@@ -34,7 +35,6 @@ from torchfuse.tasks.feature_cache import cache_features
 from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
-from torchfuse.tasks.prompts import read_all
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
 from torchfuse.training import shard

@@ -7,13 +7,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torchfuse.data.images import ImageTransform, TiledImageTransform
-from torchfuse.data.questions import (
-    Question,
-    QuestionDataset,
-    QuestionTransform,
-    check_questions,
-    read_questions,
-)
+from torchfuse.data.questions import QuestionDataset, QuestionTransform
+from torchfuse.data.readers.formats import FORMATS
 from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.errors import CheckpointError, ConfigError, DataError
 
@@ -40,8 +35,14 @@ def transform(folder, **options):
     return QuestionTransform(folder, **defaults | options)
 
 
+def question(text, images=(), **fields):
+    record = {"question": text, "images": [str(image) for image in images], **fields}
+    return FORMATS["question"].read(record, Path(), "q.jsonl, line 1")
+
+
 def two_images(folder):
-    return Question("<image> and <image> which digit ?", (folder / "a.png", folder / "b.png"), "two")
+    images = (folder / "a.png", folder / "b.png")
+    return question("<image> and <image> which digit ?", images, answer="two")
 
 
 def test_the_end_of_an_answer_has_a_label(folder):
@@ -74,7 +75,7 @@ def test_layouts(folder, options, markers, seen):
 
 
 def test_text_alone(folder):
-    sample = transform(folder)(Question("one and two ?", answer="two"))
+    sample = transform(folder)(question("one and two ?", answer="two"))
     assert sample["images"].shape == (0, 3, 8, 8)
     assert sample["encoder_mask"].shape == (7, 0)
 
@@ -86,9 +87,11 @@ def test_decode_stops_at_the_stop_token(folder):
 
 
 def test_images_without_markers_come_first(folder):
-    assert Question("which ?", (folder / "a.png",) * 2).question == "<image> <image> which ?"
+    shown = question("which ?", (folder / "a.png",) * 2, answer="one")
+    marked = question("<image> <image> which ?", (folder / "a.png",) * 2, answer="one")
+    assert transform(folder)(shown)["tokens"] == transform(folder)(marked)["tokens"]
     with pytest.raises(DataError, match="has <image> 1 times, but there are 2 images"):
-        Question("<image> which ?", (folder / "a.png",) * 2)
+        question("<image> which ?", (folder / "a.png",) * 2)
 
 
 def test_nothing_is_truncated(folder):
@@ -124,10 +127,11 @@ GOOD = {"question": "<image> which ?", "answer": "one", "images": ["a.png"], "ki
 
 def test_a_file_of_questions(folder):
     file = write(folder, GOOD, "", {"question": "one ?", "answer": "one"})
-    first, second = read_questions(file)
-    assert first == Question("<image> which ?", (folder / "a.png",), "one", "k")
-    assert second.images == ()
     dataset = QuestionDataset(transform(folder), file)
+    first, second = dataset.samples
+    assert [image.path for image in first.images] == [folder / "a.png"]
+    assert (first.answer, first.metadata["kind"]) == ("one", "k")
+    assert second.images == []
     assert len(dataset) == 2
     assert [len(s["images"]) for s in dataset] == [1, 0]
     assert len(QuestionDataset(transform(folder), file, limit=1)) == 1
@@ -140,10 +144,10 @@ def test_a_file_of_questions(folder):
         ("[1]", "line 2: expected a JSON object, got a list"),
         (GOOD | {"anser": "x"}, "line 2: unknown field anser; there are question, answer, images, kind"),
         ({"answer": "x"}, "line 2: the field question is missing"),
-        (GOOD | {"question": 3}, "line 2: question must be a str, got 3"),
-        (GOOD | {"images": "a.png"}, "line 2: images must be a list"),
-        (GOOD | {"images": [3]}, "line 2: images must be paths"),
-        (GOOD | {"images": []}, "line 2: the question has <image> 1 times, but there are 0 images"),
+        (GOOD | {"question": 3}, "line 2: question must be a text, got 3"),
+        (GOOD | {"images": {"a": "a.png"}}, "line 2: image must be a path, bytes or a struct"),
+        (GOOD | {"images": [3]}, "line 2: image must be a path, bytes or a struct"),
+        (GOOD | {"images": []}, "line 2: the conversation has <image> 1 times, but there are 0 images"),
         (GOOD | {"images": ["c.png"]}, "line 2: The image .*c.png cannot be opened"),
         (GOOD | {"images": ["tokenizer.json"]}, "line 2: .*tokenizer.json is no image"),
     ],
@@ -152,20 +156,19 @@ def test_a_file_of_questions(folder):
 def test_a_broken_line_is_named(folder, line, complaint):
     file = write(folder, GOOD, line)
     with pytest.raises(DataError, match=complaint) as info:
-        read_questions(file)
+        QuestionDataset(transform(folder), file)
     assert str(info.value).startswith(str(file))
 
 
 def test_files_without_questions_or_answers(folder):
-    with pytest.raises(DataError, match="holds no question"):
-        read_questions(write(folder, ""))
-    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
-        read_questions(folder / "none.jsonl")
-    file = write(folder, {"question": "one ?"})
-    with pytest.raises(DataError, match="'one \\?' has no answer"):
-        QuestionDataset(transform(folder), file)
-    with pytest.raises(DataError, match="has no answer"):
-        transform(folder)(read_questions(file)[0])
+    with pytest.raises(DataError, match="cannot be read: it is empty"):
+        QuestionDataset(transform(folder), write(folder, ""))
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        QuestionDataset(transform(folder), folder / "none.jsonl")
+    with pytest.raises(DataError, match="line 1 has no answer"):
+        QuestionDataset(transform(folder), write(folder, {"question": "one ?"}))
+    with pytest.raises(DataError, match="line 1 has no answer"):
+        transform(folder)(question("one ?"))
 
 
 def test_tokenizers_and_their_special_tokens(folder):
@@ -192,10 +195,11 @@ def test_tokenizers_and_their_special_tokens(folder):
 
 def test_lines_end_where_json_lines_end(folder):
     """Not at characters that Unicode counts as ends of lines."""
-    question = "which digit\u2028 ?\x85"
-    record = json.dumps({"question": question, "answer": "one"}, ensure_ascii=False)
+    text = "which digit\u2028 ?\x85"
+    record = json.dumps({"question": text, "answer": "one"}, ensure_ascii=False)
     (folder / "lines.jsonl").write_text(f"{record}\n\n{record}\r\n", encoding="utf-8")
-    assert [q.question for q in read_questions(folder / "lines.jsonl")] == [question] * 2
+    dataset = QuestionDataset(transform(folder), folder / "lines.jsonl")
+    assert [sample.prompt[0].text for sample in dataset.samples] == [text] * 2
 
 
 @pytest.mark.parametrize("begin", [0, 1, 5])
@@ -235,17 +239,13 @@ def test_first_and_last_tokens_are_ids(folder, ids):
         TextTokenizer(folder)
 
 
-def test_check_questions(folder):
-    short, long = (
-        Question("which ?", answer="one"),
-        Question("which digit ?", answer="two and one and two"),
-    )
-    encode = transform(folder, max_seq_len=9)
-    assert check_questions(encode, [short], "file") == 2
-    with pytest.raises(DataError, match=r"file: The question 'which digit \?' is 10 tokens long"):
-        check_questions(encode, [short, long], "file")
-    with pytest.raises(DataError, match="file: .* has no answer"):
-        check_questions(encode, [Question("which ?")], "file")
+def test_a_question_that_is_too_long_is_named(folder):
+    long = {"question": "which digit ?", "answer": "two and one and two"}
+    file = write(folder, {"question": "which ?", "answer": "one"}, long)
+    with pytest.raises(
+        DataError, match="line 2 is 10 tokens long with its answer, and max_seq_len is 9"
+    ):
+        QuestionDataset(transform(folder, max_seq_len=9), file)
 
 
 def test_tiles_are_refused(folder):

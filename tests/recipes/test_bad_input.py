@@ -111,7 +111,7 @@ def lengthen(name):
         ("pretrained.encoder=demo/nowhere", None, "demo/nowhere holds no image processor"),
         ("pretrained.encoder=demo/llama", None, "demo/llama holds no image processor"),
         ("data.train=demo/nowhere.jsonl", None, "demo/nowhere.jsonl cannot be read"),
-        ("seed=7", break_line, "questions/train.jsonl, line 6: "),
+        ("seed=7", break_line, "questions/train.jsonl, line 6: no JSON ("),
         ("seed=7", break_image, "broken.png is no image that can be opened"),
         ("data.max_seq_len=null", lengthen("test"), "max_seq_len is 128"),
         (

@@ -21,11 +21,8 @@ if TYPE_CHECKING:
     from torchfuse.data.media_reader import MediaReader
     from torchfuse.data.packing import FirstFit, Packs, pack
     from torchfuse.data.questions import (
-        Question,
         QuestionDataset,
         QuestionTransform,
-        check_questions,
-        read_questions,
     )
     from torchfuse.data.readers import Mixture, Samples, read_mixture, read_samples
     from torchfuse.data.samples import Media, Message, Sample
@@ -50,7 +47,6 @@ __all__ = [
     "Message",
     "Mixture",
     "Packs",
-    "Question",
     "QuestionDataset",
     "QuestionTransform",
     "Report",
@@ -61,7 +57,6 @@ __all__ = [
     "TiledImageTransform",
     "VideoTransform",
     "causal_mask",
-    "check_questions",
     "check_samples",
     "collate_media",
     "cut_between_turns",
@@ -74,7 +69,6 @@ __all__ = [
     "padded_collate_images",
     "positions",
     "read_mixture",
-    "read_questions",
     "read_samples",
     "text_template",
 ]
@@ -96,7 +90,6 @@ __getattr__ = lazy_exports(
         "Message": "samples",
         "Mixture": "readers",
         "Packs": "packing",
-        "Question": "questions",
         "QuestionDataset": "questions",
         "QuestionTransform": "questions",
         "Report": "checking",
@@ -106,7 +99,6 @@ __getattr__ = lazy_exports(
         "TextTokenizer": "tokenizer",
         "TiledImageTransform": "images",
         "VideoTransform": "video",
-        "check_questions": "questions",
         "check_samples": "checking",
         "collate_media": "media",
         "cut_between_turns": "truncate",
@@ -115,7 +107,6 @@ __getattr__ = lazy_exports(
         "open_image": "images",
         "pack": "packing",
         "read_mixture": "readers",
-        "read_questions": "questions",
         "read_samples": "readers",
         "text_template": "templates",
     },

@@ -198,7 +198,7 @@ class SampleTransform:
             labels = result.get("labels", [IGNORED] * len(result["tokens"]))
             return {**result, "mask": [label == IGNORED for label in labels]}
         messages = sample.messages if with_answer else sample.prompt
-        inputs = [self.media_input(media) for message in messages for media in message.media]
+        inputs = self._read_media(sample, messages)
         num_items = [each.num_items for each in inputs]
         result = self._encode(sample, num_items, with_answer=with_answer)
         result["images"] = self._stack(inputs)
@@ -261,6 +261,12 @@ class SampleTransform:
         """
         items = [1] * num_items if isinstance(num_items, int) else num_items
         return self._sequences.encoder_mask(tokens, items)
+
+    def _read_media(self, sample: Sample, messages: Sequence[Message]) -> list[MediaInput]:
+        try:
+            return [self.media_input(media) for message in messages for media in message.media]
+        except DataError as error:
+            raise DataError(f"{sample.origin or 'The sample'}: {error}") from error
 
     def _num_items(self, messages: Sequence[Message]) -> list[int]:
         return [self.reader.num_items(media) for message in messages for media in message.media]

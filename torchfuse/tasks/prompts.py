@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
-from torchfuse.data.images import image_size
 from torchfuse.data.readers import read_samples
 from torchfuse.data.readers.formats import FORMATS
+from torchfuse.data.readers.read_all import media_problems, read_all
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.errors import DataError, name_problems
 
 __all__ = [
     "Prompt",
     "load_samples",
-    "read_all",
     "message_text",
     "prompt_record",
     "prompts_from",
@@ -98,7 +95,7 @@ def _relative(media: Media, folder: Path) -> str:
 def load_samples(
     path: str | Path, *, format: str = "auto", image_root: str | Path | None = None
 ) -> list[Sample]:
-    """Read all samples of a file, and check that every image in it is one, by the head of its file.
+    """Read all samples of a file, and check that every image in it opens.
 
     Args:
         path: as for ``read_samples``, like all others.
@@ -109,46 +106,6 @@ def load_samples(
         DataError: naming every row that is wrong.
     """
     return read_all(read_samples(path, format=format, image_root=image_root), path)
-
-
-def read_all(given: Sequence[Sample], path: str | Path) -> list[Sample]:
-    """Read all samples, and check that every image in them is one, by the head of its file.
-
-    Args:
-        given: the samples.
-        path: their file, for messages.
-
-    Raises:
-        DataError: naming every row that is wrong.
-    """
-    samples, problems = [], []
-    checked: dict[Media, str] = {}
-    bar = tqdm(range(len(given)), desc=f"check {Path(path).name}", disable=None, leave=False)
-    for index in bar:
-        try:
-            samples.append(given[index])
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            origin = samples[-1].origin
-            problems += [f"{origin}: {each}" for each in _media_problems(samples[-1].media, checked)]
-    if problems:
-        raise DataError(name_problems(path, [p.removeprefix(f"{path}, ") for p in problems]))
-    return samples
-
-
-def _media_problems(media: Sequence[Media], checked: dict[Media, str]) -> list[str]:
-    """Return which images cannot be used; ``checked`` has the results of earlier calls."""
-    images = dict.fromkeys(each for each in media if each.modality == "image")
-    for image in images:
-        if image not in checked:
-            try:
-                image_size(image)
-            except DataError as error:
-                checked[image] = str(error)
-            else:
-                checked[image] = ""
-    return [checked[image] for image in images if checked[image]]
 
 
 def prompts_from(records: Any, path: Path) -> list[Prompt]:
@@ -183,7 +140,7 @@ def prompts_from(records: Any, path: Path) -> list[Prompt]:
             except DataError as error:
                 problems.append(f"prompt {number}{where}: {error}.")
                 continue
-            found = _media_problems(turns[-1].media, checked)
+            found = media_problems(turns[-1].media, checked)
             problems += [f"prompt {number}{where}: {problem}" for problem in found]
         problems += [f"prompt {number}: {problem}" for problem in _conversation_problems(record)]
         prompts.append(Prompt(tuple(turns), record.get("system")))

@@ -95,7 +95,7 @@ def find_folder(config: Mapping[str, Any], part: str) -> Any:
 
     Args:
         config: sections of the configuration: ``pretrained``, or ``model``.
-        part: ``"decoder"`` or ``"encoder"``; several encoders have theirs by name.
+        part: ``"decoder"`` or ``"encoder"``; several encoders have their directories by name.
     """
     model = config.get("model") or {}
     sections = [config.get("pretrained") or {}]

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from torchfuse.data.collate import padded_collate_images
+from torchfuse.data.documents import merge_documents
 from torchfuse.data.loading.options import Encoder, LoaderOptions
-from torchfuse.data.packing import pack
 from torchfuse.data.truncate import cut_between_turns, sequence_length
 from torchfuse.errors import DataError
 
@@ -37,12 +37,10 @@ class Rows(Dataset[dict[str, Any]]):
         documents: list[dict[str, Any]] = []
         result: dict[str, Any] = {"bad": [], "too_long": 0}
         for index in row:
-            sample = None
             try:
-                sample = self.samples[index]
-                document = self._fit(self.transform(sample))
+                document = self._fit(self.transform(self.samples[index]))
             except DataError as error:
-                result["bad"].append(_with_origin(str(error), getattr(sample, "origin", "")))
+                result["bad"].append(str(error))
             else:
                 result["too_long"] += document is None
                 documents += [] if document is None else [document]
@@ -51,9 +49,9 @@ class Rows(Dataset[dict[str, Any]]):
         if self.options.packed:
             assert self.options.max_seq_len is not None
             layout, pad_id = self.transform.layout, self.transform.pad_id
-            packs = pack(documents, self.options.max_seq_len, layout=layout, padding_idx=pad_id)
-            (documents,) = ([each] for each in packs)
-        return {**documents[0], **result}
+            length = self.options.max_seq_len
+            return merge_documents(documents, length, layout=layout, padding_idx=pad_id) | result
+        return documents[0] | result
 
     def _fit(self, document: dict[str, Any]) -> dict[str, Any] | None:
         """Return a document that is not too long, or None."""
@@ -63,11 +61,6 @@ class Rows(Dataset[dict[str, Any]]):
         if self.options.too_long == "drop":
             return None
         return cut_between_turns(document, room, prefix=prefix)
-
-
-def _with_origin(message: str, origin: str) -> str:
-    """Return a message with file and row in front, if it is of an image and lacks them."""
-    return message if origin in message else f"{origin}: {message}"
 
 
 def _nothing_to_learn(pad_id: int) -> dict[str, Any]:

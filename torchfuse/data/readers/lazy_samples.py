@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class Table:
                     "or name the format"
                 )
             return FORMATS[self.format].read(record, self.root, origin)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{origin}: no JSON ({error}).") from error
         except (ValueError, RecursionError, OSError) as error:
             raise DataError(f"{origin}: {str(error).rstrip('.')}.") from error
 

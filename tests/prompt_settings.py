@@ -63,6 +63,14 @@ def tokenizer(folder: Path, special: Sequence[str] = ()) -> Path:
     return folder
 
 
+def give_tokenizer(llama: Path) -> None:
+    """Put the tokenizer into the directory of a model, and its ids into the model's configuration."""
+    config = json.loads((llama / "config.json").read_text())
+    tokenizer(llama)
+    config |= json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config))
+
+
 def images(folder: Path, height: int = 8, width: int | None = None) -> dict[str, Path]:
     """Images that differ in every pixel."""
     made = {}

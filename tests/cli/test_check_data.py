@@ -4,7 +4,7 @@ import re
 import hf
 import pytest
 import yaml
-from prompt_settings import tokenizer
+from prompt_settings import give_tokenizer
 from sample_records import CAT, llava, messages, write_array, write_images, write_lines
 
 from torchfuse.cli.main import main
@@ -18,10 +18,7 @@ def folder(tmp_path_factory):
     """Directories of a decoder with its tokenizer and of an encoder with its processor, and samples."""
     root = tmp_path_factory.mktemp("data")
     hf.llama(root / "llama")
-    config = json.loads((root / "llama" / "config.json").read_text())
-    tokenizer(root / "llama")
-    config |= json.loads((root / "llama" / "config.json").read_text())
-    (root / "llama" / "config.json").write_text(json.dumps(config))
+    give_tokenizer(root / "llama")
     hf.clip_tower(root / "clip")
     sizes = {
         "size": SIDE,

@@ -4,7 +4,7 @@ import json
 
 import hf
 import pytest
-from prompt_settings import tokenizer
+from prompt_settings import give_tokenizer, tokenizer
 
 from torchfuse import from_pretrained
 from torchfuse.data import ImageTransform, Message, QuestionTransform
@@ -19,10 +19,7 @@ def folders(tmp_path_factory):
     """Directories of a decoder with its tokenizer, of an encoder with its processor, of a tokenizer alone."""
     root = tmp_path_factory.mktemp("parts")
     hf.llama(root / "llama")
-    config = json.loads((root / "llama" / "config.json").read_text())
-    tokenizer(root / "llama")
-    config |= json.loads((root / "llama" / "config.json").read_text())
-    (root / "llama" / "config.json").write_text(json.dumps(config))
+    give_tokenizer(root / "llama")
     hf.clip_tower(root / "clip")
     side, mean = {"height": 12, "width": 12}, ImageTransform(12).mean
     sizes = {"size": side, "crop_size": side, "image_mean": mean, "image_std": [0.25, 0.5, 0.75]}

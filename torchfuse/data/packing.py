@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Generic, Literal, TypeVar, get_args
+from typing import Any, Final, Generic, TypeVar, get_args
 
 from torchfuse.data.documents import ImageLayout, merge_documents
-from torchfuse.data.truncate import cut_between_turns, sequence_length
+from torchfuse.data.truncate import TooLong, fit_to_length, sequence_length
 from torchfuse.errors import ConfigError, DataError
 
-__all__ = ["FirstFit", "Packs", "TooLong", "pack"]
-
-TooLong = Literal["drop", "cut", "error"]
+__all__ = ["FirstFit", "Packs", "pack"]
 
 _COUNTS: Final = ("num_samples", "num_dropped", "num_cut")
 _Item = TypeVar("_Item")
@@ -198,15 +196,10 @@ def pack(
     prefix = layout == "prefix"
 
     def fit(sample: _Sample) -> tuple[_Sample, int] | None:
-        length = sequence_length(sample, prefix=prefix)
-        if length <= max_seq_len:
-            return sample, length
-        if too_long == "error":
-            raise DataError(f"{length} tokens, and max_seq_len is {max_seq_len}.")
-        if too_long == "drop":
-            return None
-        cut = cut_between_turns(sample, max_seq_len, prefix=prefix, ignore_idx=ignore_idx)
-        return None if cut is None else (cut, sequence_length(cut, prefix=prefix))
+        fitted = fit_to_length(
+            sample, max_seq_len, too_long=too_long, prefix=prefix, ignore_idx=ignore_idx
+        )
+        return None if fitted is None else (fitted, sequence_length(fitted, prefix=prefix))
 
     merge = partial(
         merge_documents,

@@ -1,15 +1,18 @@
-"""Cutting of conversations that are too long, between two turns."""
+"""Conversations that are too long: dropped, or cut between two turns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
 from torchfuse.data.collate import EncodedMedia, media_by_encoder, unnamed
+from torchfuse.errors import DataError
 
-__all__ = ["cut_between_turns", "sequence_length"]
+__all__ = ["TooLong", "cut_between_turns", "fit_to_length", "sequence_length"]
+
+TooLong = Literal["drop", "cut", "error"]
 
 _PER_TOKEN: Final = ("tokens", "labels", "loss_weights", "input_pos")
 
@@ -26,6 +29,36 @@ def sequence_length(sample: Mapping[str, Any], *, prefix: bool = False) -> int:
     """
     features = sum(mask.shape[-1] for _, mask in media_by_encoder(sample).values())
     return len(sample["tokens"]) + (features if prefix else 0)
+
+
+def fit_to_length(
+    sample: Mapping[str, Any],
+    max_seq_len: int,
+    *,
+    too_long: TooLong,
+    prefix: bool = False,
+    ignore_idx: int = -100,
+) -> Mapping[str, Any] | None:
+    """Return a sample itself if it is not too long, else what ``too_long`` says, see ``pack``.
+
+    Args:
+        sample: as for ``padded_collate_images``.
+        max_seq_len: positions that there are.
+        too_long: ``"drop"``: None; ``"cut"``: its first turns, None if they have nothing to learn.
+        prefix: whether features take positions in front of the text.
+        ignore_idx: label of positions without loss.
+
+    Raises:
+        DataError: if it is too long and ``too_long`` is ``"error"``.
+    """
+    length = sequence_length(sample, prefix=prefix)
+    if length <= max_seq_len:
+        return sample
+    if too_long == "error":
+        raise DataError(f"{length} tokens, and max_seq_len is {max_seq_len}.")
+    if too_long == "drop":
+        return None
+    return cut_between_turns(sample, max_seq_len, prefix=prefix, ignore_idx=ignore_idx)
 
 
 def cut_between_turns(

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from torchfuse.data.documents import ImageLayout
-from torchfuse.data.packing import TooLong
+from torchfuse.data.truncate import TooLong
 
 __all__ = ["Encoder", "LoaderOptions"]
 

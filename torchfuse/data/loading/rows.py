@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.documents import merge_documents
 from torchfuse.data.loading.options import Encoder, LoaderOptions
-from torchfuse.data.truncate import cut_between_turns, sequence_length
+from torchfuse.data.truncate import fit_to_length
 from torchfuse.errors import DataError
 
 __all__ = ["Batch", "Collate", "Row", "Rows"]
@@ -34,11 +34,11 @@ class Rows(Dataset[dict[str, Any]]):
     options: LoaderOptions
 
     def __getitem__(self, row: Row) -> dict[str, Any]:
-        documents: list[dict[str, Any]] = []
+        documents: list[Mapping[str, Any]] = []
         result: dict[str, Any] = {"bad": [], "too_long": 0}
         for index in row:
             try:
-                document = self._fit(self.transform(self.samples[index]))
+                document = self._fitted(self.samples[index])
             except DataError as error:
                 result["bad"].append(str(error))
             else:
@@ -51,16 +51,15 @@ class Rows(Dataset[dict[str, Any]]):
             layout, pad_id = self.transform.layout, self.transform.pad_id
             length = self.options.max_seq_len
             return merge_documents(documents, length, layout=layout, padding_idx=pad_id) | result
-        return documents[0] | result
+        return {**documents[0], **result}
 
-    def _fit(self, document: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a document that is not too long, or None."""
-        room, prefix = self.options.max_seq_len, self.transform.layout == "prefix"
-        if room is None or sequence_length(document, prefix=prefix) <= room:
+    def _fitted(self, sample: Any) -> Mapping[str, Any] | None:
+        """Return the document of a sample, None if it is too long."""
+        document, room = self.transform(sample), self.options.max_seq_len
+        if room is None:
             return document
-        if self.options.too_long == "drop":
-            return None
-        return cut_between_turns(document, room, prefix=prefix)
+        prefix = self.transform.layout == "prefix"
+        return fit_to_length(document, room, too_long=self.options.too_long, prefix=prefix)
 
 
 def _nothing_to_learn(pad_id: int) -> dict[str, Any]:

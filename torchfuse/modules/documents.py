@@ -79,9 +79,13 @@ def _attend(
     **options: Any,
 ) -> Tensor:
     """Compute ``scaled_dot_product_attention``, ``[b, h, s, d]``, one document after the other."""
-    if not isinstance(attn_mask, DocumentMask) or not q.shape[2] == k.shape[2] == attn_mask.shape[-1]:
+    by_document = isinstance(attn_mask, DocumentMask) and (
+        len(q) == len(attn_mask.lengths) and q.shape[2] == k.shape[2] == attn_mask.shape[-1]
+    )
+    if not by_document:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
     rows = []
+    assert isinstance(attn_mask, DocumentMask)
     for row, lengths in enumerate(attn_mask.lengths):
         parts = (x[row : row + 1].split(lengths, dim=2) for x in (q, k, v))
         documents = [

@@ -8,27 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DocumentMask", "document_mask", "document_positions", "positions_within"]
+from torchfuse.modules.document_attention import (
+    BlockAttention,
+    DocumentAttention,
+    DocumentsInTurn,
+    has_block_kernel,
+)
+
+__all__ = [
+    "DocumentMask",
+    "document_mask",
+    "document_positions",
+    "positions_within",
+    "with_block_kernel",
+]
 
 
 class DocumentMask(Tensor):
-    """A mask within documents, with which attention runs on one document after the other.
+    """A mask within documents, with which attention leaves out what is masked, most of a row.
 
     It holds the dense mask, and is used as any other. ``scaled_dot_product_attention`` with it computes
-    what it computes with the dense mask, but leaves out what is masked: attention to other documents,
-    most of a row. Compiled code uses the dense mask, as do calls of other sizes.
+    what it computes with the dense mask. Compiled code uses the dense mask, as do calls of other sizes.
 
     Attributes:
-        lengths: of the documents of each row.
+        attention: how attention is computed.
     """
 
-    lengths: list[list[int]]
+    attention: DocumentAttention
 
     @classmethod
-    def from_dense(cls, mask: Tensor, lengths: list[list[int]]) -> DocumentMask:
-        """Add the lengths of each row's documents to their mask ``[b, s, s]`` or ``[b, 1, s, s]``."""
+    def from_dense(cls, mask: Tensor, attention: DocumentAttention) -> DocumentMask:
+        """Add to a mask ``[b, s, s]`` or ``[b, 1, s, s]`` how attention is computed with it."""
         result = mask.as_subclass(cls)
-        result.lengths = lengths
+        result.attention = attention
         return result
 
     @classmethod
@@ -43,12 +55,12 @@ class DocumentMask(Tensor):
         # The axis of heads, which attention adds.
         adds_axis = func is Tensor.__getitem__ and args[0].dim() == 3 and result.dim() == 4
         if adds_axis and result.shape[1] == 1 and result.shape[-2:] == args[0].shape[-2:]:
-            return cls.from_dense(result, args[0].lengths)
+            return cls.from_dense(result, args[0].attention)
         return result
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Return the causal mask within documents; on a CPU, outside of compiled code, a ``DocumentMask``.
+    """Return the causal mask within documents, outside of compiled code a ``DocumentMask``.
 
     Args:
         document_ids: which document each token belongs to, ``[b, s]``; tokens of one follow each other.
@@ -62,11 +74,27 @@ def document_mask(document_ids: Tensor) -> Tensor:
     """
     number = _begins(document_ids).cumsum(dim=1)
     mask = (number[:, :, None] == number[:, None, :]).tril()
+    if has_block_kernel(mask.device):
+        return with_block_kernel(mask)
     # Elsewhere reading the lengths would synchronize the device, or break the graph.
-    if document_ids.device.type != "cpu" or torch.compiler.is_compiling() or type(mask) is not Tensor:
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or type(mask) is not Tensor:
         return mask
     lengths = [row.bincount()[1:].tolist() for row in number]
-    return DocumentMask.from_dense(mask, lengths)
+    return DocumentMask.from_dense(mask, DocumentsInTurn(lengths))
+
+
+def with_block_kernel(mask: Tensor) -> Tensor:
+    """Return a mask with which attention skips masked blocks, where the device has such a kernel.
+
+    Args:
+        mask: bool ``[b, s, s]``, True: may attend.
+
+    Returns:
+        A ``DocumentMask``, or the mask itself: in compiled code, and on devices without the kernel.
+    """
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or not has_block_kernel(mask.device):
+        return mask
+    return DocumentMask.from_dense(mask, BlockAttention(mask))
 
 
 def _attend(
@@ -78,24 +106,10 @@ def _attend(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Compute ``scaled_dot_product_attention``, ``[b, h, s, d]``, one document after the other."""
-    by_document = isinstance(attn_mask, DocumentMask) and (
-        len(q) == len(attn_mask.lengths) and q.shape[2] == k.shape[2] == attn_mask.shape[-1]
-    )
-    if not by_document:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
-    rows = []
-    assert isinstance(attn_mask, DocumentMask)
-    for row, lengths in enumerate(attn_mask.lengths):
-        parts = (x[row : row + 1].split(lengths, dim=2) for x in (q, k, v))
-        documents = [
-            F.scaled_dot_product_attention(
-                one_q, one_k, one_v, dropout_p=dropout_p, is_causal=True, **options
-            )
-            for one_q, one_k, one_v in zip(*parts, strict=True)
-        ]
-        rows.append(torch.cat(documents, dim=2))
-    return torch.cat(rows)
+    """Compute ``scaled_dot_product_attention``, ``[b, h, s, d]``, by its mask if that fits."""
+    if isinstance(attn_mask, DocumentMask) and attn_mask.attention.fits(q, k, dropout_p):
+        return attn_mask.attention(q, k, v, dropout_p, **options)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

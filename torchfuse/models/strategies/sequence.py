@@ -25,6 +25,7 @@ from torchfuse.models.strategies.placeholder import (
 from torchfuse.models.strategies.prefix import Prefix, by_row
 from torchfuse.models.strategy import ModalityStrategy, check_rows
 from torchfuse.models.types import CacheState, EncoderFeatures, ModalityContext, StrategyModel
+from torchfuse.modules.documents import with_block_kernel
 from torchfuse.modules.experts.routing import Routing, keep_in_graph
 
 __all__ = ["Placement", "SequenceStrategy"]
@@ -281,6 +282,7 @@ class SequenceStrategy(ModalityStrategy):
             input_pos = prefix.full_positions(input_pos)
         if not is_causal:
             mask = prefix.full_mask(mask, slots=mask.shape[-1] if cached and mask is not None else None)
+            mask = mask if document_ids is None else with_block_kernel(mask)
         embeds = [*(given.embeds for given in present.values()), model.tok_embeddings(tokens)]
         valid = prefix.valid.split(list(slots.values()), dim=1)
         by_name = {n: v for n, v in zip(slots, valid, strict=True) if present[n].mask is not None}

@@ -203,7 +203,7 @@ class MoTLayer(_Experts):
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in (q, k, v))
         s, t = q.shape[2], k.shape[2]
         dropout = attn.attn_dropout if attn.training else 0.0
-        if mask is not None:
+        if mask is not None and mask.shape[1] > s:
             mask = mask[:, -s:]
         if attn.kv_cache is not None and attn.cache_enabled:
             k, v = attn.kv_cache.update(k, v)

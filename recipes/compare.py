@@ -43,7 +43,10 @@ TICKS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 class Config:
     """Keys of the recipe.
 
-    ``configs`` are configurations of the finetune recipe; the keys in ``budget`` replace those of each.
+    Attributes:
+        output_dir: folder of the runs, and the name of the figure and its numbers.
+        configs: configurations of the finetune recipe.
+        budget: keys of the finetune recipe that replace those of each configuration.
     """
 
     output_dir: str = MISSING

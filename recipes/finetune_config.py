@@ -50,7 +50,10 @@ _SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
 class Pretrained:
     """Directories of pretrained checkpoints: a decoder's and an encoder's, or a whole model's.
 
-    Named encoders have their directories by name.
+    Attributes:
+        decoder: directory of the decoder.
+        encoder (text, section or null): directory of the encoder; of several encoders, each by name.
+        path: directory of a whole model, in place of the two.
     """
 
     decoder: str | None = None
@@ -62,15 +65,32 @@ class Pretrained:
 class Data:
     """Files of samples, and how samples become batches.
 
-    ``train`` and ``test`` are paths, as for ``torchfuse.data.read_samples``, or lists of ``{path,
-    format, weight, image_root}``. Without a section ``transform``, ``template`` (a name, a ``.jinja``
-    file; null: the tokenizer's own) and the model determine the tokens: ``tokenizer`` and
-    ``image_transform`` are directories, null: of the decoder and of the encoder; ``image_token``,
-    ``features_per_image`` and ``scope`` are needed where the model does not determine them;
-    ``media_transforms`` are components by modality; ``cache_images`` is how many images each process
-    keeps in memory, and ``cache_features`` a folder for the features of a frozen encoder. A sample that
-    is longer than ``max_seq_len`` (null: the model's) is handled as ``too_long`` says: ``drop``, ``cut``
-    or ``error``; one that cannot be used as ``bad_samples`` says: ``error`` or ``skip``.
+    Attributes:
+        train (text, section or list of them): what to train on: a path, as for
+            ``torchfuse.data.read_samples``, ``{path, format, weight, image_root}``, or a list of these.
+        test (text, section, list of them or null): the same for the samples to answer.
+        limit: how many samples of ``train`` to use, the first ones; for one path.
+        tokenizer: directory of the tokenizer; null: the decoder's.
+        image_transform (text, section or null): directory of the image processor, or a component that
+            returns an ``ImageTransform``; null: the encoder's directory.
+        media_transforms: the transform of each other modality, by its name: a dotted path, or a
+            component; for ``video`` also keywords of ``VideoTransform``.
+        template: the chat template: ``llama3``, ``chatml``, ``vicuna``, ``plain`` or a ``.jinja`` file;
+            null: the tokenizer's own.
+        image_token: id that marks an image; null: the model's.
+        features_per_image: features of an image, tile or frame; null: the model's.
+        scope: which images before a token it may attend to: ``all``, ``last`` or ``group``, see
+            ``torchfuse.data.image_mask``; null: the model's.
+        cache_images: how many images each process keeps in memory; null: none.
+        cache_features: folder in which the features of a frozen encoder are computed once.
+        max_seq_len: length of packs, and of the longest sample that is used whole; null: the model's.
+        packed: whether several samples share a sequence.
+        too_long: what happens to a longer sample: ``drop``, ``cut`` between turns, or ``error``.
+        bad_samples: what happens to a sample that cannot be used: ``error``, or ``skip``: it is named,
+            counted and left out.
+        num_workers: processes that read samples ahead, on each rank; 0: the training process reads them.
+        prefetch_factor: batches that each of them reads ahead.
+        start_method: how they start: ``fork``, ``spawn`` or ``forkserver``; null: as Python does.
     """
 
     train: Any = MISSING
@@ -96,7 +116,18 @@ class Data:
 
 @dataclass
 class Train:
-    """Optimisation; ``lr`` and ``weight_decay`` are numbers, or by part of the model."""
+    """Optimisation, with AdamW and a cosine schedule.
+
+    Attributes:
+        lr (number or section): the learning rate, or one for each part that trains, by its name.
+        weight_decay (number or section): the weight decay, or one for each part that trains.
+        epochs: passes over ``data.train``.
+        max_steps: the most optimizer steps; null: all of the epochs.
+        batch_size: samples, or packs, of a batch on each rank.
+        gradient_accumulation_steps: batches of an optimizer step.
+        warmup_steps: steps in which the learning rate rises to ``lr``.
+        clip_grad_norm: the largest norm of the gradient; null: not clipped.
+    """
 
     lr: Any = 1e-3
     weight_decay: Any = 0.0
@@ -112,11 +143,29 @@ class Train:
 class Config:
     """Keys of the recipe.
 
-    ``freeze`` lists stages, ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``;
-    without any, the options of ``model`` determine what trains. Every ``eval_every`` steps and after the
-    last, the model is evaluated on the first ``eval_limit`` questions of ``data.test`` about one image.
-    Every ``save_every`` steps and after the last, the run is saved in ``output_dir/checkpoints``; with
-    ``resume`` it continues from the newest checkpoint there, if there is one.
+    Attributes:
+        output_dir: folder of the run: what was trained, metrics, answers, and ``checkpoints``.
+        model: a component that returns a fused model, such as ``torchfuse.from_pretrained``, and its
+            keywords.
+        pretrained: directories of pretrained checkpoints, as for ``torchfuse.load_pretrained``; none
+            where the model loads its own.
+        transform: a component that returns a ``SampleTransform``, in place of the keys of ``data``
+            that describe one.
+        data: files of samples, and how samples become batches.
+        train: optimisation.
+        freeze: stages ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; without
+            any, the keywords of ``model`` determine what trains.
+        device: ``cpu``, ``cuda`` (each rank's own) or another device of torch.
+        dtype: dtype of the weights: ``fp32`` or ``bf16``.
+        seed: seed of new weights, dropout and the order of the samples.
+        activation_checkpointing: whether activations of layers are computed again in the backward pass.
+        compile: whether layers are compiled.
+        eval_batch_size: samples that are answered at once.
+        eval_every: steps between evaluations on samples of ``data.test`` with one image; there is one
+            after the last step too; null: none during training.
+        eval_limit: how many samples these use, the first ones; null: all.
+        save_every: steps between checkpoints; there is one after the last step too; null: none.
+        resume: whether to continue from the newest checkpoint, if there is one.
     """
 
     output_dir: str = MISSING

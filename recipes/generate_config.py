@@ -17,7 +17,16 @@ __all__ = ["Config", "Sampling", "check_config", "sampling_of", "template_of"]
 
 @dataclass
 class Sampling:
-    """How the next token is chosen, at temperature 0 the likeliest, and where an answer ends."""
+    """How the next token is chosen, and where an answer ends.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: choose among this many likeliest tokens; null: among all.
+        top_p: choose among the fewest likeliest tokens with at least this probability; null: among all.
+        repetition_penalty: makes tokens that the sequence has already less likely, where above 1.
+        max_new_tokens: the longest answer.
+        stop_tokens: ids that end an answer; null: those of the template and the tokenizer.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -31,10 +40,30 @@ class Sampling:
 class Config:
     """Keys of the recipe.
 
-    ``template`` is a name, a ``.jinja`` file, or ``system`` and ``question``: the texts around a system
-    text and around a question, which replace ``{text}``. ``transform`` is for ``model`` only: a
-    component, or keys of ``data`` of the finetune recipe. ``format`` and ``image_root`` are of a file of
-    samples. ``max_tokens`` and ``max_images`` are the limits of a chat.
+    Attributes:
+        run: the ``output_dir`` of a finetuning run.
+        model: directory of a whole model, in place of ``run``.
+        transform: with ``model``: a component that returns a ``SampleTransform``, or keys of ``data`` of
+            the finetune recipe; null: the directory's own tokenizer and image processor.
+        prompts: a YAML file of prompts, or a file of samples; not for a chat.
+        format: format of a file of samples, as for ``torchfuse.data.read_samples``.
+        image_root: folder where relative paths of images begin; null: that of the file of samples.
+        output: file for the answers, a JSON object a line; null: they are printed.
+        batch_size: samples that are answered at once.
+        chat: whether to chat in the terminal, as with ``--chat``.
+        max_tokens: the longest chat, in tokens.
+        max_images: the most images in a chat.
+        template (text, section or null): a chat template in place of the run's own: a name, a
+            ``.jinja`` file, or ``{system, question}``, the texts around a system text and a question,
+            which replace ``{text}``.
+        sampling: how the next token is chosen, and where an answer ends.
+        quantization: how weights are quantized: ``int8_weight_only``, ``int8_dynamic``,
+            ``float8_weight_only`` or ``nf4``; null: not at all.
+        quantization_parts: what is quantized: ``decoder``, ``encoder``, or ``encoder.<name>``.
+        compile: whether prompts and steps run as compiled graphs.
+        device: ``cpu``, ``cuda`` or another device of torch.
+        dtype: dtype of the weights: ``fp32`` or ``bf16``.
+        seed: seed of the tokens that are drawn at a temperature above 0.
     """
 
     run: str | None = None

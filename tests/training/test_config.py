@@ -10,12 +10,35 @@ from omegaconf import MISSING, OmegaConf
 from torchfuse.components import build
 from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
 from torchfuse.training.config import _override, read_config, recipe, typed
+from torchfuse.training.config_keys import config_keys
 
 
 @dataclass
 class Inner:
+    """A section.
+
+    Attributes:
+        rate (number or section): how fast,
+            with a second line: the end.
+        steps: how long.
+
+    Examples:
+        name: none.
+    """
+
     rate: float = 0.5
     steps: int | None = None
+
+
+@dataclass
+class Faster(Inner):
+    """Another section.
+
+    Attributes:
+        times: how often.
+    """
+
+    times: list[int | None] = field(default_factory=lambda: [2, None])
 
 
 @dataclass
@@ -132,6 +155,23 @@ def test_build():
         build({"_component_": "training.test_config.Inner"}, what="section", kind=Schema)
 
 
+def test_keys_are_described_by_the_docstrings():
+    keys = [tuple(vars(key).values()) for key in config_keys(Faster, "a.")]
+    assert keys == [
+        ("a.rate", "number or section", "0.5", "how fast, with a second line: the end", False),
+        ("a.steps", "integer or null", "null", "how long", False),
+        ("a.times", "list of integers or nulls", "[2, null]", "how often", False),
+    ]
+    keys = [(key.name, key.type, key.default, key.is_section) for key in config_keys(Schema)]
+    assert keys == [
+        ("name", "text", None, False),
+        ("inner", "section", "", True),
+        ("inner.rate", "number or section", "0.5", False),
+        ("inner.steps", "integer or null", "null", False),
+        ("number", "integer", "3", False),
+    ]
+
+
 def run(main, tmp_path, monkeypatch, *overrides):
     (tmp_path / "some.yaml").write_text("name: x\ninner: {rate: 2.5}\n")
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(tmp_path / "some.yaml"), *overrides])
@@ -143,6 +183,14 @@ def test_a_recipe_takes_its_file_and_command_line(tmp_path, monkeypatch):
     got = []
     run(got.append, tmp_path, monkeypatch, "number=5", "inner.steps=7", "~inner.rate")
     assert got == [Schema("x", Inner(0.5, 7), 5)]
+
+
+def test_help_prints_the_keys(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        run(pytest.fail, tmp_path, monkeypatch, "--help")
+    printed = capsys.readouterr().out
+    assert "  inner.rate (number or section; 0.5)\n        how fast, with a second line" in printed
+    assert "  name (text; required)\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from torchfuse.errors import CheckpointError, ConfigError, DataError
+from torchfuse.training.config_keys import keys_as_text
 
 __all__ = ["read_config", "read_yaml", "recipe", "typed"]
 
@@ -123,7 +124,7 @@ def recipe(
         def run() -> None:
             sys.path.append(os.getcwd())  # components of the user's own, as torchtune allows them
             try:
-                main(typed(_parse_arguments(main.__doc__, flags or {}), schema))
+                main(typed(_parse_arguments(main.__doc__, schema, flags or {}), schema))
             except (ConfigError, DataError, CheckpointError) as error:
                 if os.environ.get("TORCHFUSE_TRACEBACK"):
                     raise
@@ -137,9 +138,14 @@ def recipe(
     return decorate
 
 
-def _parse_arguments(description: str | None, flags: Mapping[str, str]) -> DictConfig:
+def _parse_arguments(description: str | None, schema: type, flags: Mapping[str, str]) -> DictConfig:
     """Parse ``--config`` and the overrides of the command line."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        usage="%(prog)s --config FILE [key=value ...]",
+        description=description,
+        epilog=keys_as_text(schema),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, help="a YAML file; key=value overrides a key of it")
     for flag, does in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=does)

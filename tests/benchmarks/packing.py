@@ -1,11 +1,13 @@
 """Packed against padded batches of the same number of slots: real tokens a second, in turns in one run.
 
-Run: python tests/benchmarks/packing.py [--slots 2048 --pack 1024 --layers 6 --batches 2 --rounds 7]
+Run: python tests/benchmarks/packing.py [--slots 2048 --pack 1024 --device cuda --dtype bfloat16]
 
 Conversations are as long as LLaVA's: log-normal, median 60 tokens, 95th percentile 400; four of five
 have an image. A padded batch holds as many conversations, as they come, as fit into its slots at the
 length of its longest. A step is the forward pass, the loss of all positions and the backward pass of
 what fusion added; the decoder is frozen. Positions that are not padding count as real tokens.
+"dense" are packed batches too, but attention uses the mask of all tokens of a row: what leaving out other
+documents is worth.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from torchfuse import fuse
 from torchfuse.data import image_mask, pack, padded_collate_images
 from torchfuse.models.decoders.llama import llama_decoder
+from torchfuse.modules.documents import document_mask
 from torchfuse.training import next_token_loss
 
 _IN_DIM = 32
@@ -54,6 +57,8 @@ def parse(argv):
     parser.add_argument("--batches", type=int, default=2, help="batches of a kind in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args(argv)
 
 
@@ -70,7 +75,8 @@ def build(arch, options):
         tie_word_embeddings=True,
     )
     own = {"encoder_token": options.vocab} if arch == "joint_decoder" else {"fusion_vocab_size": 1}
-    return fuse(decoder, Patches(), arch=arch, **own)
+    model = fuse(decoder, Patches(), arch=arch, **own)
+    return model.to(options.device, getattr(torch, options.dtype))
 
 
 def samples(arch, options):
@@ -119,13 +125,36 @@ def packed_batches(stream, arch, options):
         yield padded_collate_images(rows), sum(int((row["document_ids"] >= 0).sum()) for row in rows)
 
 
+def dense_batches(stream):
+    """The same batches with a mask of all tokens of a row."""
+    for batch, number in stream:
+        ids = batch.pop("document_ids")
+        yield batch | {"mask": document_mask(ids).as_subclass(torch.Tensor)}, number
+
+
+def to_model(value, model):
+    """Move a batch to a model's device, and what is computed with to its dtype."""
+    if isinstance(value, dict):
+        return {key: to_model(each, model) for key, each in value.items()}
+    weight = next(model.parameters())
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+
+
+def clock(model):
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def time_step(model, batch):
     model.zero_grad(set_to_none=True)
+    batch = to_model(batch, model)
     call = {key: value for key, value in batch.items() if key != "labels"}
-    start = time.perf_counter()
+    start = clock(model)
     total, count = next_token_loss(model(**call), batch["labels"])
     (total / count).backward()
-    return time.perf_counter() - start
+    return clock(model) - start
 
 
 def spread(values, unit=""):
@@ -139,6 +168,7 @@ def compare(arch, options):
     batches = {
         "padded": padded_batches(samples(arch, options), options.slots),
         "packed": packed_batches(samples(arch, options), arch, options),
+        "dense": dense_batches(packed_batches(samples(arch, options), arch, options)),
     }
     rates, steps = {name: [] for name in batches}, {name: [] for name in batches}
     real, slots = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0)
@@ -153,17 +183,21 @@ def compare(arch, options):
                 slots[name] += sum(batch["tokens"].numel() for batch, _ in drawn)
     for name in batches:
         print(
-            f"{arch:<16} {name}  {statistics.median(rates[name]):8.0f} real tokens/s   step "
+            f"{arch:<16} {name:<6}  {statistics.median(rates[name]):8.0f} real tokens/s   step "
             f"{spread(steps[name], ' s')}   slots used {real[name] / slots[name]:.0%}"
         )
-    ratios = [one / other for one, other in zip(rates["packed"], rates["padded"], strict=True)]
-    print(f"{arch:<16} packed / padded {spread(ratios)}\n")
+    for other in ("dense", "padded"):
+        ratios = [one / base for one, base in zip(rates["packed"], rates[other], strict=True)]
+        print(f"{arch:<16} packed / {other} {spread(ratios)}")
+    print()
     return statistics.median(ratios)
 
 
 def main(argv=None):
     options = parse(argv)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, fp32")
+    cuda = options.device.startswith("cuda")
+    where = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}, {options.dtype}")
     print(
         f"{options.layers} layers, width 576, 9/3 heads, vocabulary {options.vocab}; {options.features} "
         f"features an image;\nat most {options.slots} slots a batch, packs and rows of at most "

@@ -6,9 +6,14 @@ import json
 
 import datasets
 import hf
+import torch
 import yaml
 from PIL import Image
+from programs import tune
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from torchfuse.data import padded_collate_images
+from torchfuse.training import next_token_loss
 
 ROWS = 60
 CHATML = (
@@ -92,3 +97,41 @@ def configuration(folder, arch="cross_attention", **changes):
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+def run(folder, tmp_path, **changes):
+    """Finetune through ``tune run``; return the losses."""
+    output = str(tmp_path / "run")
+    printed = tune(
+        folder,
+        "torchfuse/recipes/finetune.py",
+        "--config",
+        configuration(folder, **{"output_dir": output} | changes),
+    )
+    assert f"saved {output}" in printed
+    return [loss for _, loss in json.loads((tmp_path / "run" / "losses.json").read_text())]
+
+
+@torch.no_grad()
+def loss_of(model, transform, samples):
+    """The loss a token of samples, one by one."""
+    total, count = torch.zeros(()), 0
+    for sample in samples:
+        batch = padded_collate_images([transform(sample)])
+        labels = batch.pop("labels")
+        assert transform.decode([t for t in labels[0].tolist() if t >= 0]).startswith("It is")
+        summed, number = next_token_loss(model(**batch), labels)
+        total, count = total + summed, count + number
+    return float(total / count)
+
+
+def losses_of_one_batch(folder, tmp_path, *, batch_size, train=(), **changes):
+    """The losses of two steps on the same rows; ``tmp_path / "run"`` is left as it is after the first.
+
+    Cross-attention starts as if there were no images; after a large step they matter.
+    """
+    steps = {"lr": 1.0, "batch_size": batch_size, "epochs": 2, "max_steps": 2, **dict(train)}
+    losses = run(folder, tmp_path, train=steps, **changes)
+    first = run(folder, tmp_path, train=steps | {"max_steps": 1}, **changes)
+    assert first == losses[:1]
+    return losses

@@ -83,6 +83,8 @@ def folder(tmp_path_factory):
         decoder_start_token_id=1,
     )
     transformers.WhisperModel(config).save_pretrained(folder / "whisper")
+    # In a file with the name of an image processor's.
+    transformers.WhisperFeatureExtractor(BINS).save_pretrained(folder / "whisper")
     return folder
 
 

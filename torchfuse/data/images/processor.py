@@ -60,7 +60,8 @@ def find_processor(path: str | Path) -> Path | None:
     nested, plain = Path(path) / _NESTED, Path(path) / _PLAIN
     if nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
         return nested
-    return plain if plain.is_file() else None
+    # A feature extractor of audio has a file of this name too.
+    return plain if plain.is_file() and "sampling_rate" not in read_json(plain) else None
 
 
 def read_processor(path: str | Path) -> tuple[Path, dict[str, Any]]:

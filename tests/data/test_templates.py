@@ -15,6 +15,7 @@ from chats import (
     SPECIAL,
     TEMPLATES,
     UNTAGGED,
+    VICUNA,
     as_strings,
     conversations,
     save,
@@ -24,7 +25,7 @@ from torchfuse.data.images import ImageTransform
 from torchfuse.data.samples import ROLES, Media, Message, Sample
 from torchfuse.data.templates import ChatTemplate
 from torchfuse.data.transform import SampleTransform
-from torchfuse.errors import ConfigError, DataError
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 
 
 def transform_for(folder, **options):
@@ -229,7 +230,7 @@ def test_weights_of_messages(tmp_path):
     assert none["labels"] == first
     assert none["loss_weights"] == [0.5 * (label != -100) for label in first]
     with pytest.raises(
-        DataError, match=r"b\.json, row 3 has nothing to learn: all its answers have the"
+        DataError, match=r"b\.json, row 3 has nothing to learn: all its answers are empty"
     ):
         transform(Sample([turns[0], Message("assistant", ["seven"], 0)], origin="b.json, row 3"))
 
@@ -277,6 +278,109 @@ def test_templates_that_are_refused_at_the_start(tmp_path, template, problem):
         transform_for(tmp_path)
 
 
+# Phi-3 writes an end of the text behind the last turn, others end no turn but the last.
+ENDS = {
+    "of the text": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}[{{ m.content + '<|im_end|>' }}]"
+        "{{ '\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}"
+    ),
+    "of the last turn": (
+        "{% for m in messages %}{{ '\\n' + m.role + ':' }}[{{ ' ' + m.content + "
+        "(eos_token if loop.last and m.role == 'assistant' else '') }}]{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\nassistant:' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("end", [*ENDS])
+def test_ends_that_are_not_those_of_every_turn(tmp_path, tokenizer, end):
+    if_assistant = "{% if m.role == 'assistant' %}{% generation %}", "{% endgeneration %}{% else %}"
+    answer = re.search(r"\[({{.*})\]", ENDS[end])[1]
+    tagged = f"{if_assistant[0]}{answer}{if_assistant[1]}{answer}{{% endif %}}"
+    reference = save(tmp_path / "tagged", tokenizer, ENDS[end].replace(f"[{answer}]", tagged))
+    save(tmp_path, tokenizer, ENDS[end].replace(f"[{answer}]", answer))
+    transform = transform_for(tmp_path)
+    for messages in conversations(30):
+        expected = reference.apply_chat_template(
+            as_strings(messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+        sample = encoded(transform, messages)
+        assert sample["tokens"] == expected["input_ids"]
+        assert [label != -100 for label in sample["labels"]] == [*map(bool, expected["assistant_masks"])]
+
+
+def save_with(folder, tokenizer, template, flags):
+    """Save a tokenizer with flags of some added tokens."""
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token |= flags.get(token["content"], {})
+    return save(folder, chats.Tokenizer.from_str(json.dumps(content)), template)
+
+
+def test_a_header_that_strips_whitespace_is_not_learned(tmp_path, tokenizer):
+    """Tokens of Phi-3 take the whitespace behind them."""
+    template = UNTAGGED["chatml"].replace("<|im_start|>assistant", "<|start_header_id|>")
+    save_with(tmp_path, tokenizer, template, {"<|start_header_id|>": {"rstrip": True}})
+    transform = transform_for(tmp_path)
+    header, end = SPECIAL.index("<|start_header_id|>"), SPECIAL.index("<|im_end|>")
+    for answer in ("seven", "  seven", "\n\nseven", "", " "):
+        messages = [Message("user", ["two"]), Message("assistant", [answer])]
+        sample = encoded(transform, messages * 2)
+        assert sample["tokens"].count(header) == 2
+        assert sample["labels"].count(header) == 0
+        assert sample["labels"].count(end) == 2
+
+
+@pytest.mark.parametrize("flag", ["single_word", "normalized"])
+def test_special_tokens_are_found_whatever_their_flags(tmp_path, tokenizer, flag):
+    tokenizer.normalizer = chats.normalizers.Prepend("_")
+    save_with(tmp_path, tokenizer, LLAMA3, {token: {flag: True} for token in SPECIAL})
+    messages = [Message("user", ["two"]), Message("assistant", ["a<|eot_id|>"])]
+    sample = encoded(transform_for(tmp_path), messages)
+    header = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = [SPECIAL[token] for token in sample["tokens"] if token < len(SPECIAL)]
+    assert special == ["<bos>", *header, *header]
+
+
+def test_an_image_in_a_template_that_writes_other_text_with_images(tmp_path):
+    """As in Llama 3.2, whose system message is left out of conversations with images."""
+    template = (
+        "{% set ns = namespace(images=false) %}{% for m in messages %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}{% set ns.images = true %}{% endif %}{% endfor %}{% endfor %}"
+        "{% if not ns.images %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}"
+        "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    reference = save(tmp_path, chats.byte_level(), template)
+    for media in ([], [Media(chats.Path("a.png"))]):
+        messages = [Message("user", [*media, "two"]), Message("assistant", ["seven"])]
+        parts = [*({"type": "image"} for _ in media), {"type": "text", "text": "two"}]
+        given = [{"role": "user", "content": parts}, {"role": "assistant", "content": "seven"}]
+        expected = reference.apply_chat_template(given, return_dict=False)
+        assert encoded(transform_for(tmp_path), messages)["tokens"] == expected
+
+
+def test_a_block_that_goes_on_after_the_end_of_a_turn(tmp_path):
+    """As in SmolLM3: whitespace behind the token that stops generation is not generated."""
+    block = "{{- message.content + '<|im_end|>\n' }}\n        {%- endgeneration %}"
+    template = re.sub(
+        r"\{\{- message.content \+ '<\|im_end\|>' }}\s*{%- endgeneration %}\s*{{- '\\n' }}",
+        lambda _: block,
+        CHATML,
+    )
+    assert block in template
+    save(tmp_path, chats.byte_level(), template)
+    transform, end = transform_for(tmp_path), SPECIAL.index("<|im_end|>")
+    assert transform.stop_tokens[0] == end
+    turns = [Message("user", ["two"]), Message("assistant", ["seven"]), Message("user", ["and"])]
+    known = encoded(transform, turns[:2])["tokens"]
+    held = known[: len(known) - known[::-1].index(end)]
+    assert held + transform.next_turn(turns) == transform.prompt(turns)
+
+
 def test_earlier_turns_that_change(tmp_path):
     """As in Qwen3, which leaves thoughts out of all answers but the last."""
     changing = (
@@ -322,6 +426,22 @@ def test_sources_of_templates(tmp_path):
     for given in (CHATML, several):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(options | {"chat_template": given}))
         assert ChatTemplate.load(None, tmp_path).source == CHATML
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": VICUNA}))
+    assert ChatTemplate.load(None, tmp_path).source == VICUNA  # the processor's
+    (tmp_path / "chat_template.json").unlink()
+    for given, error, problem in (
+        (several[1:], ConfigError, "chat_template has templates of the names tool_use, and none is"),
+        ([CHATML], ConfigError, "names None, and none is the default"),
+        (7, CheckpointError, "chat_template must be a template, or a list of named ones, got 7"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(options | {"chat_template": given}))
+        with pytest.raises(error, match=problem):
+            ChatTemplate.load(None, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text(CHATML)
+    with pytest.raises(ConfigError, match="additional_chat_templates has templates of the names rag"):
+        ChatTemplate.load(None, tmp_path)
     with pytest.raises(
         ConfigError, match="template must be one of chatml, llama3, plain, vicuna, or a .jinja"
     ):

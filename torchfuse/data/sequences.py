@@ -170,7 +170,7 @@ class SequenceEncoder:
             rendered = self.template.render(turns, self.tokenizer)
         except DataError:  # other conversations than this one may fit it
             return self.tokenizer.eos_ids
-        text = rendered.text[: rendered.learned[-1][1]]
+        text = rendered.text[: rendered.learned[-1][1]].rstrip()
         last = self.tokenizer.encode_template(text)[0][-1:]
         ends = last if self.tokenizer.ends_with_special(text) else []
         return tuple(dict.fromkeys([*ends, *self.tokenizer.eos_ids]))

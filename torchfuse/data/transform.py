@@ -286,7 +286,9 @@ class SampleTransform:
         except DataError as error:
             raise DataError(f"{what}: {str(error).rstrip('.')}.") from error
         if with_answer and all(label == IGNORED for label in result["labels"]):
-            raise DataError(f"{what} has nothing to learn: all its answers have the weight 0.")
+            raise DataError(
+                f"{what} has nothing to learn: all its answers are empty or have the weight 0."
+            )
         length = self._sequences.length(result["tokens"], num_items)
         if self.max_seq_len is not None and length > self.max_seq_len:
             raise DataError(

@@ -2,27 +2,30 @@
 
 A tokenizer's own template, a ``.jinja`` file or a named one is rendered as transformers renders it. The
 answers are learned, each with the token that ends it; headers are not. Where a template marks answers by
-``{% generation %}``, those marks decide; elsewhere an answer is the difference between the conversation
-before it, with the generation prompt, and after it.
+``{% generation %}``, those marks decide; elsewhere an answer is what comes between the conversation
+before it, with the generation prompt, and what follows it whatever its text is.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
 
 from torchfuse.data.samples import Message
+from torchfuse.data.templates.find import find_template, read_template
 from torchfuse.data.templates.jinja import compile_template, find_blocks
 from torchfuse.data.tokenizer import TextTokenizer
 from torchfuse.errors import ConfigError, DataError
-from torchfuse.io.strict_json import read_json
 
 __all__ = ["TEMPLATES", "ChatTemplate", "Rendered", "last_answer"]
 
@@ -32,9 +35,11 @@ TEMPLATES: Final = tuple(sorted(file.stem for file in _FOLDER.glob("*.jinja")))
 
 _BY_TOKENIZER: Final = ("plain", "vicuna")  # begin with what the tokenizer puts in front of a text
 _PROBE: Final = "qzx"
+_ANSWER: Final = f"\ufdd3{secrets.token_hex(8)}"  # no text spells it
 _UNUSED: Final = {"tools": None, "documents": None}  # which templates of transformers test
 _EMPTY: Final = dict.fromkeys(("bos_token", "eos_token", "boundary", "end_of_text"), "")
 _EDGE: Final = re.compile("start|begin|end")  # of what is around an image
+_NAME: Final = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -101,33 +106,20 @@ class ChatTemplate:
         if isinstance(template, ChatTemplate):
             return template
         if template is None:
-            return cls._of_tokenizer(Path(tokenizer))
+            found = find_template(Path(tokenizer))
+            if found is not None:
+                return cls(found.source, name=found.name, adds_bos=found.adds_bos)
+            template = "plain"
         if template in TEMPLATES:
             file = _FOLDER / f"{template}.jinja"
-            return cls(_read(file), name=str(template), adds_bos=template in _BY_TOKENIZER)
+            return cls(read_template(file), name=str(template), adds_bos=template in _BY_TOKENIZER)
         file = Path(template)
         if not file.is_file():
             raise ConfigError(
                 f"template must be one of {', '.join(TEMPLATES)}, or a .jinja file; there is no file "
                 f"{os.fspath(template)!r}."
             )
-        return cls(_read(file), name=str(file))
-
-    @classmethod
-    def _of_tokenizer(cls, folder: Path) -> ChatTemplate:
-        # A processor, unlike a tokenizer, adds BOS where its template does not.
-        of_processor = (folder / "processor_config.json").is_file()
-        file = folder / "chat_template.jinja"
-        if file.is_file():
-            return cls(_read(file), name=str(file), adds_bos=of_processor)
-        for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-            found = read_json(file).get("chat_template") if file.is_file() else None
-            if isinstance(found, list):
-                found = {entry["name"]: entry["template"] for entry in found}.get("default")
-            if isinstance(found, str):
-                of_processor |= file.name == "chat_template.json"
-                return cls(found, name=f"{file}, chat_template", adds_bos=of_processor)
-        return cls.load("plain", folder)
+        return cls(read_template(file), name=str(file))
 
     def _probe(self) -> None:
         """Find out what a content may be, how an image is written, and that answers can be told apart.
@@ -222,7 +214,7 @@ class ChatTemplate:
         text, blocks = self._render(messages, tokenizer)
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if not self.marks_answers:
-            blocks = [self._answer(messages[: i + 1], text, tokenizer) for i in answers]
+            blocks = [self._answer(messages, i, text, tokenizer) for i in answers]
         elif len(blocks) != len(answers):
             if any(messages[i].weight != 1 for i in answers):
                 raise ConfigError(
@@ -233,21 +225,23 @@ class ChatTemplate:
         return Rendered(text, blocks, answers)
 
     def _answer(
-        self, messages: Sequence[Message], whole: str, tokenizer: TextTokenizer
+        self, messages: Sequence[Message], index: int, whole: str, tokenizer: TextTokenizer
     ) -> tuple[int, int]:
-        """Return where the last of these messages is in the text of the whole conversation."""
-        before, _ = self._render(messages[:-1], tokenizer, prompt=True)
-        after, _ = self._render(messages, tokenizer)
-        if not whole.startswith(after) or not after.startswith(before):
+        """Return where an answer is in the text of the conversation, with the end of its turn."""
+        before, _ = self._render(messages[:index], tokenizer, prompt=True)
+        other = [*messages[:index], replace(messages[index], content=[_ANSWER]), *messages[index + 1 :]]
+        head, found, rest = self._render(other, tokenizer)[0].partition(_ANSWER)
+        end = len(whole) - len(rest)
+        follows = whole.startswith(before) and head.startswith(before) and len(before) <= end
+        if not found or not follows or not whole.endswith(rest):
             raise ConfigError(
                 f"{self.name} writes messages otherwise once others follow, so it does not show which "
                 "tokens are an answer. Put {% generation %} ... {% endgeneration %} around what the "
                 "model generates."
             )
-        # What follows the token that ends a turn belongs to the next one.
-        stripped = after.rstrip()
-        end = stripped if tokenizer.ends_with_special(stripped) else after
-        return len(before), max(len(before), len(end))
+        # What follows an answer at the end of a conversation, too, is the end of its turn.
+        alone = self._render(other[: index + 1], tokenizer)[0].partition(_ANSWER)[2]
+        return len(before), end + tokenizer.end_of_turn(_common_prefix(rest, alone))
 
     def prompt(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> str:
         """Return the text of a conversation up to where the next answer begins.
@@ -266,7 +260,10 @@ class ChatTemplate:
         """
         whole = self.prompt(messages, tokenizer)
         before = self.render(messages[: last_answer(messages) + 1], tokenizer)
-        end = before.learned[-1][1]
+        start, end = before.learned[-1]
+        # A block may have whitespace after the token that ends a turn, which no model generates.
+        answer = before.text[start:end].rstrip()
+        end = start + len(answer) if tokenizer.ends_with_special(answer) else end
         if not whole.startswith(before.text[:end]):
             raise ConfigError(
                 f"{self.name} writes earlier turns otherwise once another follows, so caches cannot be "
@@ -284,17 +281,13 @@ def _user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def _common_prefix(a: str, b: str) -> str:
+    return a[: sum(takewhile(bool, map(eq, a, b)))]
+
+
 def _image_text(without: str, shown: str) -> str:
     """Return what represents an image, of two texts that differ in one."""
-    same = (a == b for a, b in zip(without, shown, strict=False))
-    start = sum(takewhile(bool, same))
-    added = shown[start : start + len(shown) - len(without)]
-    names = [name for name in re.findall(r"<[^<>\s]+>|\[[A-Z_]+\]", added) if not _EDGE.search(name)]
-    return names[0] if names else added.strip()
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The template {file} cannot be read: {error}.") from error
+    found = Counter(_NAME.findall(shown)) - Counter(_NAME.findall(without))
+    names = [name for name in found if len(found) == 1 or not _EDGE.search(name)]
+    start = len(_common_prefix(without, shown))
+    return names[0] if names else shown[start : start + len(shown) - len(without)].strip()

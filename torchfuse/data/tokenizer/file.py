@@ -87,8 +87,12 @@ class TokenizerFile:
             content["added_tokens"].append(token)
         for token in content["added_tokens"]:
             token["special"] |= token["content"] in special
-            if token["content"] in renamed:
-                token["content"] = prefix + token["content"]
+            if token["content"] in renamed:  # found wherever it is, before the text is normalized
+                token |= {
+                    "content": prefix + token["content"],
+                    "normalized": False,
+                    "single_word": False,
+                }
         if isinstance(model["vocab"], dict):
             for text in renamed & model["vocab"].keys():
                 model["vocab"][prefix + text] = model["vocab"].pop(text)

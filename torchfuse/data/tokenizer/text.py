@@ -152,6 +152,11 @@ class TextTokenizer:
         """Whether the last token of a filled template is special."""
         return text.endswith(self._endings)
 
+    def end_of_turn(self, text: str) -> int:
+        """Return where the first special token of a template's text ends, or the text if it has none."""
+        found = self._controls.search(text)
+        return found.end() if found else len(text)
+
     def count_images(self, text: str) -> int:
         """Return the number of images in a filled template."""
         return len(self._images.findall(text))
@@ -169,10 +174,14 @@ class TextTokenizer:
             The ids, and for each the index of the part that it overlaps, or -1.
         """
         parts = [(len(self._mark(text[:start])), len(self._mark(text[:end]))) for start, end in spans]
-        encoding = self._tokenizer.encode(self._mark(text), add_special_tokens=False)
+        marked = self._mark(text)
+        encoding = self._tokenizer.encode(marked, add_special_tokens=False)
         ids, owners, part = [], [], 0
         for own, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             token = self._to_model.get(own, own)
+            word = marked[start:end]
+            if self._prefix in word:  # without the whitespace that it strips from what is around it
+                start, end = end - len(word.lstrip()), start + len(word.rstrip())
             while part < len(parts) and start >= parts[part][1]:
                 part += 1
             if token is not None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
+from urllib.parse import unquote
 
 from torchfuse.errors import DataError
 
@@ -18,6 +19,8 @@ __all__ = ["ROLES", "Content", "Media", "Message", "Role", "Sample"]
 
 Role = Literal["system", "user", "assistant"]
 ROLES: Final = get_args(Role)
+
+_LONGEST_PATH: Final = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Media:
         """Return the media of a path below ``root``, a ``file:`` URL or a ``data:`` URL.
 
         Raises:
-            DataError: for a ``data:`` URL that is not base64, and for one that would be downloaded.
+            DataError: for a ``data:`` URL that is not base64, for one that would be downloaded, and for
+                a text that can be no path, as base64 without ``data:``.
 
         Examples:
             >>> Media.from_url("data:image/png;base64,aGk=", Path()).read()
@@ -89,12 +93,8 @@ class Media:
             >>> str(Media.from_url("cat.jpg", Path("images")))
             'images/cat.jpg'
         """
-        scheme, colon, rest = url.partition(":")
-        if not colon or not scheme.isalnum() or len(scheme) == 1:  # one letter: a drive of Windows
-            return cls(root / url, modality=modality)
-        if scheme == "file":
-            return cls(Path(rest.removeprefix("//")), modality=modality)
-        if scheme == "data":
+        scheme, _, rest = url.partition(":")
+        if scheme.lower() == "data":
             kind, comma, text = rest.partition(",")
             try:
                 if not comma or not kind.endswith(";base64"):
@@ -106,7 +106,14 @@ class Media:
                 raise DataError(
                     f"expected data:{modality}/...;base64,..., got {url[:40]!r}..."
                 ) from error
-        raise DataError(f"{url!r} would have to be downloaded; save it and give its path")
+        if len(url) > _LONGEST_PATH or "\0" in url:
+            raise DataError(f"{url[:40]!r}... is no path; put data:{modality}/...;base64, before base64")
+        local = rest.removeprefix("//").removeprefix("localhost")
+        if scheme.lower() == "file" and local.startswith("/"):
+            return cls(Path(unquote(local)), modality=modality)
+        if rest.startswith("//"):
+            raise DataError(f"{url!r} would have to be downloaded; save it and give its path")
+        return cls(root / url, modality=modality)  # a file's name can have a colon
 
 
 Content = list[str | Media]

@@ -349,7 +349,10 @@ def test_arrays_that_are_no_json(tmp_path):
         (f"[{row},\n{row}", "it ends without a closing bracket"),
         (f"[{row},\n{row[:-1]}", "it ends within row 1, which starts on line 2"),
         (f"[{row},\n{row}] {row}", "it goes on after the end of the array on line 2"),
-        (f"[{row},\n{row},]", "expected a comma before row 2, on line 2"),
+        (f"[{row},\n{row},]", "expected no comma after the last row, on line 2, got ','"),
+        (f"[{row},\n{row}}}", r"it begins with \[ and ends with }"),
+        ("[", "it ends without a closing bracket"),
+        ('["a", \n ', "it ends without a closing bracket"),
     ]:
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(DataError, match=f"a.json is no JSON array: {complaint}"):

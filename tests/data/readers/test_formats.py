@@ -2,6 +2,7 @@
 
 import base64
 import re
+from urllib.parse import quote
 
 import pytest
 from sample_records import CAT, DOG, PIXELS, llava, messages, said, write_images, write_lines
@@ -103,6 +104,32 @@ def test_answers_within_a_prompt_are_not_learned(folder):
         "completion": [{"role": "assistant", "content": "B"}],
     }
     assert [message.weight for message in read(folder, record).messages] == [1, 0, 1, 1]
+
+
+def test_a_prompt_beside_messages_is_metadata(folder):
+    sample = read(folder, messages("Q", "A", prompt="Q", prompt_id="7"))
+    assert said(sample.messages) == [("user", ["Q"]), ("assistant", ["A"])]
+    assert sample.metadata == {"prompt": "Q", "prompt_id": "7"}
+
+
+def test_parts_take_the_images_of_their_indices(folder):
+    second, first = ({"type": "image", "index": index, "text": None} for index in (1, 0))
+    sample = read(
+        folder, messages([second, {"type": "text", "text": "Q"}, first], "A", images=[CAT, DOG])
+    )
+    assert said(sample.messages)[0] == ("user", [PIXELS[DOG], "Q", PIXELS[CAT]])
+
+
+@pytest.mark.parametrize("name", ["12:30:59.png", "a b%20c.png", "frame:1.png", "#?.png"])
+def test_names_of_files_are_read_as_they_are(folder, name):
+    (folder / name).write_bytes(PIXELS[CAT])
+    for url in (
+        name,
+        str(folder / name),
+        (folder / name).as_uri(),
+        f"file://localhost{folder}/{quote(name)}",
+    ):
+        assert read(folder, llava("<image>Q", "A", image=url)).images[0].read() == PIXELS[CAT]
 
 
 def test_cauldron_has_a_source(folder):
@@ -209,6 +236,18 @@ def test_the_root_of_images(folder):
         ({"question": 3}, ["question must be a text, got 3"]),
         ({"question": "", "kind": 3}, ["kind must be a text, got 3", "the field question is missing"]),
         ({"id": 3}, ["the field .* is missing; there are id"]),
+        (messages("Q", "A", prompt="Q", completion="A"), ["both messages and completion"]),
+        (
+            messages(
+                [{"type": "image", "index": 2}, {"type": "image", "index": 0}], "A", images=[CAT, DOG]
+            ),
+            [r"the parts of 2 images must have each index from 0 once, got \[2, 0\]"],
+        ),
+        (
+            messages([{"type": "image", "index": "0"}], "A", image=CAT),
+            ["index must be an integer from 0"],
+        ),
+        (llava("<image>Q", "A", image="a\0.png"), ["is no path"]),
     ],
     ids=str,
 )
@@ -248,5 +287,27 @@ def test_an_unknown_format_lists_the_formats(folder):
         DataError, match=r"no known format \(fields of the first: a, b\).*llava: conversations"
     ):
         read(folder, {"a": 1, "b": 2})
-    with pytest.raises(DataError, match="fields of the first: none can be read"):
+    with pytest.raises(DataError, match=r"no record that can be read \(no objects\)"):
         read_samples(write_lines(folder / "data.jsonl", [[3]]))
+    (folder / "data.jsonl").write_text('[3]\n{"messages": [')
+    with pytest.raises(DataError, match=r"no record that can be read \(line 2: Expecting value"):
+        read_samples(folder / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        ("iVBORw0KGgo" * 500, r"'iVBORw0KGgo.*'\.\.\. is no path; put data:image/\.\.\.;base64, before"),
+        ([137] * 1000, "got 137; image must be a path.*; and 991 more"),
+    ],
+    ids=["base64", "numbers"],
+)
+def test_an_image_in_a_wrong_field_does_not_fill_the_message(folder, image, complaint):
+    with pytest.raises(DataError, match=complaint) as raised:
+        read(folder, llava("Q", "A", image=image))
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_question_beside_its_context_is_refused(folder):
+    with pytest.raises(DataError, match="there are both question and context; keep one"):
+        read(folder, {"question": "Q", "context": "C", "answers": ["A"]})

@@ -66,7 +66,7 @@ class GroupedRows:
         try:
             lengths, names = self._open()
             self.digest = file_digest(path)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, UnicodeError, pyarrow.ArrowException) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"{path} has the column {', '.join(twice)} twice.")
@@ -91,12 +91,17 @@ class GroupedRows:
         return f"row {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        import pyarrow
+
         group = int(np.searchsorted(self._ends, index, side="right"))
-        if self._group[0] != group:
-            self._group = (-1, None)  # not two groups at once
-            self._group = (group, self._read(group))
         start = int(self._ends[group - 1]) if group else 0
-        return self._group[1].slice(index - start, 1).to_pylist()[0]
+        try:
+            if self._group[0] != group:
+                self._group = (-1, None)  # not two groups at once
+                self._group = (group, self._read(group))
+            return self._group[1].slice(index - start, 1).to_pylist()[0]
+        except pyarrow.ArrowException as error:  # not all of them are ValueErrors
+            raise DataError(str(error)) from error
 
 
 class ParquetRows(GroupedRows):
@@ -118,7 +123,7 @@ class ParquetRows(GroupedRows):
         from pyarrow import parquet
 
         if self._small is not None:
-            return self._small._read(group)
+            return self._small.batch(group)
         with parquet.ParquetFile(self.path, metadata=self._metadata) as file:
             return file.read_row_group(group, use_threads=False)
 
@@ -152,6 +157,12 @@ class ArrowFileRows(GroupedRows):
             return [reader.get_batch(group).num_rows for group in groups], reader.schema.names
 
     def _read(self, group: int) -> Any:
+        batch = self.batch(group)
+        batch.validate(full=True)  # pyarrow reads out of bounds in a damaged batch
+        return batch
+
+    def batch(self, group: int) -> Any:
+        """Return the record batch of a group, which is not validated."""
         import pyarrow
 
         with pyarrow.OSFile(str(self.path)) as source, pyarrow.ipc.open_file(source) as reader:
@@ -161,18 +172,25 @@ class ArrowFileRows(GroupedRows):
 class ArrowStreamRows(GroupedRows):
     """Rows of an Arrow IPC stream, which ``datasets`` writes; the file is mapped into memory."""
 
+    _batches: list[Any] | None
+    _valid: set[int]
+
     def _open(self) -> tuple[list[int], list[str]]:
         import pyarrow
 
         with pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path))) as reader:
-            self._batches: list[Any] | None = list(reader)
+            self._batches, self._valid = list(reader), set()
             return [batch.num_rows for batch in self._batches], reader.schema.names
 
     def _read(self, group: int) -> Any:
         if self._batches is None:
             self._open()
         assert self._batches is not None
-        return self._batches[group]
+        batch = self._batches[group]
+        if group not in self._valid:
+            batch.validate(full=True)
+            self._valid.add(group)
+        return batch
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_batches": None}

@@ -34,10 +34,13 @@ def conversation_turns(record: dict[str, Any], root: Path, problems: list[str]) 
 def message_turns(record: dict[str, Any], root: Path, problems: list[str]) -> list[Turn]:
     """Take the turns of ``messages``, or of ``prompt`` and ``completion``, out of a record.
 
-    As in TRL, answers within a prompt are not learned.
+    As in TRL, answers within a prompt are not learned. Beside ``messages``, a ``prompt`` alone is
+    metadata.
     """
     system = _system(record, problems)
-    if "prompt" not in record and "completion" not in record:
+    if "messages" in record and "completion" in record:
+        problems.append("there are both messages and completion; keep one")
+    if "messages" in record or not {"prompt", "completion"} & record.keys():
         return [*system, *_turns(record, "messages", root, problems)]
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(record.get(name), str):
@@ -138,8 +141,14 @@ def _part(part: Any, root: Path) -> list[Piece]:
         raise DataError(f"unknown part {part!r:.80}; there are text, {', '.join(kinds)}")
     names = [name for name in (kind, modality, "url", "path", "bytes") if name in fields]
     if not names:
-        return [Place(modality)]
+        return [Place(modality, _index(fields.get("index")))]
     value = fields[names[0]]
     if isinstance(value, Mapping) and "url" in value:
         value = value["url"]
     return [read_media(value, root, modality)]
+
+
+def _index(given: Any) -> int | None:
+    if given is not None and (not isinstance(given, int) or given < 0):
+        raise DataError(f"index must be an integer from 0, got {given!r:.80}")
+    return given

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from torchfuse.data.readers.media_fields import MODALITIES
@@ -23,9 +23,15 @@ _TAG: Final = re.compile(f"<({'|'.join(MODALITIES)})>")
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a medium in a turn."""
+    """The place of a medium in a turn.
+
+    Attributes:
+        modality: of the medium.
+        index: of the medium beside the conversation; None: the next one.
+    """
 
     modality: str
+    index: int | None = field(default=None, compare=False)
 
 
 Piece = str | Media | Place
@@ -67,7 +73,7 @@ def split_tags(text: str) -> list[Piece]:
 
     Examples:
         >>> split_tags("<image> which ?")
-        [Place(modality='image'), ' which ?']
+        [Place(modality='image', index=None), ' which ?']
     """
     pieces = [Place(part) if index % 2 else part for index, part in enumerate(_TAG.split(text))]
     return [piece for piece in pieces if piece != ""]
@@ -97,7 +103,12 @@ def build_messages(
         assert turn.role is not None
         assert turn.pieces is not None
         content: Content = [
-            next(queues[piece.modality]) if isinstance(piece, Place) else piece for piece in turn.pieces
+            piece
+            if not isinstance(piece, Place)
+            else next(queues[piece.modality])
+            if piece.index is None
+            else media[piece.modality][piece.index]
+            for piece in turn.pieces
         ]
         messages.append(Message(turn.role, content, turn.weight))
     return messages
@@ -120,9 +131,17 @@ def _order_problems(roles: Sequence[Role | None]) -> list[str]:
 def _place(turns: list[Turn], place: Place, num_media: int, layout: Layout) -> list[str]:
     """Give each medium of one modality a place, if the format leaves that open; return what is wrong."""
     name = place.modality
-    num_places = sum((turn.pieces or []).count(place) for turn in turns)
+    indices = [
+        piece.index
+        for turn in turns
+        for piece in turn.pieces or []
+        if isinstance(piece, Place) and piece == place
+    ]
+    num_places = len(indices)
     if num_places != num_media and (num_places or (num_media > 1 and layout.unplaced == "one")):
         return [f"the conversation has <{name}> {num_places} times, but there are {num_media} {name}s"]
+    if any(index is not None for index in indices) and {*indices} != {*range(num_media)}:
+        return [f"the parts of {num_media} {name}s must have each index from 0 once, got {indices}"]
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         return []

@@ -47,7 +47,7 @@ class RecordFormat:
             origin: file and row.
 
         Raises:
-            DataError: with all problems of the record.
+            DataError: with the problems of the record, at most ten of them.
         """
         fields = {name: value for name, value in record.items() if value is not None}
         problems: list[str] = []
@@ -56,7 +56,8 @@ class RecordFormat:
         if not problems or turns:
             messages = build_messages(turns, media, self.layout, problems)
         if problems:
-            raise DataError("; ".join(problems))
+            more = [f"and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else []
+            raise DataError("; ".join(problems[:_LISTED] + more))
         return Sample(messages, fields, origin)
 
 
@@ -64,6 +65,7 @@ def _fields(*sets: str) -> tuple[frozenset[str], ...]:
     return tuple(frozenset(names.split()) for names in sets)
 
 
+_LISTED: Final = 10  # problems of a record
 _ALL_FIRST: Final = Layout("all", " ")
 
 FORMATS: Final = {

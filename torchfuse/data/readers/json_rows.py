@@ -29,6 +29,7 @@ _CHUNK: Final = 1 << 24
 _SPACE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _NEWLINE = b'"'[0], b"\\"[0], b"\n"[0]
+_CLOSING: Final = b"]"[0]
 _OPENING = np.isin(np.arange(256), list(b"{["))
 _STRUCTURAL = np.isin(np.arange(256), list(b'"{[]}'))
 # What may be between two objects: a comma, and elements that are no objects.
@@ -107,16 +108,17 @@ def _array_offsets(data: _Bytes, content: mmap.mmap, start: int, path: Path) -> 
     """Return the starts of the elements of an array, and its end."""
     opened, closed, end = _brackets(data, start)
     if end is None:
-        inside = len(opened) > len(closed)
-        where = f"within row {len(closed)}, which starts on line {_line(content, int(opened[-1]))}"
-        raise DataError(
-            f"{path} is no JSON array: it ends {where if inside else 'without a closing bracket'}."
-        )
+        where = "without a closing bracket"
+        if len(opened) > len(closed):
+            where = f"within row {len(closed)}, which starts on line {_line(content, int(opened[-1]))}"
+        raise DataError(f"{path} is no JSON array: it ends {where}.")
     if content[end + 1 :].strip():
         raise DataError(
             f"{path} is no JSON array: it goes on after the end of the array on line "
             f"{_line(content, end)}."
         )
+    if content[end] != _CLOSING:
+        raise DataError(f"{path} is no JSON array: it begins with [ and ends with }}.")
     # Between two objects is a comma. Before the first and after the last, one is added for the pattern.
     before = np.append(start + 1, closed + 1).tolist()
     after = np.append(opened, end).tolist()
@@ -130,9 +132,12 @@ def _array_offsets(data: _Bytes, content: mmap.mmap, start: int, path: Path) -> 
     for gap in set(gaps):
         if not _GAP.fullmatch(gap):
             at = gaps.index(gap)
+            trails = at == len(opened) and gap[:-1].rstrip().endswith(b",")
+            where = "no comma after the last row" if trails else f"a comma before row {at}"
+            found = content[before[at] : after[at]][:40].decode(errors="replace")
             raise DataError(
-                f"{path} is no JSON array: expected a comma before row {at}, on line "
-                f"{_line(content, max(before[at], 0))}, got {gap[:40].decode(errors='replace')!r}."
+                f"{path} is no JSON array: expected {where}, on line {_line(content, before[at])}, "
+                f"got {found!r}."
             )
     if any(gap.strip(_SPACE) != b"," for gap in set(gaps)):
         for offset, gap in zip(before, gaps, strict=True):

@@ -33,6 +33,8 @@ def vqa_turns(record: dict[str, Any], root: Path, problems: list[str]) -> list[T
 
     The first of several answers is learned; ``answers`` in the metadata has all of them.
     """
+    if "context" in record and "question" in record:
+        problems.append("there are both question and context; keep one, with all of the text")
     context = _text(record, "context" if "context" in record else "question", problems)
     answers = _answers(record, "answers" if "answers" in record else "answer", problems)
     if answers:

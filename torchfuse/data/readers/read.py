@@ -20,7 +20,7 @@ from torchfuse.io.strict_json import read_json
 
 __all__ = ["read_samples"]
 
-_SUFFIXES: Final = (".parquet", ".arrow", ".tar", ".jsonl", ".json")
+_SUFFIXES: Final = (".parquet", ".arrow", ".tar", *LINES, ".json")
 _COMPRESSED: Final = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 _TRIED: Final = 1000  # rows in which the format is looked for, where the first ones cannot be read
 
@@ -68,8 +68,12 @@ def read_samples(
     """
     if format != "auto" and format not in FORMATS:
         raise ConfigError(f"format must be auto, {', '.join(FORMATS)}, got {format!r}.")
+    try:
+        files = _files(Path(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     tables = []
-    for file in _files(Path(path)):
+    for file in files:
         if not len(rows := _open(file)):
             continue
         root = Path(image_root) if image_root is not None else file.parent
@@ -86,7 +90,8 @@ def _files(path: Path) -> list[Path]:
         return _folder(path)
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
-    files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+    names = sorted(glob.glob(str(path), recursive=True))
+    files = [Path(name) for name in names if not os.path.isdir(name)]  # broken links are errors
     if not files:
         raise DataError(f"No file matches {path}.")
     return files
@@ -102,16 +107,17 @@ def _folder(path: Path) -> list[Path]:
         if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
             raise DataError(f"{path / 'state.json'} does not list the files of the data set.")
         return [path / Path(str(file.get("filename"))).name for file in files]
-    for suffix in _SUFFIXES:
-        if files := sorted(path.glob(f"*{suffix}")):
-            kinds = [kind for kind in _SUFFIXES if any(path.glob(f"*{kind}"))]
-            if kinds != [suffix]:
-                raise DataError(
-                    f"{path} holds files of several kinds ({', '.join(kinds)}); give a pattern, such as "
-                    f"{path}/*{suffix}."
-                )
-            return files
-    raise DataError(f"{path} holds no file that ends in {', '.join(_SUFFIXES)}.")
+    files = sorted(file for file in path.iterdir() if file.name[0] != ".")
+    by_suffix = {kind: [file for file in files if file.name.endswith(kind)] for kind in _SUFFIXES}
+    kinds = [kind for kind in _SUFFIXES if by_suffix[kind]]
+    if not kinds:
+        raise DataError(f"{path} holds no file that ends in {', '.join(_SUFFIXES)}.")
+    if len(kinds) > 1:
+        raise DataError(
+            f"{path} holds files of several kinds ({', '.join(kinds)}); give a pattern, such as "
+            f"{path}/*{kinds[0]}."
+        )
+    return by_suffix[kinds[0]]
 
 
 def _open(path: Path) -> Rows:
@@ -119,8 +125,9 @@ def _open(path: Path) -> Rows:
     try:
         with path.open("rb") as file:
             head = file.read(tarfile.BLOCKSIZE)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}.") from error
     if head.startswith(b"PAR1"):
         return ParquetRows(path)
     if head.startswith(b"ARROW1"):
@@ -143,10 +150,12 @@ def _open(path: Path) -> Rows:
 def _detect(rows: Rows) -> str:
     """Return the name of the format of the first record that can be read and has one."""
     fields: list[str] | None = None
+    first_error: str | None = None
     for index in islice(range(len(rows)), _TRIED):
         try:
             record: Any = rows[index]
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
+            first_error = first_error or f"{rows.label(index)}: {error}"
             continue
         if isinstance(record, Mapping):
             found = matching_formats(record)
@@ -157,8 +166,9 @@ def _detect(rows: Rows) -> str:
         f"{name}: {' or '.join(' + '.join(sorted(fields)) for fields in form.fields)}"
         for name, form in FORMATS.items()
     )
-    first = ", ".join(map(str, fields)) if fields else "none can be read"
+    if fields is None:
+        raise DataError(f"{rows.path} has no record that can be read ({first_error or 'no objects'}).")
     raise DataError(
-        f"{rows.path} has records of no known format (fields of the first: {first}). The formats are "
-        f"{known}. Name one with format=."
+        f"{rows.path} has records of no known format (fields of the first: "
+        f"{', '.join(map(str, fields)) or 'none'}). The formats are {known}. Name one with format=."
     )

@@ -22,10 +22,12 @@ from torchfuse.io.strict_json import parse
 __all__ = ["TarRows"]
 
 _SUFFIXES: Final = {
-    "image": "jpg jpeg png webp gif bmp tif tiff ppm",
-    "video": "mp4 mov avi mkv webm",
-    "audio": "wav flac mp3 ogg m4a",
+    "image": "jpg jpeg jfif png apng webp gif bmp tif tiff ppm pgm jp2 avif heic heif svg",
+    "video": "mp4 m4v mov avi mkv webm mpg mpeg",
+    "audio": "wav flac mp3 ogg opus m4a aac",
 }
+_PART_FIELDS: Final = ("url", "path", *(f"{m}{end}" for m in MODALITIES for end in ("", "_url")))
+_BLOCK: Final = 1 << 20
 _MODALITY: Final = {
     suffix: modality for modality, suffixes in _SUFFIXES.items() for suffix in suffixes.split()
 }
@@ -66,12 +68,19 @@ class TarRows:
         return f"row {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = map(int, self._offsets[index : index + 2])
+        try:
+            return self._record(*map(int, self._offsets[index : index + 2]))
+        except tarfile.TarError as error:
+            raise DataError(f"the sample cannot be read ({error})") from error
+
+    def _record(self, start: int, end: int) -> dict[str, Any]:
         media: dict[str, Media] = {}
         texts: dict[str, bytes] = {}
         with self.path.open("rb") as file:
             file.seek(start)
             for member in _members(file, end):
+                if not member.isreg() or member.issparse():
+                    raise DataError(f"the member {member.name} is a link or no regular file")
                 suffix = member.name.rpartition(".")[2].lower()
                 if suffix in _MODALITY:
                     span, name = (member.offset_data, member.size), f"{self.path}/{member.name}"
@@ -91,20 +100,25 @@ class TarRows:
 
 
 def _members(file: BinaryIO, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar file, from the position of the file to ``end``.
+    """Yield what is not a directory in a tar file, from the position of the file to ``end``.
 
     Raises:
-        tarfile.TarError: if a header is damaged.
+        tarfile.TarError: if a header is damaged, or behind the end of the archive is another.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None and (end is None or member.offset < end):
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
-            if member.isfile():
+            if not member.isdir():
                 yield member
         if member is None:  # tarfile takes a damaged header for the end
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
+            at = tar.offset
+            file.seek(at)
+            while block := file.read(_BLOCK):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError(
+                        f"there are data after the archive's end at byte {at}: a damaged header, or "
+                        "another archive"
+                    )
 
 
 def _key(name: str) -> str:
@@ -113,16 +127,31 @@ def _key(name: str) -> str:
 
 
 def _with_media(record: dict[str, Any], media: Mapping[str, Media]) -> dict[str, Any]:
-    """Put the media of members into a record: where it names them, or else all."""
+    """Put the media of members into a record: where it names them, or else all beside the messages."""
     fields = [field for m in MODALITIES for field in (m, f"{m}s") if record.get(field) is not None]
     for field in fields:
         value = record[field]
         found = [_member(name, media) for name in (value if isinstance(value, list) else [value])]
         record[field] = found if isinstance(value, list) else found[0]
-    if not fields:
+    messages = [record.get(name) for name in ("messages", "prompt", "completion", "conversations")]
+    if not fields and not _fill_parts(messages, media):
         for name in media.values():
             record.setdefault(f"{name.modality}s", []).append(name)
     return record
+
+
+def _fill_parts(value: Any, media: Mapping[str, Media]) -> bool:
+    """Put the media of members where parts of messages name them; return whether any does."""
+    if not isinstance(value, dict | list):
+        return False
+    found = False
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        if key in _PART_FIELDS and isinstance(each, str):
+            value[key] = _member(each, media)
+            found |= value[key] is not each
+        else:
+            found |= _fill_parts(each, media)
+    return found
 
 
 def _member(name: Any, media: Mapping[str, Media]) -> Any:

@@ -5,7 +5,8 @@ import pytest
 from prompt_settings import sample
 
 from torchfuse.data import Media, Message, Sample
-from torchfuse.tasks.evaluation import Prediction, accuracy, prediction_record, swap_images
+from torchfuse.tasks import Prediction
+from torchfuse.tasks.evaluation import accuracy, prediction_record, swap_images
 
 
 def question(number, images=1, **metadata):

@@ -22,6 +22,7 @@ from torchfuse.generation.decode import evaluation_mode
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model
 from torchfuse.tasks.image_inputs import drop_padding, encode_images
+from torchfuse.tasks.metrics import exact_match, references
 from torchfuse.tasks.prompt_lengths import num_items, prompt_lengths
 from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.report import Report
@@ -38,9 +39,8 @@ class Prediction:
 
     @property
     def is_correct(self) -> bool:
-        """Whether the text is the sample's answer, word for word."""
-        answer = self.sample.answer
-        return answer is not None and self.text.split() == answer.split()
+        """Whether the text is a reference answer of the sample, word for word."""
+        return exact_match(self.text, references(self.sample)) == 1
 
 
 @torch.no_grad()

@@ -1,0 +1,156 @@
+"""Metrics of an answer against one or more reference answers, each from 0 to 1."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from torchfuse.data.samples import Sample
+from torchfuse.tasks.vqa_answers import normalize_answer
+
+__all__ = ["METRICS", "Metric", "anls", "contained", "exact_match", "references", "vqa_accuracy"]
+
+Metric = Callable[[str, Sequence[str]], float]
+"""Score a text against reference answers."""
+
+_ARTICLES: Final = frozenset(("a", "an", "the"))
+_COMMA_IN_NUMBER: Final = re.compile(r"(?<=\d),(?=\d)")
+_OTHER_POINT: Final = re.compile(r"(?<!\d)\.|\.(?!\d)")
+_MATCHES: Final = 3  # annotators whose agreement makes an answer right
+_THRESHOLD: Final = 0.5  # similarities below it count as 0
+
+
+def references(sample: Sample) -> list[str]:
+    """Return the reference answers of a sample.
+
+    They are ``answers`` of its metadata, where that is a list of texts or of VQAv2's objects with the text
+    ``answer``; otherwise its last answer, if it has one.
+
+    Examples:
+        >>> from torchfuse.data import Message
+        >>> messages = [Message("user", ["Which?"]), Message("assistant", ["A cat."])]
+        >>> references(Sample(messages)), references(Sample(messages, {"answers": ["cat", "a cat"]}))
+        (['A cat.'], ['cat', 'a cat'])
+    """
+    given = sample.metadata.get("answers")
+    if isinstance(given, list) and given:
+        answers = [each.get("answer") if isinstance(each, Mapping) else each for each in given]
+        if all(isinstance(answer, str) for answer in answers):
+            return answers
+    return [] if sample.answer is None else [sample.answer]
+
+
+def exact_match(text: str, answers: Sequence[str]) -> float:
+    """Return 1 if a text is one of the answers, word for word.
+
+    Examples:
+        >>> exact_match("a  cat ", ["a cat", "cat"]), exact_match("A cat", ["a cat", "cat"])
+        (1.0, 0.0)
+    """
+    return float(text.split() in [answer.split() for answer in answers])
+
+
+def contained(text: str, answers: Sequence[str]) -> float:
+    """Return 1 if one of the answers occurs in a text, as whole words.
+
+    Case, articles and punctuation are ignored, apart from points within numbers. An answer of punctuation
+    or articles alone must occur with them.
+
+    Examples:
+        >>> contained("It is a red-brown cat.", ["The cat"]), contained("A catalogue.", ["cat"])
+        (1.0, 0.0)
+        >>> contained("13.5 kg", ["13"]), contained("13,500 kg", ["13500"])
+        (0.0, 1.0)
+    """
+    return float(any(_occurs(answer, text) for answer in answers))
+
+
+def _occurs(answer: str, text: str) -> bool:
+    part, whole = _words(answer), _words(text)
+    if not part:
+        return bool(answer.strip()) and answer.strip() in text
+    if nouns := _without_articles(part):
+        part, whole = nouns, _without_articles(whole)
+    starts = range(len(whole) - len(part) + 1)
+    return any(whole[start : start + len(part)] == part for start in starts)
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text in lower case; punctuation and symbols separate them."""
+    text = _OTHER_POINT.sub(" ", _COMMA_IN_NUMBER.sub("", text.casefold()))
+    letters = (x if x == "." or unicodedata.category(x)[0] not in "PS" else " " for x in text)
+    return "".join(letters).split()
+
+
+def _without_articles(words: list[str]) -> list[str]:
+    return [word for word in words if word not in _ARTICLES]
+
+
+def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
+    """Return the accuracy of VQAv2: the share of three annotators who gave the same answer.
+
+    It is the mean of ``min(1, matches / 3)`` over all choices of all annotators but one, after VQAv2's
+    normalisation. With fewer than four answers, all of the others must match in place of three; a single
+    answer must match itself.
+
+    Examples:
+        >>> answers = ["2"] * 2 + ["three"] * 8
+        >>> vqa_accuracy("3", answers), round(vqa_accuracy("Two.", answers), 4)
+        (1.0, 0.6)
+        >>> vqa_accuracy("two", ["2"])
+        1.0
+    """
+    given = [normalize_answer(answer) for answer in answers]
+    matches, others = given.count(normalize_answer(text)), len(given) - 1
+    if others < 1:
+        return float(matches)
+    needed = min(_MATCHES, others)
+    # The annotator who is left out is one of those who match, or one of the rest.
+    among = matches * min(1, (matches - 1) / needed) + (len(given) - matches) * min(1, matches / needed)
+    return among / len(given)
+
+
+def anls(text: str, answers: Sequence[str]) -> float:
+    """Return DocVQA's similarity: 1 less the edit distance, normalised, to the nearest answer.
+
+    The distance is divided by the length of the longer text; case and repeated spaces are ignored. As in
+    the official evaluation, a similarity below one half is 0. The mean over questions is the average
+    normalized Levenshtein similarity (ANLS, Biten et al., https://arxiv.org/abs/1905.13648).
+
+    Examples:
+        >>> anls("Helo", ["hello"]), anls("hello", ["goodbye", "Hello"]), anls("cat", ["dog"])
+        (0.8, 1.0, 0.0)
+    """
+    similarity = max((_similarity(_plain(text), _plain(answer)) for answer in answers), default=0.0)
+    return similarity if similarity >= _THRESHOLD else 0.0
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(a: str, b: str) -> float:
+    longest = max(len(a), len(b))
+    return 1 - _edit_distance(a, b) / longest if longest else 1.0
+
+
+def _edit_distance(a: str, b: str) -> int:
+    """Return the Levenshtein distance of two texts, row by row of its table."""
+    codes = np.array([ord(letter) for letter in b], dtype=np.int64)
+    columns = np.arange(len(b) + 1)
+    row = columns
+    for number, letter in enumerate(a, 1):
+        replaced = row[:-1] + (codes != ord(letter))
+        row = np.concatenate([[number], np.minimum(row[1:] + 1, replaced)])
+        # Insertions: the least of all entries to the left, each a step further away.
+        row = np.minimum.accumulate(row - columns) + columns
+    return int(row[-1])
+
+
+METRICS: Final[Mapping[str, Metric]] = {
+    metric.__name__: metric for metric in (exact_match, contained, vqa_accuracy, anls)
+}

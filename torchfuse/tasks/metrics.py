@@ -27,8 +27,8 @@ _THRESHOLD: Final = 0.5  # similarities below it count as 0
 def references(sample: Sample) -> list[str]:
     """Return the reference answers of a sample.
 
-    They are ``answers`` of its metadata, where that is a list of texts or of VQAv2's objects with the text
-    ``answer``; otherwise its last answer, if it has one.
+    They are ``answers`` of its metadata, where that is a list of texts, or of objects with the text
+    ``answer`` as VQAv2 has them; otherwise its last answer, if it has one.
 
     Examples:
         >>> from torchfuse.data import Message
@@ -39,8 +39,9 @@ def references(sample: Sample) -> list[str]:
     given = sample.metadata.get("answers")
     if isinstance(given, list) and given:
         answers = [each.get("answer") if isinstance(each, Mapping) else each for each in given]
-        if all(isinstance(answer, str) for answer in answers):
-            return answers
+        texts = [answer for answer in answers if isinstance(answer, str)]
+        if len(texts) == len(given):
+            return texts
     return [] if sample.answer is None else [sample.answer]
 
 
@@ -57,8 +58,8 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
 def contained(text: str, answers: Sequence[str]) -> float:
     """Return 1 if one of the answers occurs in a text, as whole words.
 
-    Case, articles and punctuation are ignored, apart from points within numbers. An answer of punctuation
-    or articles alone must occur with them.
+    Case, articles and punctuation are ignored, apart from points within numbers. An answer that has
+    nothing else must occur with them.
 
     Examples:
         >>> contained("It is a red-brown cat.", ["The cat"]), contained("A catalogue.", ["cat"])

@@ -56,8 +56,8 @@ def score_predictions(
 
     Args:
         predictions: samples with the texts that a model answered.
-        metrics: names of metrics: ``"exact_match"``, ``"contained"``, ``"vqa_accuracy"``, ``"anls"``, and
-            ``"loss"`` for the loss a token on the reference answers.
+        metrics: any of ``"exact_match"``, ``"contained"``, ``"vqa_accuracy"``, ``"anls"`` and ``"loss"``
+            for the loss a token on the reference answers.
         losses: the results of ``answer_losses`` for the samples; needed for ``"loss"``.
 
     Raises:
@@ -70,8 +70,8 @@ def score_predictions(
         >>> scores = score_predictions(predictions, ["exact_match", "contained"])
         >>> [score.value for score in scores["exact_match"]]
         [1.0, 0.0]
-        >>> group_scores([sample, sample], scores)
-        {'question': {'samples': 2, 'exact_match': 0.5, 'contained': 1.0}, 'all': {'samples': 2, ...}}
+        >>> group_scores([sample, sample], scores)["all"]
+        {'samples': 2, 'exact_match': 0.5, 'contained': 1.0}
     """
     problems = metric_problems(list(metrics))
     if LOSS in metrics and losses is None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
-RECIPES = ("finetune", "generate", "compare")
+RECIPES = ("finetune", "evaluate", "generate", "compare")
 INTRODUCTION = """
 A recipe takes a YAML file, `--config FILE`, and keys that replace those of the file: `train.lr=1e-3`
 sets a key, `~train.max_steps` removes one. An unknown key, a missing one and a value of the wrong type

@@ -38,6 +38,7 @@ from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
 from torchfuse.training import shard
+from torchfuse.training.config import check_output_dir
 
 
 def run(
@@ -108,12 +109,7 @@ def _silent(*_: Any) -> None: ...
 def _output_dir(config: Config) -> Path:
     """Return the output directory after checking that it can be written to."""
     path = Path(config.output_dir)
-    for folder in (path, path / "fusion", path / CHECKPOINTS):
-        existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(
-                f"output_dir {path}: {existing} is not a directory that can be written to."
-            )
+    check_output_dir(path, "fusion", CHECKPOINTS)
     earlier = latest_checkpoint(path / CHECKPOINTS)
     if earlier is not None and config.save_every is not None and not config.resume:
         raise ConfigError(

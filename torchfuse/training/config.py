@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from torchfuse.errors import CheckpointError, ConfigError, DataError
 from torchfuse.training.config_keys import keys_as_text
 
-__all__ = ["read_config", "read_yaml", "recipe", "typed"]
+__all__ = ["check_output_dir", "read_config", "read_yaml", "recipe", "typed"]
 
 _Schema = TypeVar("_Schema")
 
@@ -104,6 +104,24 @@ def _merge(config: DictConfig, given: Mapping[Any, Any], prefix: str = "") -> It
         else:
             if OmegaConf.is_missing(config, name):
                 yield f"{key}: missing, and must be given."
+
+
+def check_output_dir(path: str | Path, *names: str) -> None:
+    """Check that a directory can be written to, or made where there is none.
+
+    Args:
+        path: the ``output_dir`` of a configuration.
+        *names: directories in it of which the same is true.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    for folder in (Path(path), *(Path(path) / name for name in names)):
+        existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(
+                f"output_dir {path}: {existing} is not a directory that can be written to."
+            )
 
 
 def recipe(

@@ -31,7 +31,8 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "The picture of predictions needs matplotlib: pip install 'torchfuse[demo]'."
+            "The picture of predictions needs matplotlib: pip install 'torchfuse[demo]'; num_shown=0 in "
+            "the recipe draws none."
         ) from error
 
 
@@ -113,7 +114,7 @@ def _draw_cell(axes: Any, prediction: Prediction, score: float) -> None:
     for text, style in (
         (_question(prediction.sample), {}),
         (f"answer: {' | '.join(dict.fromkeys(references(prediction.sample)))}", {"color": _FAINT}),
-        (f"model: {prediction.text}" + f"  ({score:.2f})" * (0 < score < 1), {"color": color}),
+        (f"model{f' ({score:.2f})' * (0 < score < 1)}: {prediction.text}", {"color": color}),
     ):
         lines = textwrap.wrap(text, _LETTERS, max_lines=2, placeholder=" ...")
         axes.text(0, y, "\n".join(lines), va="top", fontsize=9.5, parse_math=False, **style)

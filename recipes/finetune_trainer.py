@@ -17,7 +17,7 @@ from tqdm import tqdm
 from torchfuse import param_groups
 from torchfuse.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from torchfuse.data.loading import Cursor, StepLoader, count_tokens
-from torchfuse.errors import CheckpointError, ConfigError
+from torchfuse.errors import CheckpointError, ConfigError, DataError
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.image_inputs import fit_to_encoder
 from torchfuse.training import TrainingRecord, device_and_dtype, next_token_loss
@@ -42,6 +42,7 @@ class Trainer:
         self.device, _ = device_and_dtype(config.device, config.dtype)
         self.world_size, self.rank = get_world_size_and_rank()
         self.step, self.cursor, self.record = 0, Cursor(), TrainingRecord()
+        self._idle = 0  # steps in a row without anything to learn
         self.trained = stages.trained_ever(model)
         if not self.trained:
             raise ConfigError(
@@ -141,6 +142,7 @@ class Trainer:
                 counts = {"skipped": len(self.loader.skipped), "too_long": self.loader.too_long}
                 record.samples.update(counts)
                 self.loader.skipped, self.loader.too_long = [], 0
+                self._check_progress()
                 if self._is_due(config.eval_every):
                     record.accuracies.append((self.step, validate()))
                 if self._is_due(config.save_every):
@@ -157,8 +159,9 @@ class Trainer:
             batch_to_device(batch, self.device)
             batch.update(fit_to_encoder(self.model, batch))
         self.stages.apply(self.model, self.step)
-        loss = _backward(self.model, step, self.world_size, self.device)
+        loss, learned = _backward(self.model, step, self.world_size, self.device)
         self.step += 1
+        self._idle = 0 if learned else self._idle + 1
         if not math.isfinite(loss):
             raise ConfigError(
                 f"The loss of step {self.step} is {loss}; it is not saved. Try a lower train.lr or more "
@@ -171,6 +174,17 @@ class Trainer:
         self.lr_schedule.step()
         return loss
 
+    def _check_progress(self) -> None:
+        """Raise a ``DataError`` if all steps of an epoch, or of the run, had nothing to learn."""
+        if self._idle < min(self.loader.steps_per_epoch, self.num_steps):
+            return
+        counts = self.record.samples
+        raise DataError(
+            f"{self._idle} steps in a row had nothing to learn: {counts['skipped']} samples were left "
+            f"out because they cannot be used, and {counts['too_long']} because they are longer than "
+            f"{self.loader.options.max_seq_len} tokens. torchfuse check-data names them."
+        )
+
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.num_steps)
 
@@ -181,8 +195,12 @@ class Trainer:
 
 def _backward(
     model: nn.Module, step: list[dict[str, Any]], world_size: int, device: torch.device
-) -> float:
-    """Compute the gradients of one optimizer step, in which every supervised token weighs the same."""
+) -> tuple[float, bool]:
+    """Compute the gradients of one optimizer step, in which every supervised token weighs the same.
+
+    Returns:
+        The loss, and whether there was a supervised token.
+    """
     targets = [(batch.pop("labels"), batch.pop("loss_weights", None)) for batch in step]
     count = torch.zeros((), device=device)
     for labels, weights in targets:
@@ -190,8 +208,9 @@ def _backward(
         count = count + (learned if weights is None else learned * weights[:, 1:]).sum()
     if world_size > 1:
         distributed.all_reduce(count)
+    any_learned = count > 0
     # Weights may add up to less than 1.
-    count = torch.where(count > 0, count, torch.ones_like(count))
+    count = torch.where(any_learned, count, torch.ones_like(count))
     total: Tensor = torch.zeros((), device=device)
     for batch, (labels, weights) in zip(step, targets, strict=True):
         summed, _ = next_token_loss(model(**batch), labels, loss_weights=weights)
@@ -200,4 +219,4 @@ def _backward(
         total = total + summed.detach()
     if world_size > 1:
         distributed.all_reduce(total)
-    return float(total / count)
+    return float(total / count), bool(any_learned)

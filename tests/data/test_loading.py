@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -220,6 +221,54 @@ def test_a_batch_without_a_usable_sample_has_nothing_to_learn():
     step, _ = next(given.steps())
     assert [batch["labels"].unique().tolist() for batch in step] == [[-100]] * 2
     assert len(given.skipped) == 4
+
+
+class UnpicklableError(Exception):
+    def __reduce__(self):
+        raise TypeError("not to be sent to another process")
+
+
+class Raises(Repeat):
+    """A transform of the user's own that raises at one sample."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, sample):
+        if sample == 17:
+            raise self.error
+        return super().__call__(sample)
+
+
+@packing
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "error", [KeyError("size"), StopIteration(), UnpicklableError("x"), OSError(28, "y")]
+)
+def test_whatever_a_transform_raises_names_the_sample(packed, workers, error):
+    """A StopIteration would end the steps; what cannot be pickled would never arrive."""
+    options = {"packed": packed, "num_workers": workers, "transform": Raises(error)}
+    problem = f"sample 17: {type(error).__name__}: {error} (test_loading.py, line "
+    with pytest.raises(DataError, match=rf"^{re.escape(problem)}\d+\)$"):
+        drawn(loader(**options))
+    skipping = loader(bad_samples="skip", **options)
+    steps = drawn(skipping)
+    assert 17 not in {sample for step in steps for sample in step}
+    assert {message.split(" (")[0] for message in skipping.skipped} == {problem.split(" (")[0]}
+
+
+class Ends(Repeat):
+    def __call__(self, sample):
+        if sample == 17:
+            os._exit(3)
+        return super().__call__(sample)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_ends_names_the_sample(method):
+    options = {"num_workers": 2, "start_method": method, "transform": Ends()}
+    with pytest.raises(DataError, match=r"^A worker process ended while .*sample 17.* was read: "):
+        drawn(loader(**options))
 
 
 def test_options_out_of_range():

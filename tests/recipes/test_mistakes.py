@@ -63,6 +63,7 @@ IN_CONFIGURATION = {
     "start_method": ({"data": {"start_method": "thread"}}, "start_method"),
     "max_seq_len": ({"data": {"max_seq_len": 0}}, "max_seq_len=0"),
     "limit": ({"data": {"limit": 7}}, "data.limit=7"),
+    "all_too_long": ({"data": {"max_seq_len": 5}}, "6 because they are longer than 5 tokens"),
     "too_few": ({"train": {"batch_size": 121}}, "too few for one step"),
     "typo": ({"data": {"pakced": True}}, "'data.pakced': unknown"),
 }
@@ -72,6 +73,13 @@ IN_CONFIGURATION = {
 def test_in_the_configuration(message, mistake):
     changes, expected = IN_CONFIGURATION[mistake]
     assert expected in message(**changes)
+
+
+def test_no_sample_can_be_used(message, folder):
+    (folder / "rows.jsonl").write_text('{"messages": []}\n' * 5)
+    data = {"train": "rows.jsonl", "bad_samples": "skip"}
+    got = message(data=data, train={"batch_size": 2, "max_steps": 7, "epochs": 9})
+    assert "2 steps in a row had nothing to learn: 4 samples were left out because" in got
 
 
 IN_ROWS = {

@@ -33,6 +33,7 @@ from torchfuse.data.media_reader import MediaReader
 from torchfuse.data.readers import Mixture
 from torchfuse.data.samples import Media, Sample
 from torchfuse.data.transform import SampleTransform
+from torchfuse.data.workers import WorkerWatch
 from torchfuse.errors import CheckpointError, DataError, FusionError
 from torchfuse.io.atomic import write_text
 from torchfuse.io.disk_errors import disk_errors
@@ -110,7 +111,8 @@ def cache_features(
     problems = []
     try:
         first = from_rank_zero(group, first_number)
-        missing = MissingMedia(samples, reader, FeatureStore(folder), rank, world_size)
+        watch = WorkerWatch(num_workers)
+        missing = MissingMedia(samples, reader, FeatureStore(folder), watch, rank, world_size)
         chunks = [range(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
         loader: DataLoader[Any] = DataLoader(
             missing,
@@ -121,7 +123,8 @@ def cache_features(
             multiprocessing_context=start_method if num_workers else None,
         )
         bar = tqdm(
-            loader,
+            watch.iterate(loader, samples),
+            total=len(chunks),
             desc="features",
             unit=" samples",
             unit_scale=_CHUNK,

@@ -22,6 +22,7 @@ from torchfuse.data.samples import Media
 from torchfuse.data.sequences import IGNORED
 from torchfuse.data.transform import SampleTransform
 from torchfuse.data.truncate import sequence_length
+from torchfuse.data.workers import WorkerWatch, sample_name
 from torchfuse.errors import DataError
 
 __all__ = ["check_samples"]
@@ -78,10 +79,17 @@ def check_samples(
     limit = transform.max_seq_len
     unlimited = copy.copy(transform)
     unlimited.max_seq_len = None  # so that rows that are too long have a length
+    watch = WorkerWatch(workers)
     batches = DataLoader(
-        _Rows(samples, unlimited), batch_size=_BATCH, num_workers=workers, collate_fn=list
+        _Rows(samples, unlimited, watch), batch_size=_BATCH, num_workers=workers, collate_fn=list
     )
-    rows = tqdm(chain.from_iterable(batches), "check", len(samples), unit="row", disable=None)
+    rows = tqdm(
+        chain.from_iterable(watch.iterate(batches, samples)),
+        "check",
+        len(samples),
+        unit="row",
+        disable=None,
+    )
     return _report(samples, rows, limit)
 
 
@@ -109,14 +117,15 @@ def _num_cores() -> int:
 class _Rows(Dataset[_Row]):
     """The check of each row."""
 
-    def __init__(self, samples: Samples, transform: SampleTransform) -> None:
-        self._samples, self._transform = samples, transform
+    def __init__(self, samples: Samples, transform: SampleTransform, watch: WorkerWatch) -> None:
+        self._samples, self._transform, self._watch = samples, transform, watch
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> _Row:
-        origin = ", ".join(map(str, self._samples.origin(index)))
+        self._watch.note(index)
+        origin = sample_name(self._samples, index)
         try:
             sample = self._samples[index]
         except DataError as error:

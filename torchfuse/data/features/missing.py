@@ -12,6 +12,7 @@ from torchfuse.data.features.store import FeatureStore, hash_file
 from torchfuse.data.media import MediaInput
 from torchfuse.data.media_reader import MediaReader
 from torchfuse.data.samples import Media, Sample
+from torchfuse.data.workers import WorkerWatch
 from torchfuse.errors import DataError
 
 __all__ = ["FoundMedia", "MissingMedia"]
@@ -43,6 +44,7 @@ class MissingMedia(Dataset[list[FoundMedia]]):
     samples: Sequence[Sample]
     reader: MediaReader
     store: FeatureStore
+    watch: WorkerWatch
     rank: int = 0
     world_size: int = 1
     _seen: set[tuple[str, int]] = field(default_factory=set)
@@ -50,6 +52,7 @@ class MissingMedia(Dataset[list[FoundMedia]]):
     def __getitem__(self, indices: Sequence[int]) -> list[FoundMedia]:
         found = []
         for index in indices:
+            self.watch.note(index)
             try:
                 media = self.samples[index].media
             except DataError:
@@ -57,8 +60,9 @@ class MissingMedia(Dataset[list[FoundMedia]]):
             for each in media:
                 try:
                     found += self._look_up(each)
-                except DataError:
+                except Exception:  # a transform of the user's own can raise anything
                     continue
+        self.watch.note()
         return found
 
     def _look_up(self, media: Media) -> list[FoundMedia]:

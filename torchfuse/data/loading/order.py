@@ -15,7 +15,6 @@ from torchfuse.data.loading.options import Encoder, LoaderOptions
 from torchfuse.data.loading.rows import Row
 from torchfuse.data.packing import FirstFit
 from torchfuse.data.readers import Mixture
-from torchfuse.errors import DataError
 
 __all__ = ["Cursor", "RowOrder", "Window"]
 
@@ -58,7 +57,7 @@ class _Lengths(Dataset[list[int]]):
     def _length(self, index: int) -> int:
         try:
             return self.transform.length(self.samples[index])
-        except DataError:
+        except Exception:  # it is raised again where the sample is used
             return _UNUSABLE
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torchfuse.data.collate import padded_collate_images
 from torchfuse.data.documents import merge_documents
 from torchfuse.data.loading.options import Encoder, LoaderOptions
 from torchfuse.data.truncate import fit_to_length
-from torchfuse.errors import DataError
+from torchfuse.data.workers import WorkerWatch, sample_name
+from torchfuse.errors import FusionError
 
 __all__ = ["Batch", "Collate", "Row", "Rows"]
 
@@ -25,25 +28,35 @@ Row = tuple[int, ...]  # indices of the samples that share a sequence
 class Rows(Dataset[dict[str, Any]]):
     """Rows by the indices of their samples.
 
-    What cannot be used is returned as text, not raised: the error of a worker would reach the user with
-    the worker's traceback in its message.
+    Whatever a sample raises is returned as text: a worker's error would reach the user with the worker's
+    traceback in its message, one that cannot be pickled would not arrive at all, and a ``StopIteration``
+    would end the training as if it were complete.
+
+    Attributes:
+        samples: the samples.
+        transform: turns a sample into a sequence.
+        options: how rows are made.
+        watch: notes which sample each worker is reading.
     """
 
     samples: Sequence[Any]
     transform: Encoder
     options: LoaderOptions
+    watch: WorkerWatch
 
     def __getitem__(self, row: Row) -> dict[str, Any]:
         documents: list[Mapping[str, Any]] = []
         result: dict[str, Any] = {"bad": [], "too_long": 0}
         for index in row:
+            self.watch.note(index)
             try:
                 document = self._fitted(self.samples[index])
-            except DataError as error:
-                result["bad"].append(str(error))
+            except Exception as error:  # a transform of the user's own can raise anything
+                result["bad"].append(self._problem(index, error))
             else:
                 result["too_long"] += document is None
                 documents += [] if document is None else [document]
+        self.watch.note()
         if not documents:
             documents.append(_nothing_to_learn(self.transform.pad_id))
         if self.options.packed:
@@ -52,6 +65,16 @@ class Rows(Dataset[dict[str, Any]]):
             length = self.options.max_seq_len
             return merge_documents(documents, length, layout=layout, padding_idx=pad_id) | result
         return {**documents[0], **result}
+
+    def _problem(self, index: int, error: Exception) -> str:
+        """Return the message of an error, with file and row."""
+        text, name = str(error), sample_name(self.samples, index)
+        if not isinstance(error, FusionError):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno})"
+        elif not hasattr(self.samples, "origin") or text.startswith(name):
+            return text
+        return f"{name}: {text}"
 
     def _fitted(self, sample: Any) -> Mapping[str, Any] | None:
         """Return the document of a sample, None if it is too long."""

@@ -21,6 +21,7 @@ from torchfuse.data.loading.options import Encoder, LoaderOptions
 from torchfuse.data.loading.order import Cursor, RowOrder
 from torchfuse.data.loading.rows import Batch, Collate, Row, Rows
 from torchfuse.data.readers import Mixture
+from torchfuse.data.workers import WorkerWatch
 from torchfuse.errors import ConfigError, DataError
 
 __all__ = ["StepLoader"]
@@ -43,6 +44,7 @@ class StepLoader:
     Attributes:
         num_steps: steps of the whole run. With ``packed``, how many rows an epoch has is estimated from
             its first window, and exact where there is only one.
+        steps_per_epoch: steps of one pass over the samples.
         skipped: a message for each sample of this rank that was left out because it cannot be used.
         too_long: how many samples were left out because they are too long; with ``packed`` those of all
             ranks are counted on rank 0.
@@ -74,7 +76,8 @@ class StepLoader:
         self.skipped: list[str] = []
         self.too_long = 0
         rows = self._order.rows_per_epoch()
-        self.num_steps = rows // self._rows_per_step * options.epochs
+        self.steps_per_epoch = rows // self._rows_per_step
+        self.num_steps = self.steps_per_epoch * options.epochs
         if options.max_steps is not None:
             self.num_steps = min(self.num_steps, options.max_steps)
         if not self.num_steps:
@@ -93,17 +96,20 @@ class StepLoader:
             The batches of a step, as the collator makes them, and the cursor after it.
 
         Raises:
-            DataError: for a sample that cannot be used, unless such samples are skipped.
+            DataError: for a sample that cannot be used, unless such samples are skipped, and if a worker
+                process ends.
         """
         ends: deque[tuple[Cursor, int]] = deque()
+        watch = WorkerWatch(self.options.num_workers)
+        rows = Rows(self._order.source, self.transform, self.options, watch)
         loader = DataLoader(
-            Rows(self._order.source, self.transform, self.options),
+            rows,
             batch_sampler=self._batches(cursor or Cursor(), ends),
             collate_fn=Collate(self.transform.pad_id),
             pin_memory=self.options.pin_memory,
             **self.options.workers(self.options.num_workers),
         )
-        batches = iter(loader)
+        batches = watch.iterate(loader, rows.samples)
         while step := list(islice(batches, self.options.batches_per_step)):
             end, too_long = ends.popleft()
             # Every rank packs all samples.

@@ -78,7 +78,8 @@ class Data:
         template: the chat template: ``llama3``, ``chatml``, ``vicuna``, ``plain`` or a ``.jinja`` file;
             null: the tokenizer's own.
         image_token: id that marks an image; null: the model's.
-        features_per_image: features of an image, tile or frame; null: the model's.
+        features_per_image: features of an image, tile, frame or other item; null: the model's, which
+            has it for every encoder whose number of features is fixed.
         scope: which images before a token it may attend to: ``all``, ``last`` or ``group``, see
             ``torchfuse.data.image_mask``; null: the model's.
         cache_images: how many images each process keeps in memory; null: none.

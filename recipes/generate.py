@@ -128,7 +128,7 @@ def _answer_one_by_one(
     transform, path = settings.transform, Path(config.prompts or "")
     lengths = turn_lengths(transform, prompts, path=path)
     images = max(num_items(transform, prompt.turns) for prompt in prompts)
-    features = images * transform.features_per_image
+    features = transform.formats.max_features(images)
     tokens = required_slots(model, settings, lengths, features, path=path)
     folder, records = Path(config.output or "").parent, []
     print()
@@ -153,7 +153,7 @@ def _chat(config: Config, model: nn.Module, settings: PromptSettings, report: Re
     transform = settings.transform
     tiles = 1 if transform.image_transform is None else transform.image_transform.max_items
     images = config.max_images * tiles
-    tokens = min(config.max_tokens, room_for_text(model, images * transform.features_per_image))
+    tokens = min(config.max_tokens, room_for_text(model, transform.formats.max_features(images)))
     print(HELP)
     options = {"max_tokens": tokens, "max_images": images, "report": report}
     with Conversation(model, settings, **options) as conversation:

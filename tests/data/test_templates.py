@@ -21,6 +21,7 @@ from chats import (
     save,
 )
 
+from torchfuse.data.encoder_items import UNNAMED, Items
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.samples import ROLES, Media, Message, Sample
 from torchfuse.data.templates import ChatTemplate
@@ -34,7 +35,7 @@ def transform_for(folder, **options):
 
 
 def encoded(transform, messages):
-    return transform._encode(Sample(messages), [1] * len(Sample(messages).media))
+    return transform._encode(Sample(messages), [Items(UNNAMED, 1)] * len(Sample(messages).media))
 
 
 @pytest.fixture(scope="module", params=[*chats.TOKENIZERS])

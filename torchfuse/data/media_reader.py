@@ -59,6 +59,11 @@ class MediaReader:
         self.image_transform = image_transform
         self._others = {name: self._transform(name, given) for name, given in (others or {}).items()}
 
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities that have a transform."""
+        return [*["image"] * (self.image_transform is not None), *self._others]
+
     def _transform(self, modality: str, given: Any) -> MediaTransform:
         if modality == "image":
             raise ConfigError("The transform of images is image_transform.")
@@ -109,10 +114,9 @@ class MediaReader:
 
     def _other(self, media: Media) -> MediaTransform:
         if media.modality not in self._others:
-            known = [*["image"] * (self.image_transform is not None), *self._others]
             raise DataError(
                 f"The {media.modality} {media} cannot be read: there are transforms for "
-                f"{', '.join(known) or 'nothing'}."
+                f"{', '.join(self.modalities) or 'nothing'}."
             )
         return self._others[media.modality]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.data.collate import unnamed
 from torchfuse.data.documents import ImageLayout
+from torchfuse.data.encoder_items import UNNAMED, ItemFormats, Items, options_of_model
 from torchfuse.data.features import FeatureReader
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.masks import ImageScope
@@ -20,7 +22,7 @@ from torchfuse.data.readers.torchtune_messages import sample_from_torchtune
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.sequences import IGNORED, SequenceEncoder
 from torchfuse.data.templates import ChatTemplate, last_answer
-from torchfuse.errors import ConfigError, DataError
+from torchfuse.errors import DataError
 from torchfuse.naming import find_model, unwrap
 
 __all__ = ["SampleTransform"]
@@ -38,9 +40,9 @@ class SampleTransform:
             None where there are no images.
         image_token: id of an image in the sequence; usually the first one after the pretrained
             vocabulary, for which ``fuse(..., fusion_vocab_size=1)`` adds a row. None only for
-            ``layout="prefix"``.
+            ``layout="prefix"``. By name for encoders with placeholders of their own.
         features_per_image: features of an image, or of each of its tiles or frames, after encoder and
-            adapter.
+            adapter. By name for named encoders; of several, each takes the modality of its name.
         template: the template of conversations: a name (``"llama3"``, ``"chatml"``, ``"vicuna"``,
             ``"plain"``) or a ``.jinja`` file. None: the tokenizer's own, ``"plain"`` if it has none.
         layout: the tokens of an image in the sequence. ``"marker"``: one ``image_token`` (for
@@ -52,7 +54,8 @@ class SampleTransform:
         media_transforms: transforms of other modalities, such as ``video``, see ``MediaReader``.
 
     Raises:
-        ConfigError: if options contradict each other, or the template cannot be used.
+        ConfigError: if options contradict each other, the template cannot be used, or none of the media
+            are for one of several encoders.
         CheckpointError: if a directory lacks its file.
     """
 
@@ -61,8 +64,8 @@ class SampleTransform:
         tokenizer: str | Path,
         *,
         image_transform: str | Path | ImageTransform | None,
-        image_token: int | None,
-        features_per_image: int,
+        image_token: int | Mapping[str, int] | None,
+        features_per_image: int | Mapping[str, int],
         template: str | Path | ChatTemplate | None = None,
         layout: ImageLayout = "marker",
         scope: ImageScope = "last",
@@ -71,11 +74,13 @@ class SampleTransform:
         media_transforms: Mapping[str, MediaTransform | Mapping[str, Any] | str] | None = None,
     ) -> None:
         self.image_token, self.features_per_image = image_token, features_per_image
+        self.formats = ItemFormats(image_token, features_per_image)
         self._folder, self.layout, self._scope = tokenizer, layout, scope
         self.max_seq_len = max_seq_len
         self._set_template(template)
         self.reader: MediaReader | FeatureReader = MediaReader(image_transform, media_transforms)
         self.image_transform = self.reader.image_transform
+        self.formats.check_modalities(self.reader.modalities)
         self._cache = MediaCache(cache_images)
 
     def _set_template(self, template: str | Path | ChatTemplate | None) -> None:
@@ -83,9 +88,8 @@ class SampleTransform:
         self._sequences = SequenceEncoder(
             self._folder,
             self.template,
-            image_token=self.image_token,
+            formats=self.formats,
             layout=self.layout,
-            features_per_item=self.features_per_image,
             scope=self._scope,
         )
         self.tokenizer = self._sequences.tokenizer
@@ -103,34 +107,20 @@ class SampleTransform:
         """Make the transform that fits a fused model: ids, features and lengths are the model's.
 
         Args:
-            model: a fused model with one encoder.
+            model: a fused model. Of several encoders, each is named as the modality that it encodes.
             tokenizer: directory of its language model.
             image_transform: directory of its encoder, or a transform.
             template: as for the class.
             max_seq_len: the longest sequence; None: the model's own.
-            **options: other arguments of the class. Those that the model determines must agree with it.
+            **options: other arguments of the class. Those that the model determines must agree with it;
+                ``features_per_image`` may be one number for named encoders where the model has none.
 
         Raises:
-            ConfigError: if the model has several encoders or no token for images, if the number of
-                features of an image is unknown, or naming each option that does not fit the model.
+            ConfigError: if the model has no token for images, if the number of features of an image is
+                unknown, or naming each option that does not fit the model.
         """
         owner: Any = unwrap(find_model(model))
-        own = {key: value for key, value in vars(owner.image_format()).items() if value is not None}
-        problems = [
-            f"{key} is {options[key]!r}, and the model's is {value!r}"
-            for key, value in own.items()
-            if key != "scope" and options.get(key, value) != value
-        ]
-        given = {"image_token": None, **own, **options}
-        if given.get("layout") == "marker" and given["image_token"] is None:
-            problems.append(
-                "the model has no token for images: fuse(..., fusion_vocab_size=1) adds one, or give "
-                "image_token, the id of one that the tokenizer has"
-            )
-        if "features_per_image" not in given:
-            problems.append("features_per_image must be given: for this encoder it is unknown")
-        if problems:
-            raise ConfigError(f"The transform does not fit the model: {'; '.join(problems)}.")
+        given = options_of_model(vars(owner.image_format()), options)
         length = owner.max_seq_len if max_seq_len is None else max_seq_len
         return cls(
             tokenizer, image_transform=image_transform, template=template, max_seq_len=length, **given
@@ -183,13 +173,15 @@ class SampleTransform:
 
         Returns:
             ``tokens`` (list), ``images`` (``[m, 3, h, w]``, or a list of ``MediaInput`` where an image
-            is more than one tensor), ``encoder_mask`` (bool ``[s, n]``, over the features of all images)
-            and, with the answer, ``labels`` (list, unshifted, -100 where nothing is learned) and, if
-            weights of messages are other than 0 and 1, ``loss_weights`` (list). For a mapping also
-            torchtune's ``mask``, True where nothing is learned.
+            is more than one tensor) and ``encoder_mask`` (bool ``[s, n]``, over the features of all
+            images), both by name for named encoders. With the answer also ``labels`` (list, unshifted,
+            -100 where nothing is learned) and, if weights of messages are other than 0 and 1,
+            ``loss_weights`` (list). For a mapping also torchtune's ``mask``, True where nothing is
+            learned.
 
         Raises:
-            DataError: if the sample has nothing to learn or is too long, or an image cannot be read.
+            DataError: if the sample has nothing to learn or is too long, or an image cannot be read or
+                no encoder takes its modality.
             ConfigError: if the template cannot be used for it.
         """
         with_answer = with_answer and not inference
@@ -199,10 +191,15 @@ class SampleTransform:
             return {**result, "mask": [label == IGNORED for label in labels]}
         messages = sample.messages if with_answer else sample.prompt
         inputs = self._read_media(sample, messages)
-        num_items = [each.num_items for each in inputs]
-        result = self._encode(sample, num_items, with_answer=with_answer)
-        result["images"] = self._stack(inputs)
-        result["encoder_mask"] = self.encoder_mask(result["tokens"], num_items)
+        media = [each for message in messages for each in message.media]
+        items: list[Items] = []
+        images: dict[str, list[MediaInput]] = {name: [] for name in self.formats.by_encoder}
+        for each, given in zip(media, inputs, strict=True):
+            items.append(Items(self.formats.encoder_of(each.modality), given.num_items))
+            images[items[-1].encoder].append(given)
+        result = self._encode(sample, items, with_answer=with_answer)
+        result["images"] = unnamed({name: self._stack(given) for name, given in images.items()})
+        result["encoder_mask"] = self.encoder_mask(result["tokens"], items)
         return result
 
     def length(self, sample: Sample, *, with_answer: bool = True) -> int:
@@ -215,9 +212,9 @@ class SampleTransform:
         Raises:
             DataError: as for a call.
         """
-        num_items = self._num_items(sample.messages if with_answer else sample.prompt)
-        tokens = self._encode(sample, num_items, with_answer=with_answer)["tokens"]
-        return self._sequences.length(tokens, num_items)
+        items = self.items(sample.messages if with_answer else sample.prompt)
+        tokens = self._encode(sample, items, with_answer=with_answer)["tokens"]
+        return self._sequences.length(tokens, items)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the next answer begins.
@@ -225,7 +222,7 @@ class SampleTransform:
         Raises:
             DataError: if the template refuses the conversation, or an image cannot be read.
         """
-        return self._sequences.prompt(messages, self._num_items(messages))
+        return self._sequences.prompt(messages, self.items(messages))
 
     def next_turn(self, messages: Sequence[Message], *, ended: bool = True) -> list[int]:
         """Return the ids of a later turn, for caches that hold the conversation up to the last answer.
@@ -242,7 +239,7 @@ class SampleTransform:
             ConfigError: if the template writes earlier turns otherwise than before.
         """
         new = messages[last_answer(messages) + 1 :]
-        return self._sequences.next_turn(messages, self._num_items(new), ended=ended)
+        return self._sequences.next_turn(messages, self.items(new), ended=ended)
 
     def media_input(self, media: Media) -> MediaInput:
         """Return an image as the encoder takes it.
@@ -252,15 +249,35 @@ class SampleTransform:
         """
         return self._cache.get(media, self.reader)
 
-    def encoder_mask(self, tokens: Sequence[int], num_items: int | Sequence[int]) -> Tensor:
+    def items(self, messages: Iterable[Message]) -> list[Items]:
+        """Return the items of all media in messages, without decoding images.
+
+        Raises:
+            DataError: if an image cannot be read, or no encoder takes its modality.
+        """
+        return [
+            Items(self.formats.encoder_of(media.modality), self.reader.num_items(media))
+            for message in messages
+            for media in message.media
+        ]
+
+    def encoder_mask(
+        self, tokens: Sequence[int], items: int | Sequence[int] | Sequence[Items]
+    ) -> Tensor | dict[str, Tensor]:
         """Return which features each token may attend to, bool ``[s, n]``, True: may attend.
 
         Args:
             tokens: a whole sequence.
-            num_items: the number of its images, or the number of items of each.
+            items: of its images; for an encoder without a name also the number of images, or of the
+                items of each.
+
+        Returns:
+            The mask; by name for named encoders.
         """
-        items = [1] * num_items if isinstance(num_items, int) else num_items
-        return self._sequences.encoder_mask(tokens, items)
+        each = [1] * items if isinstance(items, int) else items
+        named = [Items(UNNAMED, one) if isinstance(one, int) else one for one in each]
+        mask: Tensor | dict[str, Tensor] = unnamed(self._sequences.encoder_mask(tokens, named))
+        return mask
 
     def _read_media(self, sample: Sample, messages: Sequence[Message]) -> list[MediaInput]:
         try:
@@ -268,11 +285,8 @@ class SampleTransform:
         except DataError as error:
             raise DataError(f"{sample.origin or 'The sample'}: {error}") from error
 
-    def _num_items(self, messages: Sequence[Message]) -> list[int]:
-        return [self.reader.num_items(media) for message in messages for media in message.media]
-
     def _encode(
-        self, sample: Sample, num_items: Sequence[int], *, with_answer: bool = True
+        self, sample: Sample, items: Sequence[Items], *, with_answer: bool = True
     ) -> dict[str, Any]:
         """Return tokens and, with the answer, labels and weights."""
         what = sample.origin or "The sample"
@@ -280,16 +294,16 @@ class SampleTransform:
             raise DataError(f"{what} has no answer.")
         try:
             if with_answer:
-                result = self._sequences.encode(sample.messages, num_items)
+                result = self._sequences.encode(sample.messages, items)
             else:
-                result = {"tokens": self._sequences.prompt(sample.prompt, num_items)}
+                result = {"tokens": self._sequences.prompt(sample.prompt, items)}
         except DataError as error:
             raise DataError(f"{what}: {str(error).rstrip('.')}.") from error
         if with_answer and all(label == IGNORED for label in result["labels"]):
             raise DataError(
                 f"{what} has nothing to learn: all its answers are empty or have the weight 0."
             )
-        length = self._sequences.length(result["tokens"], num_items)
+        length = self._sequences.length(result["tokens"], items)
         if self.max_seq_len is not None and length > self.max_seq_len:
             raise DataError(
                 f"{what} is {length} tokens long{' with its answer' if with_answer else ''}, and "

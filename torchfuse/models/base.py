@@ -16,9 +16,14 @@ from torchfuse.errors import ConfigError, ModelError
 from torchfuse.models.documents import check_document_ids
 from torchfuse.models.encoding import EncoderOwner, encoder_names
 from torchfuse.models.minimal_decoder import accept_embeddings, is_minimal
-from torchfuse.models.strategy import ImageFormat, ModalityStrategy, features_per_image
+from torchfuse.models.strategy import (
+    ImageFormat,
+    ModalityStrategy,
+    features_per_image,
+    join_formats,
+)
 from torchfuse.models.surface import DecoderSurface
-from torchfuse.models.types import EncoderInput, EncoderMask, ModalityContext, OnMissing
+from torchfuse.models.types import UNNAMED, EncoderInput, EncoderMask, ModalityContext, OnMissing
 from torchfuse.modules.documents import document_mask, document_positions
 from torchfuse.naming import ModelWithParts, unwrap, unwrap_model
 from torchfuse.params import get_fusion_params, register_fusion_module, set_trainable
@@ -120,22 +125,19 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         return {"decoder": self.decoder, **self.encoder_parts()}
 
     def image_format(self) -> ImageFormat:
-        """Return how images are represented in this model's sequences.
+        """Return how images and other media are represented in this model's sequences."""
+        formats = {name: self._image_format(name) for name in self.encoder_names}
+        return join_formats(formats) if self._named else formats[UNNAMED]
 
-        Raises:
-            ConfigError: if the model has several encoders.
-        """
-        if len(self.encoder_names) != 1:
-            raise ConfigError(f"The model has several encoders: {', '.join(self.encoder_names)}.")
-        [name] = self.encoder_names
+    def _image_format(self, name: str) -> ImageFormat:
         try:
             features = features_per_image(self, name, one_tile=True)
         except ConfigError:  # unknown until the encoder runs
             features = None
         if self.strategy.extra_tokens(1):
             return ImageFormat("prefix", None, features)
-        if tokens := self.strategy.special_tokens():
-            return ImageFormat("placeholder", tokens[0], features)
+        if (placeholder := self.strategy.placeholder(name)) is not None:
+            return ImageFormat("placeholder", placeholder, features)
         table: Any = self.tok_embeddings
         token = table.vocab_size if getattr(table, "fusion_vocab_size", 0) else None
         tiled = hasattr(unwrap(self.get_encoder(name)), "tokens_per_tile")

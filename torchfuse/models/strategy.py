@@ -28,6 +28,7 @@ __all__ = [
     "build_modality_strategy",
     "check_rows",
     "features_per_image",
+    "join_formats",
     "register_modality_strategy",
 ]
 
@@ -39,15 +40,30 @@ class ImageFormat:
     Attributes:
         layout: the tokens of an image: ``"marker"``: one; ``"placeholder"``: one for each feature;
             ``"prefix"``: none.
-        image_token: their id. None for ``"prefix"``, and where the model does not determine it.
-        features_per_image: features of an image, or of each of its tiles; None: unknown.
+        image_token: their id. None for ``"prefix"``, and where the model does not determine it. By name
+            for named encoders with placeholders of their own.
+        features_per_image: features of an image, or of each of its tiles; None: unknown. By name for
+            named encoders, with None for each of which it is unknown.
         scope: which images a token may attend to, see ``torchfuse.data.image_mask``.
     """
 
     layout: Literal["marker", "placeholder", "prefix"]
-    image_token: int | None
-    features_per_image: int | None
+    image_token: int | Mapping[str, int] | None
+    features_per_image: int | Mapping[str, int | None] | None
     scope: Literal["all", "group", "last"] = "all"
+
+
+def join_formats(formats: Mapping[str, ImageFormat]) -> ImageFormat:
+    """Return the formats of named encoders as one."""
+    layout, image_token, _, scope = vars(next(iter(formats.values()))).values()
+    tokens: dict[str, Any] = {name: each.image_token for name, each in formats.items()}
+    features: dict[str, Any] = {name: each.features_per_image for name, each in formats.items()}
+    return ImageFormat(
+        layout,
+        tokens if layout == "placeholder" else image_token,
+        features,
+        scope,
+    )
 
 
 class ModalityStrategy(ABC):
@@ -113,6 +129,10 @@ class ModalityStrategy(ABC):
     def special_tokens(self) -> tuple[int, ...]:
         """Return the ids of placeholders, which must not be generated."""
         return ()
+
+    def placeholder(self, encoder: str) -> int | None:
+        """Return the id that the features of an encoder replace; None: they replace none."""
+        return next(iter(self.special_tokens()), None)
 
     def check_encoders(self, names: list[str]) -> None:  # noqa: B027  # most have nothing to check
         """Raise a ``ConfigError`` if the options do not fit encoders of these names."""

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchfuse.data.collate import unnamed
+from torchfuse.data.encoder_items import Items
+from torchfuse.data.media import MediaInput
 from torchfuse.data.samples import Media, Message
 from torchfuse.errors import DataError
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model, unwrap
-from torchfuse.tasks.image_inputs import encode_each
+from torchfuse.tasks.image_inputs import by_encoder, encode_each
 from torchfuse.tasks.prompt_lengths import encode_turn, num_items
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.report import Report
@@ -71,7 +74,7 @@ class Conversation:
         self.messages = [] if system is None else [Message("system", [system])]
         self.tokens: list[int] = []
         self.media: list[Media] = []
-        self._features: dict[Media, Tensor] = {}
+        self._features: dict[Media, tuple[Items, Tensor]] = {}
         self._generator = self.settings.generator(index, self._device)
 
     @torch.no_grad()
@@ -147,7 +150,7 @@ class Conversation:
                 self.model,
                 batch_size=1,
                 max_tokens=self.max_tokens,
-                max_features=self.max_images * self.settings.transform.features_per_image,
+                max_features=self.settings.transform.formats.max_features(self.max_images),
                 pad_id=self.settings.transform.pad_id,
                 compile=self.settings.compile,
             )
@@ -158,30 +161,38 @@ class Conversation:
         if not media:
             return {}
         self._add_features(media)
-        shown = [self._features[each] for each in [*self.media, *media]]
+        transform, shown = self.settings.transform, [*self.media, *media]
         # Layers that cache keys and values of features replace all that they hold.
         kept = bool(getattr(unwrap(self.model).strategy, "caches_features", False))
-        first = 0 if kept else len(self.media)
-        n = self.settings.transform.features_per_image
-        items = [features.shape[1] // n for features in shown]
-        mask = self.settings.transform.encoder_mask(self.tokens + prompt, items)
+        items = [self._features[each][0] for each in shown]
+        masks = by_encoder(transform.encoder_mask(self.tokens + prompt, items))
         # With the row of the last answer's last token, which is run with this turn.
-        rows = mask[-(len(prompt) + bool(self.tokens)) :, sum(items[:first]) * n :]
+        rows = len(prompt) + bool(self.tokens)
+        new = [self._features[each] for each in (shown if kept else media)]
+        features = {}
+        for name in dict.fromkeys(own.encoder for own, _ in new):
+            features[name] = torch.cat([each for own, each in new if own.encoder == name], dim=1)
+            last = features[name].shape[1]  # new features come last
+            masks[name] = masks[name][-rows:, -last:][None].to(self._device)
         return {
-            "encoder_embeds": torch.cat(shown[first:], dim=1),
-            "encoder_mask": rows[None].to(self._device),
+            "encoder_embeds": unnamed(features),
+            "encoder_mask": unnamed({name: masks[name] for name in features}),
         }
 
     def _add_features(self, media: list[Media]) -> None:
         """Encode those of these images that were not encoded before."""
-        new = [each for each in dict.fromkeys(media) if each not in self._features]
-        if not new:
-            return
-        inputs = [self.settings.transform.media_input(each) for each in new]
-        with self.report.timing("encode", self._device):
-            features = encode_each(self.model, inputs)
-        self.report.images += len(new)
-        self._features |= dict(zip(new, features, strict=True))
+        transform = self.settings.transform
+        new: dict[str, dict[Media, MediaInput]] = {}
+        for each in media:
+            if each not in self._features:
+                encoder = transform.formats.encoder_of(each.modality)
+                new.setdefault(encoder, {})[each] = transform.media_input(each)
+        for encoder, inputs in new.items():
+            with self.report.timing("encode", self._device):
+                features = encode_each(self.model, list(inputs.values()), encoder)
+            self.report.images += len(inputs)
+            for (each, given), found in zip(inputs.items(), features, strict=True):
+                self._features[each] = Items(encoder, given.num_items), found
 
     def close(self) -> None:
         """Give the caches back."""

@@ -6,24 +6,24 @@ generator of its own, so that its answer does not depend on the rest of the batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from torchfuse.data.collate import padded_collate_images
+from torchfuse.data.collate import padded_collate_images, unnamed
 from torchfuse.data.samples import Sample
 from torchfuse.generation.decode import evaluation_mode
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model
-from torchfuse.tasks.image_inputs import drop_padding, encode_images
+from torchfuse.tasks.image_inputs import by_encoder, drop_padding, encode_images, inputs_by_encoder
 from torchfuse.tasks.metrics import exact_match, references
-from torchfuse.tasks.prompt_lengths import num_items, prompt_lengths
+from torchfuse.tasks.prompt_lengths import most_features, num_items, prompt_lengths
 from torchfuse.tasks.prompt_settings import PromptSettings, required_slots
 from torchfuse.tasks.report import Report
 
@@ -77,12 +77,13 @@ def predict(
     model, transform = find_model(model), settings.transform
     lengths = prompt_lengths(transform, samples)
     items = [num_items(transform, sample.prompt) for sample in samples]
-    longest, most_features = max(lengths), max(items) * transform.features_per_image
-    slots = required_slots(model, settings, [[n] for n in lengths], most_features, path="samples")
+    longest, features_of = max(lengths), most_features(transform, [each.prompt for each in samples])
+    max_features = sum(features_of.values())
+    slots = required_slots(model, settings, [[n] for n in lengths], max_features, path="samples")
     order = sorted(range(len(samples)), key=lambda i: (items[i], lengths[i]))
     answers: dict[int, str] = {}
     report, rows = report or Report(), min(batch_size, len(samples))
-    sizes = {"batch_size": rows, "max_tokens": slots, "max_features": most_features}
+    sizes = {"batch_size": rows, "max_tokens": slots, "max_features": max_features}
     bar = tqdm(total=len(samples), desc=desc, disable=None, leave=False)
     with (
         evaluation_mode(model),
@@ -95,9 +96,9 @@ def predict(
             encoded += encoded[-1:] * (rows - len(indices))  # the caches have this many rows
             batch = padded_collate_images(encoded, transform.pad_id, pad_left=True)
             features = _encode(model, batch, report)
-            report.images += sum(len(each["images"]) for each in encoded[: len(indices)])
+            report.images += sum(len(message.media) for i in indices for message in samples[i].prompt)
             if settings.compile:
-                features = _pad(batch, features, longest, most_features, transform.pad_id)
+                features = _pad(batch, features, longest, features_of, transform.pad_id)
             full = indices + indices[-1:] * (rows - len(indices))
             new = _answer(session, settings, batch, features, full, report)[: len(indices)]
             report.count(sum(lengths[i] for i in indices), new)
@@ -106,50 +107,58 @@ def predict(
     return [Prediction(sample, answers[i]) for i, sample in enumerate(samples)]
 
 
-def _encode(model: nn.Module, batch: dict[str, Any], report: Report) -> Tensor | None:
+def _encode(model: nn.Module, batch: dict[str, Any], report: Report) -> Any:
     """Replace a batch's images by their features."""
-    given = batch.pop("encoder_input", None)
-    if given is None:
+    inputs = batch.pop("encoder_input", None)
+    if inputs is None:
         return None
     device = next(model.parameters()).device
     with report.timing("encode", device):
-        features = encode_images(model, {name: tensor.to(device) for name, tensor in given.items()})
+        given = {
+            name: {key: tensor.to(device) for key, tensor in each.items()}
+            for name, each in inputs_by_encoder(inputs).items()
+        }
+        features = encode_images(model, unnamed(given))
     features, batch["encoder_mask"] = drop_padding(features, batch["encoder_mask"])
     return features
 
 
 def _pad(
-    batch: dict[str, Any], features: Tensor | None, length: int, num_features: int, pad_id: int
-) -> Tensor | None:
+    batch: dict[str, Any], features: Any, length: int, num_features: Mapping[str, int], pad_id: int
+) -> Any:
     """Pad a batch's tokens to one length, and its features, if it has any, to one number."""
     left = length - batch["tokens"].shape[1]
     batch["tokens"] = F.pad(batch["tokens"], (left, 0), value=pad_id)
     if features is None:
         return None
-    more = num_features - features.shape[1]
-    batch["encoder_mask"] = F.pad(batch["encoder_mask"], (0, more, left, 0))
-    return F.pad(features, (0, 0, 0, more))
+    padded, masks = by_encoder(features), by_encoder(batch["encoder_mask"])
+    for name, each in padded.items():
+        more = num_features[name] - each.shape[1]
+        padded[name] = F.pad(each, (0, 0, 0, more))
+        masks[name] = F.pad(masks[name], (0, more, left, 0))
+    batch["encoder_mask"] = unnamed(masks)
+    return unnamed(padded)
 
 
 def _answer(
     session: Session,
     settings: PromptSettings,
     batch: dict[str, Any],
-    features: Tensor | None,
+    features: Any,
     indices: Sequence[int],
     report: Report,
 ) -> list[list[int]]:
     """Return the answers of all rows, each up to its stop token."""
     device = next(session.model.parameters()).device
     generators = [settings.generator(i, device) for i in indices]
-    mask = batch.get("encoder_mask")
+    masks = by_encoder(batch["encoder_mask"]) if "encoder_mask" in batch else {}
     session.reset()
     with report.timing("prefill", device) as begin:
         new, _ = session.answer(
             batch["tokens"].to(device),
             max_new_tokens=settings.max_new_tokens,
             encoder_embeds=features,
-            encoder_mask=None if mask is None else mask.to(device),
+            encoder_mask=unnamed({n: m.to(device) for n, m in masks.items()}) if masks else None,
             sampling=settings.sampling,
             stop_tokens=settings.stops,
             generator=[generator for generator in generators if generator is not None] or None,

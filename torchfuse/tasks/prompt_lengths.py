@@ -10,7 +10,14 @@ from torchfuse.data.transform import SampleTransform
 from torchfuse.errors import DataError, name_problems
 from torchfuse.tasks.prompts import Prompt, message_text
 
-__all__ = ["encode_turn", "longest_answer", "num_items", "prompt_lengths", "turn_lengths"]
+__all__ = [
+    "encode_turn",
+    "longest_answer",
+    "most_features",
+    "num_items",
+    "prompt_lengths",
+    "turn_lengths",
+]
 
 
 def encode_turn(
@@ -127,3 +134,11 @@ def longest_answer(
 def num_items(transform: SampleTransform, messages: Iterable[Message]) -> int:
     """Return the number of images in messages, where tiles and frames count one by one."""
     return sum(transform.reader.num_items(media) for message in messages for media in message.media)
+
+
+def most_features(
+    transform: SampleTransform, conversations: Iterable[Sequence[Message]]
+) -> dict[str, int]:
+    """Return the most features that a conversation has of each encoder."""
+    numbers = [transform.formats.num_features(transform.items(messages)) for messages in conversations]
+    return {name: max(number[name] for number in numbers) for name in numbers[0]} if numbers else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,28 +88,28 @@ def transform_problems(model: nn.Module, transform: SampleTransform) -> list[str
     strategy = getattr(owner, "strategy", None)
     if strategy is None:
         return problems
-    token, rows = transform.image_token, owner.tok_embeddings.num_embeddings
+    given, rows = transform.image_token, owner.tok_embeddings.num_embeddings
     special, prefix = special_tokens(owner), strategy.extra_tokens(1) > 0
-    if (token is None) != prefix:
-        expected, got = ("null (layout prefix)", token) if prefix else ("an id that marks images", None)
-        problems.append(f"image_token must be {expected} for this model, got {got}")
-    elif token is not None and special and token not in special:
-        problems.append(f"image_token is {token}, but in this model features replace {special}")
-    elif token is not None and not special and not 0 <= token < rows:
-        problems.append(
-            f"image_token is {token}, but the model embeds the ids below {rows}; fusion_vocab_size=1 "
-            "adds a row for it"
-        )
+    for token in given.values() if isinstance(given, Mapping) else [given]:
+        if (token is None) != prefix:
+            expected = "null (layout prefix)" if prefix else "an id that marks images"
+            problems.append(f"image_token must be {expected} for this model, got {token}")
+        elif token is not None and special and token not in special:
+            problems.append(f"image_token is {token}, but in this model features replace {special}")
+        elif token is not None and not special and not 0 <= token < rows:
+            problems.append(
+                f"image_token is {token}, but the model embeds the ids below {rows}; "
+                "fusion_vocab_size=1 adds a row for it"
+            )
     for name in owner.encoder_names:
         try:
             number = features_per_image(owner, name, one_tile=True)
         except ConfigError:  # unknown until the encoder runs
             continue
-        if number != transform.features_per_image:
-            problems.append(
-                f"features_per_image is {transform.features_per_image}, but {name!r} makes {number} of "
-                "an image"
-            )
+        features = transform.features_per_image
+        features = features.get(name, 0) if isinstance(features, Mapping) else features
+        if number != features:
+            problems.append(f"features_per_image is {features}, but {name!r} makes {number} of an image")
     return problems
 
 

@@ -85,7 +85,8 @@ def check_images(
     owner: Any = unwrap(model)
     if transform is None:
         return
-    for name in owner.encoder_names:
+    names = list(owner.encoder_names)
+    for name in names if len(names) == 1 else ["image"] if "image" in names else []:
         tower: Any = unwrap(owner.get_encoder(name))
         size = getattr(tower, "sides", None) or getattr(tower, "image_size", None)
         folder = encoder.get(name) if isinstance(encoder, Mapping) else encoder

@@ -112,8 +112,8 @@ def _image_transform(config: Mapping[str, Any], where: str) -> ImageTransform | 
         built: ImageTransform = build(given, what=what, kind=ImageTransform)
         return built
     folder = named = given or find_folder(config, "encoder")
-    if isinstance(folder, Mapping) and len(folder) == 1:
-        [folder] = folder.values()
+    if isinstance(folder, Mapping):
+        folder = next(iter(folder.values())) if len(folder) == 1 else folder.get("image")
     if not given and data.get("media_transforms") and not (folder and find_processor(folder)):
         return None  # an encoder of another modality
     if folder is not None and not isinstance(folder, str | Mapping):
@@ -124,6 +124,6 @@ def _image_transform(config: Mapping[str, Any], where: str) -> ImageTransform | 
     if not isinstance(folder, str):
         raise ConfigError(
             f"Configuration key '{what}': missing, and must be given where neither pretrained nor "
-            "model names the directory of the one encoder."
+            "model names the directory of the encoder of images (of several, the one named image)."
         )
     return ImageTransform.from_directory(folder)

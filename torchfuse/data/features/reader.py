@@ -23,6 +23,11 @@ class FeatureReader:
     def __init__(self, store: FeatureStore, source: MediaReader, keyword: str) -> None:
         self.store, self.source, self._keyword = store, source, keyword
 
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities that have a transform."""
+        return self.source.modalities
+
     def __call__(self, media: Media) -> MediaInput:
         """Return the features of media, ``[t, n, d_e]`` for ``t`` images, tiles or frames.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -19,7 +20,7 @@ class Encoder(Protocol):
     pad_id: int
     layout: ImageLayout
     max_seq_len: int | None
-    image_token: int | None
+    image_token: int | Mapping[str, int] | None
 
     def __call__(self, sample: Any) -> dict[str, Any]:
         """Return the sequence, as the collator takes it."""

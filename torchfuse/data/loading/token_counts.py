@@ -18,12 +18,16 @@ def count_tokens(batch: Mapping[str, Any], transform: Encoder) -> dict[str, int]
     Args:
         batch: what ``padded_collate_images`` made.
         transform: the transform of its samples.
+
+    Returns:
+        ``text`` and ``image``; of a model with named encoders ``text`` and each that has features.
     """
-    ids, mask = batch["tokens"], batch.get("encoder_mask")
-    others = [transform.pad_id]
-    if transform.image_token is not None:
-        others.append(transform.image_token)
-    return {
-        "text": int((~torch.isin(ids, torch.tensor(others))).sum()),
-        "image": 0 if mask is None else int((mask.any(dim=1) if mask.dim() == 3 else mask).sum()),
-    }
+    ids, images, masks = batch["tokens"], transform.image_token, batch.get("encoder_mask")
+    markers = [*images.values()] if isinstance(images, Mapping) else [images]
+    others = [transform.pad_id, *(marker for marker in markers if marker is not None)]
+    text = {"text": int((~torch.isin(ids, torch.tensor(others))).sum())}
+    if masks is None:
+        return {**text, "image": 0}
+    by_name = masks if isinstance(masks, Mapping) else {"image": masks}
+    counts = {name: (m.any(dim=1) if m.dim() == 3 else m).sum() for name, m in by_name.items()}
+    return text | {name: int(count) for name, count in counts.items()}

@@ -99,6 +99,9 @@ class SequenceStrategy(ModalityStrategy):
         token = self.encoder_token
         return (token,) if isinstance(token, int) else tuple(token.values())
 
+    def placeholder(self, encoder: str) -> int | None:
+        return None if self.encoder_token is None else self._token(encoder)
+
     def check_encoders(self, names: list[str]) -> None:
         if isinstance(self.encoder_token, Mapping):
             if set(self.encoder_token) != set(names):

@@ -1,5 +1,7 @@
 """Answers about images and recordings, in batches and turn by turn, against the model without caches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -8,6 +10,7 @@ from own_data import VOCAB, configuration
 from support import open_gates
 
 from torchfuse.data import Media, Message, Sample, padded_collate_images
+from torchfuse.generation import session
 from torchfuse.tasks.conversation import Conversation
 from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.prompt_settings import PromptSettings
@@ -91,8 +94,10 @@ def test_turns_with_images_and_recordings(folder, built):
         assert tokens[-NEW:] == expected[-NEW - 1 : -1]
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @torch.no_grad()
-def test_batches(folder, built):
+def test_batches(folder, built, compile, monkeypatch):
+    monkeypatch.setattr(session, "compiled", lambda function, device: function)
     model, settings = built
     contents = [
         [image(folder, 0), "What?"],
@@ -102,7 +107,7 @@ def test_batches(folder, built):
         [image(folder, 5), image(folder, 6), "Two?"],
     ]
     samples = [Sample([Message("user", content)]) for content in contents]
-    together = predict(model, settings, samples, batch_size=3)
+    together = predict(model, replace(settings, compile=compile), samples, batch_size=3)
     for sample, prediction in zip(samples, together, strict=True):
         [alone] = predict(model, settings, [sample], batch_size=1)
         assert prediction.text == alone.text

@@ -1,5 +1,6 @@
 """The page of all configurations describes every key, as the dataclasses have it."""
 
+import ast
 import importlib
 import importlib.util
 from dataclasses import fields, is_dataclass
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from torchfuse import recipes
 from torchfuse.training.config import typed
 from torchfuse.training.config_keys import attributes_of, config_keys
 
@@ -34,6 +36,16 @@ def sections(schema):
     for field in fields(schema):
         if is_dataclass(field.type):
             yield from sections(field.type)
+
+
+def test_every_recipe_is_on_the_page():
+    named = [
+        file.stem
+        for file in Path(recipes.__file__).parent.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if any("recipe(Config" in ast.unparse(mark) for mark in getattr(node, "decorator_list", []))
+    ]
+    assert sorted(named) == sorted(GENERATOR.RECIPES)
 
 
 @pytest.mark.parametrize("recipe", GENERATOR.RECIPES)

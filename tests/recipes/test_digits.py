@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from programs import CONFIGS, DIGITS, digits_config, run_program, run_program_on_ranks, start, tune
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torchfuse.recipes import draw_digits, finetune
+from torchfuse.recipes.finetune_config import flat
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3_2 import llama3_2
 
@@ -221,6 +223,18 @@ def test_torchtunes_own_recipe_trains_and_continues(digits, tmp_path):
 def test_every_yaml_is_run_by_a_test():
     run = {*ARCHS, "two_stages", "compare", "generate", "evaluate", "torchtune_full_finetune"}
     assert {path.stem for path in CONFIGS.rglob("*.yaml")} == run
+
+
+def test_no_configuration_names_a_thing_twice():
+    """Paths are named once, and what the model determines is not named in the section of the data."""
+    determined = {"tokenizer", "image_transform", "image_token", "features_per_image", "scope"}
+    for path in CONFIGS.rglob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        assert not determined & config.get("data", {}).keys(), path
+        assert not config.get("transform"), path
+        paths = [value for _, value in flat(config) if isinstance(value, str) and "/" in value]
+        own = [value for value in paths if "${" not in value]
+        assert len(set(own)) == len(own), path
 
 
 def test_headers_say_how_to_make_the_data_and_how_to_launch():

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from answered_run import make_run
 from programs import digits_config, run_program, tune
 from torchfuse.recipes import prepare_digits
 
@@ -41,3 +42,9 @@ def run_of(digits):
         return runs[arch]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def answered(tmp_path_factory):
+    """The folder of a run, with files of samples of which it answers some right."""
+    return make_run(tmp_path_factory.mktemp("answered"))

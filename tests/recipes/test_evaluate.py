@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import yaml
-from own_data import configuration, make_folder
-from programs import run_program, tune
+from answered_run import evaluated, lines
+from programs import run_program
 from torchfuse.recipes import evaluate
 
 from torchfuse.data import padded_collate_images, read_samples
@@ -17,53 +17,20 @@ from torchfuse.tasks.runs import load_run
 METRICS = ["exact_match", "contained", "vqa_accuracy", "anls", "loss"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run of two steps, and two files of samples: of one in two the answer is that of the model."""
-    folder = make_folder(tmp_path_factory.mktemp("evaluate"))
-    config = configuration(folder, model={"decoder_trainable": True}, train={"max_steps": 2})
-    tune(folder, "torchfuse/recipes/finetune.py", "--config", config)
-    records = json.loads((folder / "llava.json").read_text())[:24]
-    (folder / "first.json").write_text(json.dumps(records))
-    evaluated(folder, questions="first.json", output_dir="first", num_shown=0)
-    for number, (record, found) in enumerate(zip(records, lines(folder / "first"), strict=True)):
-        record["level"] = number % 3
-        if number % 2:
-            record["conversations"][-1]["value"] = found["text"]
-        if number % 8 == 2:
-            record["answers"] = [found["text"]] * 2 + ["It is 2."] * 8
-    rest = [{"question": "Number 7?", "answer": "It is 7.", "images": ["7.png"], "kind": "plain"}]
-    (folder / "second.json").write_text(json.dumps(records))
-    (folder / "third.json").write_text(json.dumps(rest))
-    return folder
-
-
-def evaluated(folder, **keys):
-    """Run the recipe; return what it prints."""
-    config = {"run": "run", "image_root": "pictures", "max_new_tokens": 7, "batch_size": 5} | keys
-    file = folder / "evaluate.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
-    return tune(folder, "torchfuse/recipes/evaluate.py", "--config", file)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def test_without_new_keys_the_table_is_that_of_accuracy(folder):
-    printed = evaluated(folder, questions="second.json")
+def test_without_new_keys_the_table_is_that_of_accuracy(answered):
+    printed = evaluated(answered, questions="second.json")
     assert re.fullmatch(r"question   62\.5%  of 24\nall        62\.5%  of 24\n", printed), printed
 
 
-def test_metrics_by_several_groups(folder, monkeypatch):
+def test_metrics_by_several_groups(answered, monkeypatch):
     given = [{"path": f"{name}.json", "image_root": "pictures"} for name in ("second", "third")]
     by = ["kind", "source", "modality", "level"]
     printed = evaluated(
-        folder, questions=given, image_root=None, metrics=METRICS, by=by, output_dir="out"
+        answered, questions=given, image_root=None, metrics=METRICS, by=by, output_dir="out"
     )
-    results = json.loads((folder / "out" / "results.json").read_text())
+    results = json.loads((answered / "out" / "results.json").read_text())
     assert (results["run"], results["questions"]) == ("run", given)
-    means, found = results["results"], lines(folder / "out")
+    means, found = results["results"], lines(answered / "out")
     groups = {
         "kind": {"question": 24, "plain": 1, "all": 25},
         "source": {"second.json": 24, "third.json": 1, "all": 25},
@@ -90,10 +57,10 @@ def test_metrics_by_several_groups(folder, monkeypatch):
     assert re.search(
         rf"^text +{row['exact_match']:.1%} .* {row['loss']:.4f}  of 6$", printed, re.MULTILINE
     )
-    assert (folder / "out" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (answered / "out" / "predictions.png").read_bytes().startswith(b"\x89PNG")
     names = ["predictions.jsonl", "predictions.png", "results.json"]
-    assert sorted(path.name for path in (folder / "out").iterdir()) == names
-    monkeypatch.chdir(folder)
+    assert sorted(path.name for path in (answered / "out").iterdir()) == names
+    monkeypatch.chdir(answered)
     check_losses(means, found)
 
 
@@ -120,16 +87,16 @@ def check_losses(means, found):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_nothing_is_written_if_the_picture_cannot_be(folder, monkeypatch):
+def test_nothing_is_written_if_the_picture_cannot_be(answered, monkeypatch):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "draw_predictions", fail)
-    file = folder / "evaluate.yaml"
+    file = answered / "evaluate.yaml"
     file.write_text(yaml.safe_dump({"run": "run", "questions": "third.json", "image_root": "pictures"}))
     with pytest.raises(KeyboardInterrupt, match="^$"):
-        run_program(evaluate, folder, "--config", file, "output_dir=nothing", "metrics=[loss]")
-    assert list((folder / "nothing").iterdir()) == []
+        run_program(evaluate, answered, "--config", file, "output_dir=nothing", "metrics=[loss]")
+    assert list((answered / "nothing").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -151,31 +118,31 @@ def test_nothing_is_written_if_the_picture_cannot_be(folder, monkeypatch):
     ],
     ids=str,
 )
-def test_mistakes_are_reported_before_the_model_is_loaded(folder, monkeypatch, capfd, keys, message):
+def test_mistakes_are_reported_before_the_model_is_loaded(answered, monkeypatch, capfd, keys, message):
     monkeypatch.setattr(evaluate, "read_run", lambda path: not_loaded)
-    (folder / "unanswered.json").write_text(json.dumps([{"question": "Number 7?"}]))
-    file = folder / "evaluate.yaml"
+    (answered / "unanswered.json").write_text(json.dumps([{"question": "Number 7?"}]))
+    file = answered / "evaluate.yaml"
     given = {"run": "run", "questions": "third.json", "image_root": "pictures"} | keys
     file.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
-    before = sorted(folder.iterdir())
+    before = sorted(answered.iterdir())
     with pytest.raises(SystemExit, match="^1$"):
-        run_program(evaluate, folder, "--config", file)
+        run_program(evaluate, answered, "--config", file)
     assert message in capfd.readouterr().err
-    assert sorted(folder.iterdir()) == before
+    assert sorted(answered.iterdir()) == before
 
 
 def not_loaded(*_):
     raise AssertionError("the model is loaded")
 
 
-def test_a_picture_needs_matplotlib(folder, monkeypatch, capfd):
+def test_a_picture_needs_matplotlib(answered, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="^1$"):
-        evaluated(folder, questions="third.json", output_dir="without")
+        evaluated(answered, questions="third.json", output_dir="without")
     assert "needs matplotlib: pip install 'torchfuse[demo]'; num_shown=0" in capfd.readouterr().err
-    assert not (folder / "without").exists()
-    evaluated(folder, questions="third.json", output_dir="without", num_shown=0)
-    assert sorted(path.name for path in (folder / "without").iterdir()) == [
+    assert not (answered / "without").exists()
+    evaluated(answered, questions="third.json", output_dir="without", num_shown=0)
+    assert sorted(path.name for path in (answered / "without").iterdir()) == [
         "predictions.jsonl",
         "results.json",
     ]

@@ -29,7 +29,7 @@ from torchfuse.generation.caches import room_for_text
 from torchfuse.generation.sampling import Sampling
 from torchfuse.tasks.evaluation.answer_loss import answer_losses
 from torchfuse.tasks.prediction import predict
-from torchfuse.tasks.prompt_lengths import num_items, prompt_lengths
+from torchfuse.tasks.prompt_lengths import most_features, prompt_lengths
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import read_run
 
@@ -176,9 +176,9 @@ class TorchfuseModel(lmms):
 
     def _settings(self, options: _Options, samples: Sequence[Sample]) -> PromptSettings:
         """Return the settings of prompts, with answers no longer than what fits the model."""
-        features = self.transform.features_per_image
-        most = max(num_items(self.transform, sample.prompt) for sample in samples) * features
-        room = room_for_text(self.model, most) - max(prompt_lengths(self.transform, samples))
+        features = most_features(self.transform, [sample.prompt for sample in samples])
+        longest = max(prompt_lengths(self.transform, samples))
+        room = room_for_text(self.model, sum(features.values())) - longest
         limit = min(options.max_new_tokens, max(1, room))
         if limit < options.max_new_tokens:
             logger.warning(f"{limit} new tokens fit the model, not {options.max_new_tokens}.")

@@ -141,11 +141,10 @@ def test_exact_match_takes_any_reference():
     [
         (None, ["one"]),
         (["two", "three"], ["two", "three"]),
-        ([{"answer": "two", "answer_id": 1}, {"answer": "three", "answer_id": 2}], ["two", "three"]),
         ([], ["one"]),
         ("two", ["one"]),
         (["two", 3], ["one"]),
-        ([{"text": "two"}], ["one"]),
+        ([{"answer": "two"}], ["one"]),
     ],
 )
 def test_references(given, expected):

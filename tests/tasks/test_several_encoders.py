@@ -12,6 +12,7 @@ from support import open_gates
 from torchfuse.data import Media, Message, Sample, padded_collate_images
 from torchfuse.generation import session
 from torchfuse.tasks.conversation import Conversation
+from torchfuse.tasks.evaluation import answer_losses
 from torchfuse.tasks.prediction import predict
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model
@@ -111,3 +112,22 @@ def test_batches(folder, built, compile, monkeypatch):
     for sample, prediction in zip(samples, together, strict=True):
         [alone] = predict(model, settings, [sample], batch_size=1)
         assert prediction.text == alone.text
+
+
+@torch.no_grad()
+def test_losses_of_answers(folder, built):
+    model, settings = built
+    contents = [
+        [image(folder, 0), "What?"],
+        [sound(folder, 1), "And", sound(folder, 2), "?"],
+        ["Nothing"],
+        [sound(folder, 3), image(folder, 4), "Both?"],
+    ]
+    answer = Message("assistant", ["It is 3."])
+    samples = [Sample([Message("user", content), answer]) for content in contents]
+    losses = answer_losses(model, settings.transform, samples, batch_size=3)
+    for sample, loss in zip(samples, losses, strict=True):
+        batch = padded_collate_images([settings.transform(sample)])
+        labels = batch.pop("labels")[0, 1:]
+        expected = torch.nn.functional.cross_entropy(model(**batch)[0, :-1], labels, reduction="sum")
+        assert loss.total == pytest.approx(float(expected), rel=1e-5)

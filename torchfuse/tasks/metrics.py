@@ -27,8 +27,8 @@ _THRESHOLD: Final = 0.5  # similarities below it count as 0
 def references(sample: Sample) -> list[str]:
     """Return the reference answers of a sample.
 
-    They are ``answers`` of its metadata, where that is a list of texts, or of objects with the text
-    ``answer`` as VQAv2 has them; otherwise its last answer, if it has one.
+    They are ``answers`` of its metadata, where that is a list of texts; otherwise its last answer, if it
+    has one.
 
     Examples:
         >>> from torchfuse.data import Message
@@ -37,11 +37,8 @@ def references(sample: Sample) -> list[str]:
         (['A cat.'], ['cat', 'a cat'])
     """
     given = sample.metadata.get("answers")
-    if isinstance(given, list) and given:
-        answers = [each.get("answer") if isinstance(each, Mapping) else each for each in given]
-        texts = [answer for answer in answers if isinstance(answer, str)]
-        if len(texts) == len(given):
-            return texts
+    if isinstance(given, list) and given and all(isinstance(answer, str) for answer in given):
+        return given
     return [] if sample.answer is None else [sample.answer]
 
 

@@ -142,9 +142,19 @@ def test_cauldron_has_a_source(folder):
     assert sample.metadata == {"source": "S"}
 
 
-def test_all_answers_are_in_the_metadata(folder):
-    sample = read(folder, {"question": "Q", "answers": ["A", "B"], "image": CAT, "id": 3})
+@pytest.mark.parametrize(
+    "answers", [["A", "B"], [{"answer": "A", "answer_id": 1}, {"answer": "B", "answer_id": 2}]], ids=str
+)
+def test_all_answers_are_in_the_metadata(folder, answers):
+    sample = read(folder, {"question": "Q", "answers": answers, "image": CAT, "id": 3})
     assert sample.metadata == {"answers": ["A", "B"], "id": 3}
+    assert sample.answer == "A"
+
+
+@pytest.mark.parametrize("answers", [[{"text": "A"}], ["A", 3], [["A"]], 3], ids=str)
+def test_answers_are_texts(folder, answers):
+    with pytest.raises(ValueError, match="answers must be a text or a list of texts, got "):
+        read(folder, {"question": "Q", "answers": answers, "image": CAT})
 
 
 def test_a_question_without_answer_is_a_prompt(folder):

@@ -79,10 +79,12 @@ def _text(record: dict[str, Any], field: str, problems: list[str]) -> str:
 
 
 def _answers(record: dict[str, Any], field: str, problems: list[str]) -> list[str]:
-    """Take a text, or a list of texts, out of a record."""
+    """Take a text, or a list of texts, out of a record; VQAv2 has objects with the text ``answer``."""
     given = record.pop(field, [])
     answers = [given] if isinstance(given, str) else given
     several = field == "answers"
+    if several and isinstance(answers, list):
+        answers = [each.get("answer") if isinstance(each, Mapping) else each for each in answers]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         problems.append(f"{field} must be a text{' or a list of texts' * several}, got {given!r:.80}")
         return []

@@ -1,5 +1,7 @@
+import io
 import json
 import re
+import sys
 
 import hf
 import pytest
@@ -102,3 +104,12 @@ def test_other_mistakes(folder, capsys, make_config, file, complaint):
     config = make_config(folder)
     assert check(*([folder / file] if file else []), "--config", config) == 1
     assert re.search(complaint, capsys.readouterr().err)
+
+
+def test_a_report_is_printed_whatever_the_encoding_of_the_terminal(folder, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    file = write_lines(folder / "snow.jsonl", [llava("<image>w4", "w5", image="\u2603.png")])
+    assert check(file, "--config", run_config(folder)) == 1
+    out.flush()
+    assert b"u2603.png cannot be opened: No such file" in out.buffer.getvalue()

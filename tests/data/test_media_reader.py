@@ -156,6 +156,12 @@ def test_tiles_are_counted_without_decoding(tmp_path, transform):
     assert reader.num_items(Media(data=content[:-99])) == made.num_items
 
 
+def test_an_image_that_its_transform_refuses_is_named(tmp_path):
+    Image.new("RGB", (1, 17_000)).save(tmp_path / "narrow.png")
+    with pytest.raises(DataError, match=r"narrow\.png cannot be used: .* is too narrow"):
+        MediaReader(ImageTransform(224))(Media(tmp_path / "narrow.png"))
+
+
 def test_transforms_in_a_configuration():
     section = {"_component_": f"{__name__}:Windows", "window": 3}
     path = f"{__name__}:windows"

@@ -102,18 +102,25 @@ def test_bytes_and_members_of_archives(tmp_path):
         assert torch.equal(sampler(same).items, expected.items)
 
 
-def test_frames_of_a_telephone_are_upright(tmp_path):
+@pytest.mark.parametrize("axes", [(1, 0, 0, 1), (0, 1, 1, 0)])
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_frames_are_turned_and_mirrored_as_they_are_displayed(tmp_path, axes, signs):
     media = video(tmp_path / "v.mp4")
-    upright = [np.array(image) for image in read_frames(media, lambda _: [Fraction(1)])]
+    (plain,) = (np.array(image) for image in read_frames(media, lambda _: [Fraction(1)]))
+    a, b, c, d = (axis * sign for axis, sign in zip(axes, (*signs, *signs)[:4], strict=True))
     content = bytearray((tmp_path / "v.mp4").read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40
-    content[matrix : matrix + 36] = struct.pack(
-        ">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30
+    at = content.index(b"tkhd") + 4 + 40
+    content[at : at + 36] = struct.pack(
+        ">9i", *(value << 16 for value in (a, b, 0, c, d, 0, 0, 0)), 1 << 30
     )
     (tmp_path / "turned.mp4").write_bytes(content)
     (turned,) = read_frames(Media(tmp_path / "turned.mp4", modality="video"), lambda _: [Fraction(1)])
-    # (x, y) of the file is displayed at (-y, x): a quarter of a turn, clockwise
-    np.testing.assert_array_equal(np.array(turned), np.rot90(upright[0], k=-1))
+    # (x, y) of the file is displayed at (a x + c y, b x + d y)
+    y, x = np.indices(plain.shape[:2])
+    to_x, to_y = a * x + c * y, b * x + d * y
+    displayed = np.zeros_like(plain, shape=(np.ptp(to_y) + 1, np.ptp(to_x) + 1, 3))
+    displayed[to_y - to_y.min(), to_x - to_x.min()] = plain
+    np.testing.assert_array_equal(np.array(turned), displayed)
 
 
 def test_clips_and_images_of_a_row_go_to_one_encoder(tmp_path):
@@ -132,9 +139,18 @@ def test_clips_and_images_of_a_row_go_to_one_encoder(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("ending", ["mp4", "ts"])
-def test_a_file_that_is_cut_off(tmp_path, ending, kept):
-    media = video(tmp_path / f"v.{ending}", "mpeg4" if ending == "mp4" else "mpeg2video")
+@pytest.mark.parametrize(
+    ("ending", "codec"),
+    [
+        ("mp4", "mpeg4"),
+        ("ts", "mpeg2video"),
+        ("mkv", "libx264"),
+        ("webm", "libvpx-vp9"),
+        ("avi", "mpeg4"),
+    ],
+)
+def test_a_file_that_is_cut_off(tmp_path, ending, codec, kept):
+    media = video(tmp_path / f"v.{ending}", codec)
     content = media.path.read_bytes()
     media.path.write_bytes(content[: int(kept * len(content))])
     sampler = VideoTransform(IMAGES, num_frames=3)

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 image_root=given.image_root,
                 workers=given.workers,
             )
-            print(report)
+            encoding = sys.stdout.encoding or "utf-8"  # not all of them have every character of a path
+            print(str(report).encode(encoding, "backslashreplace").decode(encoding))
             return 0 if report.ok else 1
         from torchfuse.cli.describe import describe as run  # takes a second to import
 

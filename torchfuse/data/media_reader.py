@@ -87,7 +87,11 @@ class MediaReader:
             ConfigError: if a transform returns anything but a tensor or a ``MediaInput``.
         """
         if media.modality == "image" and self.image_transform is not None:
-            return self.image_transform.media_input(open_image(media))
+            image = open_image(media)
+            try:
+                return self.image_transform.media_input(image)
+            except DataError as error:
+                raise DataError(f"The image {media} cannot be used: {error}") from error
         result = self._other(media)(media)
         if not isinstance(result, Tensor | MediaInput):
             raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,17 @@ from torchfuse.errors import ConfigError, DataError, FusionError
 __all__ = ["VideoTransform", "read_frames"]
 
 _ROUNDING: Final = Fraction(1, 2000)  # seconds
+# By the signs of a display matrix, which puts (x, y) to (a * x + c * y, b * x + d * y): a, b, c, d.
+_TRANSPOSED: Final = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+_HEAD: Final = 4096  # bytes
 _INDEXED: Final = {"mp4", "matroska", "avi"}  # names of containers in which a key frame can be found
 
 
@@ -179,8 +191,32 @@ def _decode(container: Any, stream: Any, index: _Index, wanted: Sequence[int]) -
 
 
 def _image(frame: Any) -> Image.Image:
+    """Return a frame as it is displayed: turned, or mirrored, by its display matrix."""
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
+    if signs in _TRANSPOSED:
+        return image.transpose(_TRANSPOSED[signs])
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _matroska_size(media: Media) -> int:
+    """Return the size that a Matroska file has by its head; 0 where it has none, as in a recording."""
+    if media.path is not None and media.span is None:
+        with media.path.open("rb") as file:
+            head = file.read(_HEAD)
+    else:
+        head = media.read()[:_HEAD]
+    at = head.find(b"\x18\x53\x80\x67") + 4  # the segment, which goes to the end of the file
+    if not 4 <= at < len(head):
+        return 0
+    width = 9 - head[at].bit_length()
+    unknown = (1 << 7 * width) - 1
+    size = int.from_bytes(head[at : at + width]) & unknown
+    return 0 if size == unknown else at + width + size
 
 
 @contextmanager
@@ -190,6 +226,8 @@ def _opened(media: Media) -> Iterator[tuple[Any, Any]]:
     try:
         on_disk = media.path is not None and media.span is None
         with av.open(str(media.path) if on_disk else io.BytesIO(media.read())) as container:
+            if "matroska" in container.format.name and _matroska_size(media) > container.size:
+                raise ValueError("it is cut off")
             if not container.streams.video:
                 raise ValueError("it has no pictures")
             yield container, container.streams.video[0]

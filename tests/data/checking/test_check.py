@@ -1,6 +1,8 @@
 import itertools
 import json
+import os
 import random
+import signal
 from collections import Counter
 
 import numpy as np
@@ -11,7 +13,7 @@ from word_transform import WordTransform
 
 from torchfuse.data import Report, check_samples, read_samples
 from torchfuse.data.checking.report import RowProblem
-from torchfuse.errors import DataError
+from torchfuse.errors import ConfigError, DataError
 
 GOOD = [
     llava("<image>\nwhich animal ?", "a cat", image=CAT),
@@ -145,3 +147,26 @@ def test_long_lists_are_cut_in_the_text_only(tmp_path):
     assert f"{tmp_path}: 60 errors" in lines_of(report)
     assert "  and 10 more" in lines_of(report)
     assert "  3 other sizes, sides of 7 to 102: 6" in lines_of(report)
+
+
+class Killed(WordTransform):
+    def __call__(self, sample):
+        if sample.metadata.get("id") == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(sample)
+
+
+def test_a_process_that_dies_is_an_error_with_its_row(folder):
+    rows = [GOOD[2]] * 700
+    rows[413] = GOOD[2] | {"id": "killed"}
+    file = write_lines(folder / "a.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"^A worker process ended while .*a\.jsonl, line 414\b.* was read"
+    ):
+        check_samples(file, transform=Killed(), workers=2)
+
+
+def test_a_negative_number_of_workers_is_refused(folder):
+    file = write_lines(folder / "a.jsonl", GOOD)
+    with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):
+        check_samples(file, transform=WordTransform(), workers=-1)

@@ -152,6 +152,15 @@ def test_crops_after_resizing_not_instead(tmp_path):
     torch.testing.assert_close(transform(picture()), resized[:, 2:18, 2:18])
 
 
+@pytest.mark.parametrize("size", [(1, 17_000), (17_000, 1)])
+@pytest.mark.parametrize("pad_to_square", [False, True])
+def test_an_image_too_narrow_to_be_resized_is_refused(size, pad_to_square):
+    transform = ImageTransform(224, pad_to_square=pad_to_square)
+    with pytest.raises(DataError, match=r"17,000.* is too narrow: .* it would become .* Crop it first"):
+        transform(Image.new("RGB", size))
+    assert transform(Image.new("RGB", (3, 700))).shape == (3, 224, 224)
+
+
 def test_normalises_by_definition():
     image = picture(8, 8)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255

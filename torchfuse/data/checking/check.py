@@ -23,7 +23,7 @@ from torchfuse.data.sequences import IGNORED
 from torchfuse.data.transform import SampleTransform
 from torchfuse.data.truncate import sequence_length
 from torchfuse.data.workers import WorkerWatch, sample_name
-from torchfuse.errors import DataError
+from torchfuse.errors import ConfigError, DataError
 
 __all__ = ["check_samples"]
 
@@ -63,7 +63,8 @@ def check_samples(
 
     Raises:
         DataError: if a file cannot be opened at all, or its format is unknown.
-        ConfigError: if ``format`` is unknown, or a package that reads the file is not installed.
+        ConfigError: if ``format`` is unknown, ``workers`` is below 0, or a package that reads the file
+            is not installed.
     """
     given = [path] if isinstance(path, str | Path | Samples) else path
     samples = Samples.concatenate(
@@ -74,6 +75,8 @@ def check_samples(
             for each in given
         ]
     )
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers must be at least 0, got {workers}.")
     if workers is None:
         workers = 0 if len(samples) < _FEW else _num_cores()
     limit = transform.max_seq_len

@@ -224,11 +224,13 @@ class ImageTransform:
         """Turn an image into pixels ``[3, height, width]``, or ``[t, 3, height, width]`` for tiles.
 
         Raises:
-            DataError: for an image that is not RGB, unless it is to be converted.
+            DataError: for an image that is not RGB, unless it is to be converted, and for one so narrow
+                that it would become larger than those that PIL opens.
         """
         image = self._prepare(image)
         if self.pad_to_square:
             side, color = max(image.size), tuple(int(mean * 255) for mean in self.mean)
+            _check_pixels(image, side, side)
             square = Image.new("RGB", (side, side), color)
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
@@ -261,12 +263,23 @@ class ImageTransform:
 
     def _resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         height, width = size
+        _check_pixels(image, height, width)
         return image.resize((width, height), Image.Resampling[self.resample.upper()])
 
     def _pixels(self, image: Image.Image) -> Tensor:
         """Return the scaled and normalised values of an RGB image, ``[3, h, w]``."""
         levels = np.asarray(image)
         return torch.from_numpy(np.stack([self._values[c][levels[..., c]] for c in range(3)]))
+
+
+def _check_pixels(image: Image.Image, height: int, width: int) -> None:
+    """Refuse to make an image larger than those that PIL opens, as of one that is long and narrow."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > 2 * limit:
+        raise DataError(
+            f"An image of {image.width:,} x {image.height:,} pixels is too narrow: before it is cropped "
+            f"it would become {width:,} x {height:,}. Crop it first."
+        )
 
 
 def _resized(image: Image.Image, resize: Sequence[int]) -> tuple[int, int]:

@@ -164,18 +164,18 @@ def _write(
     for index, prediction in enumerate(predictions):
         own = {name: column[index].value for name, column in scores.items()}
         lines.append(prediction_record(prediction, folder, own) + "\n")
-    # A loss tells nothing right from wrong.
-    judge = next((name for name in scores if name != LOSS), "exact_match")
-    judged = scores.get(judge) or score_predictions(predictions, [judge])[judge]
+    # A loss does not separate right answers from wrong ones.
+    metric = next((name for name in scores if name != LOSS), "exact_match")
+    shown = scores.get(metric) or score_predictions(predictions, [metric])[metric]
     files = {
         "predictions.jsonl": lambda path: path.write_text("".join(lines), encoding="utf-8"),
         "results.json": lambda path: path.write_text(json.dumps(results, indent=2) + "\n"),
         "predictions.png": lambda path: draw_predictions(
             path,
             predictions,
-            [score.value for score in judged],
+            [score.value for score in shown],
             num_each=config.num_shown,
-            title=f"Answers of {config.run}, by {judge}",
+            title=f"Answers of {config.run}, by {metric}",
         ),
     }
     if not config.num_shown:

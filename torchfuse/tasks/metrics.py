@@ -71,8 +71,8 @@ def _occurs(answer: str, text: str) -> bool:
     part, whole = _words(answer), _words(text)
     if not part:
         return bool(answer.strip()) and answer.strip() in text
-    if nouns := _without_articles(part):
-        part, whole = nouns, _without_articles(whole)
+    if others := _without_articles(part):
+        part, whole = others, _without_articles(whole)
     starts = range(len(whole) - len(part) + 1)
     return any(whole[start : start + len(part)] == part for start in starts)
 

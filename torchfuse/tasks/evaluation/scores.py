@@ -38,7 +38,7 @@ Scores = Mapping[str, Sequence[Score]]
 
 
 def metric_problems(names: Sequence[str]) -> list[str]:
-    """Return what is wrong with names of metrics: unknown ones, ones given twice, or none at all."""
+    """Return which names of metrics are unknown or given twice, and whether there is none."""
     known = [*METRICS, LOSS]
     problems = [f"there is no metric {name!r}" for name in dict.fromkeys(names) if name not in known]
     problems += [f"{name!r} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]

@@ -25,6 +25,7 @@ from torchfuse.data.encoder_items import UNNAMED, Items
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.samples import ROLES, Media, Message, Sample
 from torchfuse.data.templates import ChatTemplate
+from torchfuse.data.tokenizer.text import _any_of
 from torchfuse.data.transform import SampleTransform
 from torchfuse.errors import CheckpointError, ConfigError, DataError
 
@@ -124,6 +125,15 @@ def test_pieces_of_special_tokens_never_become_one(tmp_path, tokenizer, name):
     for _ in range(60):
         texts = ["".join(source.choices(pieces, k=source.randint(1, 7))) for _ in range(5)]
         assert special(*texts) == expected, texts
+
+
+def test_the_longest_special_token_is_found_first():
+    source = random.Random(5)
+    for _ in range(200):
+        texts = {"".join(source.choices("<|a.>", k=source.randint(1, 4))) for _ in range(7)}
+        longest_first = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+        given = "".join(source.choices("<|a.>b", k=40))
+        assert re.findall(_any_of(texts), given) == re.findall(longest_first, given)
 
 
 def test_a_text_of_several_parts_spells_no_special_token(tmp_path, tokenizer):

@@ -202,8 +202,25 @@ class TextTokenizer:
 
 
 def _any_of(texts: Collection[str]) -> str:
-    """Return a pattern that matches the longest of some texts."""
-    return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text))))
+    """Return a pattern that matches the longest of some texts.
+
+    Common beginnings are written once: tokenizers have thousands of special tokens, and alternatives are
+    tried one by one.
+    """
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[""] = {}  # a text ends here
+    return _branches(tree)
+
+
+def _branches(node: Mapping[str, Any]) -> str:
+    branches = [re.escape(letter) + _branches(after) for letter, after in node.items() if letter]
+    if "" not in node:
+        return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return f"(?:{'|'.join(branches)})?" if branches else ""
 
 
 def _configuration(path: Path) -> dict[str, Any]:

@@ -403,8 +403,8 @@ def test_earlier_turns_that_change(tmp_path):
     transform = transform_for(tmp_path)
     turns = [Message("user", ["two"]), Message("assistant", ["seven"])]
     assert encoded(transform, turns)
-    with pytest.raises(ConfigError, match="writes messages otherwise once others follow"):
-        encoded(transform, turns * 2)
+    with pytest.raises(ConfigError, match=r"row 5: .* writes messages otherwise once others follow"):
+        transform(Sample(turns * 2, origin="row 5"))
     with pytest.raises(ConfigError, match="writes earlier turns otherwise once another follows"):
         transform.next_turn([*turns, turns[0]])
 

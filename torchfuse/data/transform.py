@@ -22,7 +22,7 @@ from torchfuse.data.readers.torchtune_messages import sample_from_torchtune
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.sequences import IGNORED, SequenceEncoder
 from torchfuse.data.templates import ChatTemplate, last_answer
-from torchfuse.errors import DataError
+from torchfuse.errors import DataError, FusionError
 from torchfuse.naming import find_model, unwrap
 
 __all__ = ["SampleTransform"]
@@ -297,8 +297,8 @@ class SampleTransform:
                 result = self._sequences.encode(sample.messages, items)
             else:
                 result = {"tokens": self._sequences.prompt(sample.prompt, items)}
-        except DataError as error:
-            raise DataError(f"{what}: {str(error).rstrip('.')}.") from error
+        except FusionError as error:
+            raise type(error)(f"{what}: {str(error).rstrip('.')}.") from error
         if with_answer and all(label == IGNORED for label in result["labels"]):
             raise DataError(
                 f"{what} has nothing to learn: all its answers are empty or have the weight 0."

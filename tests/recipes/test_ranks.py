@@ -1,67 +1,86 @@
-"""Two ranks train on packs, some without images, as one process does on the same rows."""
+"""Two ranks train on packs, some without media, as one process does on the same rows."""
 
 import json
 
 import pytest
 import yaml
-from own_data import configuration, make_folder
+from audio_data import make_audio_folder
+from own_data import VOCAB, configuration
 from programs import run_program, run_program_on_ranks
 from torchfuse.recipes import finetune
 
-from torchfuse.data import LoaderOptions, StepLoader, read_samples
+from torchfuse.data import LoaderOptions, StepLoader, read_mixture
 from torchfuse.tasks.runs import build_model
 from torchfuse.tasks.transforms import make_transform
 
 STEPS = 5
+READER = {"audio": "sound_reading.spectrogram"}
+PLACEHOLDERS = {"encoder_token": {"image": VOCAB + 3, "audio": VOCAB + 5}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows of which few have an image, so that some packs have none."""
-    folder = make_folder(tmp_path_factory.mktemp("ranks"))
+    """Rows of which few have an image or a recording, so that some packs have none."""
+    folder = make_audio_folder(tmp_path_factory.mktemp("ranks"))
     records = json.loads((folder / "llava.json").read_text())
     few = [record for number, record in enumerate(records) if number % 4 == 2 or number % 12 == 0]
     (folder / "few.json").write_text(json.dumps(few * 2))
     return folder
 
 
-def ranks_with_images(folder, config):
-    """For each step, which of two ranks have images."""
+def media_on_ranks(config):
+    """For each step, the encoders that each of two ranks has media for."""
     given = yaml.safe_load(config.read_text())
     model = build_model(given["model"], {}, device="cpu", dtype="fp32")
     data = given["data"]
-    samples = read_samples(data["train"][0]["path"], image_root=folder / "pictures")
     options = LoaderOptions(
-        packed=True, max_seq_len=data["max_seq_len"], max_steps=STEPS, seed=given["seed"]
+        packed=True, max_seq_len=data["max_seq_len"], max_steps=STEPS, epochs=3, seed=given["seed"]
     )
-    loaders = [
-        StepLoader(samples, make_transform(model, given), options, world_size=2, rank=rank)
-        for rank in (0, 1)
-    ]
-    steps = zip(*(loader.steps() for loader in loaders), range(STEPS), strict=False)
-    return [tuple("encoder_input" in batch for [batch], _ in pair) for *pair, _ in steps]
+    samples = read_mixture(data["train"], seed=given["seed"])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(config.parent)
+        transform = make_transform(model, given)
+        loaders = [StepLoader(samples, transform, options, world_size=2, rank=rank) for rank in (0, 1)]
+        steps = zip(*(loader.steps() for loader in loaders), range(STEPS), strict=False)
+        return [tuple(names(batch) for [batch], _ in pair) for *pair, _ in steps]
+
+
+def names(batch):
+    inputs = batch.get("encoder_input", {})
+    return "".join(name[0] for name in inputs)  # of the encoders, or of an encoder's keywords
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("arch", ["cross_attention", "joint_decoder"])
-def test_packs_on_two_ranks(folder, tmp_path, arch):
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("cross_attention", None), ("joint_decoder", None), ("cross_attention", {}), ("mot", PLACEHOLDERS)],
+    ids=["cross_attention", "joint_decoder", "cross_attention-two", "mot-two"],
+)
+def test_packs_on_two_ranks(folder, tmp_path, arch, options):
     rows = [{"path": str(folder / "few.json"), "image_root": str(folder / "pictures")}]
+    model, data = {"on_missing": "participate"}, {}
+    if options is not None:
+        model |= {
+            "encoder": {"image": str(folder / "clip"), "audio": str(folder / "whisper")},
+            **options,
+        }
+        data, rows = {"media_transforms": READER}, [*rows, {"path": str(folder / "rows.jsonl")}]
     losses = {}
     for name, size, program in (("one", 2, run_program), ("two", 1, run_program_on_ranks)):
         config = configuration(
             folder,
             arch,
             output_dir=str(tmp_path / name),
-            model={"on_missing": "participate"},
-            data={"train": rows, "packed": True, "max_seq_len": 110},
+            model=model,
+            data={"train": rows, "packed": True, "max_seq_len": 110, **data},
             train={"batch_size": size, "max_steps": STEPS, "epochs": 3, "lr": 0.1},
             seed=3,
         )
         program(finetune, folder, "--config", config)
         given = json.loads((tmp_path / name / "losses.json").read_text())
         losses[name] = [loss for _, loss in given]
-    shown = ranks_with_images(folder, config)
-    assert (True, False) in shown
-    assert (False, False) in shown
+    shown = media_on_ranks(config)
+    for kind in "i" if options is None else "ia":
+        assert any((kind in one) != (kind in other) for one, other in shown), shown
     assert len(losses["one"]) == STEPS
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-5)

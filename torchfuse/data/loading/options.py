@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from torchfuse.data.documents import ImageLayout
+from torchfuse.data.encoder_items import ItemFormats
 from torchfuse.data.truncate import TooLong
 
 __all__ = ["Encoder", "LoaderOptions"]
@@ -20,7 +20,7 @@ class Encoder(Protocol):
     pad_id: int
     layout: ImageLayout
     max_seq_len: int | None
-    image_token: int | Mapping[str, int] | None
+    formats: ItemFormats
 
     def __call__(self, sample: Any) -> dict[str, Any]:
         """Return the sequence, as the collator takes it."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchfuse.data.encoder_items import UNNAMED
 from torchfuse.data.loading.options import Encoder
 
 __all__ = ["count_tokens"]
@@ -20,14 +21,14 @@ def count_tokens(batch: Mapping[str, Any], transform: Encoder) -> dict[str, int]
         transform: the transform of its samples.
 
     Returns:
-        ``text`` and ``image``; of a model with named encoders ``text`` and each that has features.
+        ``text`` and ``image``; of a model with named encoders ``text`` and the name of each.
     """
-    ids, images, masks = batch["tokens"], transform.image_token, batch.get("encoder_mask")
-    markers = [*images.values()] if isinstance(images, Mapping) else [images]
-    others = [transform.pad_id, *(marker for marker in markers if marker is not None)]
-    text = {"text": int((~torch.isin(ids, torch.tensor(others))).sum())}
-    if masks is None:
-        return {**text, "image": 0}
-    by_name = masks if isinstance(masks, Mapping) else {"image": masks}
-    counts = {name: (m.any(dim=1) if m.dim() == 3 else m).sum() for name, m in by_name.items()}
-    return text | {name: int(count) for name, count in counts.items()}
+    ids, masks, formats = batch["tokens"], batch.get("encoder_mask", {}), transform.formats.by_encoder
+    markers = [each.token for each in formats.values() if each.token is not None]
+    counts = {"text": int((~torch.isin(ids, torch.tensor([transform.pad_id, *markers]))).sum())}
+    by_name = masks if isinstance(masks, Mapping) else {UNNAMED: masks}
+    for name in formats:  # all of them, so that every rank has the same
+        mask = by_name.get(name)
+        features = 0 if mask is None else int((mask.any(dim=1) if mask.dim() == 3 else mask).sum())
+        counts[name or "image"] = features
+    return counts

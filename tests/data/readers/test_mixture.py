@@ -91,6 +91,8 @@ def test_bad_weights(sets):
     for weights in [(1.0, None, 1.0), (1.0, 0.0, 1.0), (1.0, float("inf"), 1.0)]:
         with pytest.raises(ConfigError, match="Give every set of a mixture a weight above 0, or none"):
             Mixture([*zip(sets, weights, strict=True)])
+    with pytest.raises(ConfigError, match=r"weights \[1e-06, 1, 1\] .* would never be drawn"):
+        Mixture([*zip(sets, (1e-6, 1, 1), strict=True)])
     with pytest.raises(ConfigError, match=r"needs sets of samples that are not empty, got sizes \[0\]"):
         Mixture([(sets[0][:0], None)])
 

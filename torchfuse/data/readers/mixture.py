@@ -29,7 +29,8 @@ class Mixture:
         samples: all samples of all sets, one set after another.
 
     Raises:
-        ConfigError: if there is no set, one is empty, or a weight is missing or not above 0.
+        ConfigError: if there is no set, one is empty, or a weight is missing, not above 0 or so small
+            that its set has no sample in an epoch.
 
     Examples:
         >>> import json, tempfile
@@ -57,6 +58,11 @@ class Mixture:
         self.seed = seed
         self._sizes = sizes
         self._counts = _shares(given or sizes, sum(sizes))
+        if not all(self._counts):
+            raise ConfigError(
+                f"The weights {weights} give sets of sizes {sizes} {self._counts} samples of an epoch; a "
+                "set without any would never be drawn."
+            )
 
     @property
     def digest(self) -> str:

@@ -2,6 +2,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import hf
 import pytest
@@ -74,6 +75,21 @@ def test_files_of_the_configuration(folder, capsys):
     assert capsys.readouterr().out.startswith("6 rows: 1 errors, 1 too long")
 
 
+def test_interpolations_are_resolved(folder, capsys):
+    train = {"path": "${root}/bad.json"}
+    config = write_config(
+        folder,
+        root=str(folder),
+        output_dir="???",
+        log_dir="${output_dir}/logs",
+        **yaml.safe_load(Path(run_config(folder, train=train)).read_text()),
+    )
+    assert check("--config", config) == 1
+    assert capsys.readouterr().out.startswith("3 rows: 1 errors, 1 too long")
+    assert check("--config", write_config(folder, data={"train": "${rot}/bad.json"})) == 1
+    assert "key 'data.train': Interpolation key 'rot' not found" in capsys.readouterr().err
+
+
 def test_a_transform_that_the_configuration_names(folder, capsys):
     transform = {"_component_": "torchfuse.data.questions.QuestionTransform", "image_token": 37}
     transform |= {"tokenizer": str(folder / "llama"), "image_transform": str(folder / "clip")}
@@ -97,6 +113,7 @@ def test_mistakes_are_one_sentence(folder, capsys):
         (run_config, "", "Name files to check, or give .*config.yaml a key data.train"),
         (run_config, "gone.json", "gone.json cannot be read: No such file"),
         (write_config, "good.jsonl", r"config.yaml, data\.tokenizer': missing, and must be given"),
+        (lambda folder: write_config(folder, data="a.json"), "good.jsonl", "data must be a section"),
         (lambda folder: folder / "gone.yaml", "good.jsonl", "gone.yaml cannot be read"),
     ],
 )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from torchfuse.cli.meta_model import model_on_meta
@@ -16,7 +15,7 @@ from torchfuse.data.checking import Report, check_samples
 from torchfuse.data.readers import Samples, read_mixture, read_samples
 from torchfuse.errors import ConfigError
 from torchfuse.tasks.transforms import read_transform
-from torchfuse.training.config import read_config
+from torchfuse.training.config import read_sections
 
 __all__ = ["check_data"]
 
@@ -45,7 +44,11 @@ def check_data(
         DataError: if a file cannot be opened.
     """
     file = Path(config)
-    given: Any = OmegaConf.to_container(read_config(file, "check-data needs the YAML of a training"))
+    names = ("pretrained", "model", "data", "transform")
+    given = read_sections(file, "check-data needs the YAML of a training", *names)
+    for name, section in given.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{file}: {name} must be a section of keys with values, got {section!r}.")
     samples = [read_samples(path, format=format, image_root=image_root) for path in files]
     samples = samples or _configured(given.get("data") or {}, file)
     sys.path.append(os.getcwd())  # components of the user's own, as in recipes

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from torchfuse.checkpoint.artifact.fusion import read_artifact
@@ -14,7 +12,7 @@ from torchfuse.cli.meta_model import model_on_meta
 from torchfuse.errors import CheckpointError
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.params import describe as describe_model
-from torchfuse.training.config import read_config
+from torchfuse.training.config import read_sections
 
 __all__ = ["describe"]
 
@@ -55,7 +53,7 @@ def _table(path: Path, kind: str, model: nn.Module) -> str:
 
 def _from_config(file: Path) -> nn.Module:
     """Build the model of a configuration on the meta device, with what trains in the first step."""
-    config: Any = OmegaConf.to_container(read_config(file, "a configuration has a model section"))
+    config = read_sections(file, "a configuration has a model section", "model", "freeze")
     model = model_on_meta(config, file)
     FreezeSchedule(read_freeze_meta(config.get("freeze") or [])).apply(model, 0)
     return model

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from torchfuse.errors import CheckpointError, ConfigError, DataError
 from torchfuse.training.config_keys import keys_as_text
 
-__all__ = ["check_output_dir", "read_config", "read_yaml", "recipe", "typed"]
+__all__ = ["check_output_dir", "read_config", "read_sections", "read_yaml", "recipe", "typed"]
 
 _Schema = TypeVar("_Schema")
 
@@ -61,6 +61,30 @@ def read_config(path: str | Path, hint: str) -> DictConfig:
     if wrong := [key for key in config if not isinstance(key, str)]:
         raise ConfigError(f"{path}: a key must be a string, got {wrong[0]!r}.")
     return config
+
+
+def read_sections(path: str | Path, hint: str, *names: str) -> dict[str, Any]:
+    """Read sections of a configuration with their interpolations resolved.
+
+    Args:
+        path: the file.
+        hint: what kind of file is expected, for the message.
+        *names: the sections; those that the file lacks are left out.
+
+    Raises:
+        ConfigError: as for ``read_config``, and naming a key whose interpolation cannot be resolved.
+    """
+    config = read_config(path, hint)
+    try:
+        sections = {name: config[name] for name in names if config.get(name) is not None}
+        return {
+            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for name, value in sections.items()
+        }
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{path}: configuration key {error.full_key!r}: {_first_line(error)}."
+        ) from error
 
 
 def typed(given: DictConfig, schema: type[_Schema]) -> _Schema:

@@ -60,8 +60,8 @@ class Mixture:
         self._counts = _shares(given or sizes, sum(sizes))
         if not all(self._counts):
             raise ConfigError(
-                f"The weights {weights} give sets of sizes {sizes} {self._counts} samples of an epoch; a "
-                "set without any would never be drawn."
+                f"The weights {weights} give sets of sizes {sizes} {self._counts} samples of an epoch; "
+                "a set without any would never be drawn."
             )
 
     @property

@@ -17,7 +17,6 @@ from typing import Any, Final
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from torchfuse.tasks.prompt_lengths import most_features, prompt_lengths
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import read_run
 
-__all__ = ["MANIFEST", "TorchfuseModel"]
+__all__ = ["TorchfuseModel", "manifest"]
 
 _NEW_TOKENS: Final = 1024  # where a task names no limit, as for other models of lmms-eval
 _BATCHES: Final = 16  # whose visuals are in memory at once
@@ -234,6 +233,10 @@ def _media(visual: Any) -> Media:
     raise DataError(f"a visual must be an image or the path of a video, got a {type(visual).__name__}")
 
 
-MANIFEST: Final = ModelManifest(
-    model_id="torchfuse", simple_class_path=f"{TorchfuseModel.__module__}.{TorchfuseModel.__name__}"
-)
+def manifest() -> Any:
+    """Return the ``ModelManifest`` that lmms-eval registers the model by."""
+    # Importing it registers the models of all entry points, this one too.
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    path = f"{TorchfuseModel.__module__}.{TorchfuseModel.__name__}"
+    return ModelManifest(model_id="torchfuse", simple_class_path=path)

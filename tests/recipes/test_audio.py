@@ -98,3 +98,43 @@ def test_it_learns_is_evaluated_and_answers(folder, tmp_path, arch, sections):
     assert [[media.modality for media in sample.media] for sample in read_samples(written)] == [
         [media.modality for media in sample.media] for sample in read_samples(rows)
     ]
+
+    question = {"question": "<audio> What?", "audio": ["3.wav"]}
+    if "both" in rows:
+        question |= {"question": "<audio> or <image> ?", "images": ["pictures/4.png"]}
+    prompts = folder / "prompts.yaml"
+    prompts.write_text(yaml.safe_dump([question, {"question": "What?"}]))
+    written.unlink()
+    recipe("generate", prompts=str(prompts), output=str(written), sampling={"max_new_tokens": 3})
+    first, second = read_samples(written)
+    assert [media.path.name for media in first.media] == ["3.wav", "4.png"][: len(question) - 1]
+    assert not second.media
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_cached_features_change_no_loss(folder, tmp_path, packed):
+    model, rows = one_encoder(folder)
+    data = {"train": rows, "media_transforms": READER, "packed": packed}
+    losses = run(folder, tmp_path, model=model, data=data, train={"lr": 0.3, "batch_size": 1})
+    for _ in range(2):  # the second run finds them
+        cached = data | {"cache_features": str(tmp_path / "features")}
+        again = run(folder, tmp_path, model=model, data=cached, train={"lr": 0.3, "batch_size": 1})
+        assert again == pytest.approx(losses, rel=1e-5)
+
+
+def test_features_of_several_encoders_are_not_cached(folder, tmp_path, capfd):
+    model, rows = two_encoders(folder)
+    data = {"train": rows, "media_transforms": READER, "cache_features": str(tmp_path / "features")}
+    with pytest.raises(SystemExit, match="^1$"):
+        run(folder, tmp_path, model=model, data=data)
+    assert "needs a model with one encoder, got audio, image: leave it out" in capfd.readouterr().err
+
+
+def test_names_of_encoders_that_are_no_modalities(folder, tmp_path, capfd):
+    _, rows = two_encoders(folder)
+    model = {"encoder": {"eyes": str(folder / "clip"), "ears": str(folder / "whisper")}}
+    data = {"train": rows, "media_transforms": READER}
+    with pytest.raises(SystemExit, match="^1$"):
+        run(folder, tmp_path, model=model, data=data)
+    assert "No media are for ears, eyes: each of several encoders is named" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

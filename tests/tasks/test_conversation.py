@@ -35,8 +35,21 @@ WORDS = """
     {{- 'w13 w16 w17 ' }}
 {%- endif %}
 """  # with a header of each message, an end of each turn, and a word between turns
+CHANGING = """
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- ' w17 ' }}{% generation %}{{ message.content if loop.last else 'w20' }} <eos>{% endgeneration %}
+    {%- else %}
+        {{- ' w15 ' + message.content + ' w19 ' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ' w17 ' }}
+{%- endif %}
+"""  # earlier answers are left out, as thoughts are in Qwen3
 TEMPLATES = {
     "plain": "plain",
+    "changing": ChatTemplate(CHANGING, name="changing"),
     "texts": text_template("{text} w15 ", "w16 {text} w17"),
     "chat": ChatTemplate(WORDS, name="words"),
 }

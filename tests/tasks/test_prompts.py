@@ -4,7 +4,7 @@ import pytest
 from prompt_settings import images, sample, transform
 
 from torchfuse.data import Message, Sample
-from torchfuse.data.templates import text_template
+from torchfuse.data.templates import ChatTemplate, text_template
 from torchfuse.errors import DataError
 from torchfuse.tasks.prompt_lengths import encode_turn, longest_answer, prompt_lengths, turn_lengths
 from torchfuse.tasks.prompts import Prompt, load_samples, prompts_from, user_message
@@ -123,6 +123,13 @@ def test_turns_are_one_sequence_with_one_bos(tmp_path):
         transform(tmp_path, "placeholder", template="plain"),
     ):
         assert ids_of_turns(plain, prompt) == [[1, 7, 37, 37, 4], [5, 6]]
+    changing = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}w20{{ ' w21' * loop.last }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ ' ' }}{% endfor %}",
+        name="changing",
+    )
+    whole = transform(tmp_path, "all").with_template(changing)  # the second turn is all of it
+    assert turn_lengths(whole, [prompt], path="p") == [[3, 1 + 2 + 1 + 2 + 1]]
     with_header = transform(tmp_path, "all", template="vicuna")
     assert ids_of_turns(with_header, prompt)[1] == with_header.prompt([user_message("w5 w6")])[1:]
 

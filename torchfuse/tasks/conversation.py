@@ -17,7 +17,7 @@ from torchfuse.data.collate import unnamed
 from torchfuse.data.encoder_items import Items
 from torchfuse.data.media import MediaInput
 from torchfuse.data.samples import Media, Message
-from torchfuse.errors import DataError
+from torchfuse.errors import ConfigError, DataError
 from torchfuse.generation.session import Session
 from torchfuse.naming import find_model, unwrap
 from torchfuse.tasks.image_inputs import by_encoder, encode_each
@@ -93,12 +93,10 @@ class Conversation:
                 unchanged then.
         """
         messages = [*self.messages, question]
-        # The answer before may have been cut short, or have ended with a token of the caller's.
-        ended = bool(self.tokens) and self.tokens[-1] in self.settings.transform.stop_tokens
-        prompt = encode_turn(self.settings.transform, messages, first=not self.tokens, ended=ended)
+        prompt, media = self._encode_turn(messages)
         session = self._open()
         self._check_room(session, prompt, question)
-        given = self._encode_images(prompt, question.media)
+        given = self._encode_images(prompt, media)
         text = TextStream(self.settings.text, stream) if stream is not None else None
 
         def put(chosen: Tensor) -> None:
@@ -124,11 +122,29 @@ class Conversation:
         answer = self.settings.until_stop(new[0].tolist())
         self.report.count(len(prompt), [answer])
         self.tokens += prompt + answer
-        self.media += question.media
+        self.media += media
         self.messages = [*messages, Message("assistant", [self.settings.text(answer)])]
         if text is not None:
             text.end()
         return self.settings.text(answer)
+
+    def _encode_turn(self, messages: list[Message]) -> tuple[list[int], list[Media]]:
+        """Return the ids and media of a conversation that the caches lack.
+
+        Where the template writes earlier turns otherwise once another follows, for example without their
+        thoughts, the caches are emptied, and that is the whole conversation.
+        """
+        transform = self.settings.transform
+        if self.tokens:
+            # The answer before may have been cut short, or have ended with a token of the caller's.
+            ended = self.tokens[-1] in transform.stop_tokens
+            try:
+                return encode_turn(transform, messages, first=False, ended=ended), messages[-1].media
+            except ConfigError:
+                self._open().reset()
+                self.tokens, self.media = [], []
+        all_media = [media for message in messages for media in message.media]
+        return encode_turn(transform, messages, first=True), all_media
 
     def _check_room(self, session: Session, prompt: list[int], question: Message) -> None:
         """Raise a ``DataError`` unless a turn fits into what is left."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchfuse.data.samples import Message, Sample
 from torchfuse.data.transform import SampleTransform
-from torchfuse.errors import DataError, name_problems
+from torchfuse.errors import ConfigError, DataError, name_problems
 from torchfuse.tasks.prompts import Prompt, message_text
 
 __all__ = [
@@ -72,7 +72,7 @@ def turn_lengths(
         for index, turn in enumerate(prompt.turns):
             messages.append(turn)
             try:
-                tokens = encode_turn(transform, messages, first=not index)
+                tokens = _next_turn(transform, messages, first=not index)
             except DataError as error:
                 where = f", turn {index + 1}" if len(prompt.turns) > 1 else ""
                 problems.append(f"prompt {number}{where}: {str(error).rstrip('.')}.")
@@ -84,6 +84,16 @@ def turn_lengths(
     if problems:
         raise DataError(name_problems(path, problems))
     return all_lengths
+
+
+def _next_turn(transform: SampleTransform, messages: Sequence[Message], *, first: bool) -> list[int]:
+    """Return the ids that a conversation runs for a turn, see ``Conversation``."""
+    try:
+        return encode_turn(transform, messages, first=first)
+    except ConfigError:
+        if first:
+            raise
+    return encode_turn(transform, messages, first=True)
 
 
 def prompt_lengths(transform: SampleTransform, samples: Sequence[Sample]) -> list[int]:

@@ -267,7 +267,7 @@ class ChatTemplate:
         if not whole.startswith(before.text[:end]):
             raise ConfigError(
                 f"{self.name} writes earlier turns otherwise once another follows, so caches cannot be "
-                "used: begin a new conversation for each question."
+                "continued: run the whole conversation again."
             )
         return whole, end
 

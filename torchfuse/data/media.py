@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchfuse.data.samples import Media
 from torchfuse.errors import DataError
 
-__all__ = ["MediaInput", "MediaTransform", "as_media_input", "collate_media"]
+__all__ = ["MediaInput", "MediaTransform", "as_media_input", "collate_media", "stack_images"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,20 @@ def collate_media(rows: Sequence[Sequence[MediaInput]]) -> tuple[dict[str, Tenso
     tiles = [[_pad_items(each.items, most) for each in row] for row in rows]
     are_real = [[torch.arange(max_items) < each.num_items for each in row] for row in rows]
     return {keyword: _by_media(tiles), **extras}, _by_media(are_real)
+
+
+def stack_images(media: list[MediaInput], size: tuple[int, int] | None) -> Tensor | list[MediaInput]:
+    """Return media as one tensor ``[m, 3, h, w]`` if each is an image of one item.
+
+    Args:
+        media: the media of a sample for one encoder.
+        size: height and width of images, for a sample without any.
+    """
+    if any(each.num_items != 1 or each.extras or each.keyword != "images" for each in media):
+        return media
+    if media:
+        return torch.cat([each.items for each in media])
+    return [] if size is None else torch.empty(0, 3, *size)
 
 
 def _by_media(rows: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -7,7 +7,6 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchfuse.data.collate import unnamed
@@ -16,7 +15,7 @@ from torchfuse.data.encoder_items import UNNAMED, ItemFormats, Items, options_of
 from torchfuse.data.features import FeatureReader
 from torchfuse.data.images import ImageTransform
 from torchfuse.data.masks import ImageScope
-from torchfuse.data.media import MediaInput, MediaTransform
+from torchfuse.data.media import MediaInput, MediaTransform, stack_images
 from torchfuse.data.media_reader import MediaCache, MediaReader
 from torchfuse.data.readers.torchtune_messages import sample_from_torchtune
 from torchfuse.data.samples import Media, Message, Sample
@@ -198,7 +197,9 @@ class SampleTransform:
             items.append(Items(self.formats.encoder_of(each.modality), given.num_items))
             images[items[-1].encoder].append(given)
         result = self._encode(sample, items, with_answer=with_answer)
-        result["images"] = unnamed({name: self._stack(given) for name, given in images.items()})
+        pixels = self.image_transform
+        size = None if pixels is None else (pixels.height, pixels.width)
+        result["images"] = unnamed({name: stack_images(given, size) for name, given in images.items()})
         result["encoder_mask"] = self.encoder_mask(result["tokens"], items)
         return result
 
@@ -310,13 +311,3 @@ class SampleTransform:
                 f"max_seq_len is {self.max_seq_len}."
             )
         return result
-
-    def _stack(self, inputs: list[MediaInput]) -> Tensor | list[MediaInput]:
-        """Return images as one tensor if each is one item."""
-        if any(each.num_items != 1 or each.extras or each.keyword != "images" for each in inputs):
-            return inputs
-        if inputs:
-            return torch.cat([each.items for each in inputs])
-        if self.image_transform is None:
-            return []
-        return torch.empty(0, 3, self.image_transform.height, self.image_transform.width)

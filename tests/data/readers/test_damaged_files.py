@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -111,6 +112,16 @@ def test_a_pattern_and_a_folder_name_the_same_files(tmp_path):
     for path in (tmp_path / "*.ndjson", tmp_path):
         with pytest.raises(DataError, match=r"c\.ndjson cannot be read: No such file"):
             read_samples(path)
+
+
+def test_pipes_and_folders_of_a_file_s_name_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl cannot be read: it is no regular file"):
+        read_samples(tmp_path / "pipe.jsonl")
+    (tmp_path / "pipe.jsonl").unlink()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"folder\.jsonl cannot be read: it is no regular file"):
+        read_samples(tmp_path)
 
 
 @pytest.mark.parametrize(

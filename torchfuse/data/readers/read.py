@@ -122,6 +122,8 @@ def _folder(path: Path) -> list[Path]:
 
 def _open(path: Path) -> Rows:
     """Open the rows of a file by what its first bytes are."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} cannot be read: it is no regular file.")  # a pipe would block
     try:
         with path.open("rb") as file:
             head = file.read(tarfile.BLOCKSIZE)

@@ -168,6 +168,7 @@ def test_videos(folder):
     (folder / "a.mp4").write_bytes(b"frames")
     for record in (
         llava("<video>\nQ", "A", video="a.mp4"),
+        llava("Q\n<image>", "A", video="a.mp4"),  # as in LLaVA-Video
         messages("<video>\nQ", "A", videos=["a.mp4"]),
     ):
         (video,) = read(folder, record).media
@@ -191,6 +192,8 @@ def test_the_root_of_images(folder):
         (llava("Q", "A", image=[CAT, DOG]), ["has <image> 0 times, but there are 2 images"]),
         (llava("<image><image>Q", "A", image=CAT), ["has <image> 2 times, but there are 1 images"]),
         (messages([IMAGE, TEXT], "A"), ["has <image> 1 times, but there are 0 images"]),
+        (llava("<image>", "A", "<image>", video="v"), ["has <video> 2 times, but there are 1 videos"]),
+        (messages("<image>Q", "A", videos=["v"]), ["has <image> 1 times, but there are 0 images"]),
         (messages("<video>Q", "A"), ["has <video> 1 times, but there are 0 videos"]),
         (llava(), ["the conversation is empty"]),
         (

@@ -61,11 +61,14 @@ class Layout:
         separator: text behind each of them.
         single_first: whether a single image in the first user's turn is moved to the turn's front, as
             LLaVA does in training.
+        image_tags_of_videos: whether ``<image>`` is the tag of videos in a record without images, as in
+            LLaVA's data of videos.
     """
 
     unplaced: Literal["one", "all"] = "one"
     separator: str = ""
     single_first: bool = False
+    image_tags_of_videos: bool = False
 
 
 def split_tags(text: str) -> list[Piece]:
@@ -92,6 +95,8 @@ def build_messages(
     """
     problems += _order_problems([turn.role for turn in turns])
     turns = list(turns)
+    if layout.image_tags_of_videos and media.get("video") and not media.get("image"):
+        turns = [_with_videos(turn) for turn in turns]
     if all(turn.pieces is not None for turn in turns):
         for modality, items in media.items():
             problems += _place(turns, Place(modality), len(items), layout)
@@ -126,6 +131,13 @@ def _order_problems(roles: Sequence[Role | None]) -> list[str]:
     if set(roles) == {"system"}:
         problems.append("the conversation has no message of the user")
     return problems
+
+
+def _with_videos(turn: Turn) -> Turn:
+    """Return a turn whose places of images are places of videos."""
+    image, video = Place("image"), Place("video")
+    pieces = [video if piece == image else piece for piece in turn.pieces or []]
+    return turn if turn.pieces is None else replace(turn, pieces=pieces)
 
 
 def _place(turns: list[Turn], place: Place, num_media: int, layout: Layout) -> list[str]:

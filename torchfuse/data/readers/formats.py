@@ -72,7 +72,10 @@ FORMATS: Final = {
     found.name: found
     for found in (
         RecordFormat(
-            "llava", _fields("conversations"), conversation_turns, Layout("one", "\n", single_first=True)
+            "llava",
+            _fields("conversations"),
+            conversation_turns,
+            Layout("one", "\n", single_first=True, image_tags_of_videos=True),
         ),
         RecordFormat("messages", _fields("messages", "prompt completion"), message_turns, Layout("one")),
         RecordFormat("texts", _fields("texts"), texts_turns, Layout("all")),

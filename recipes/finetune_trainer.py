@@ -214,8 +214,10 @@ def _backward(
     total: Tensor = torch.zeros((), device=device)
     for batch, (labels, weights) in zip(step, targets, strict=True):
         summed, _ = next_token_loss(model(**batch), labels, loss_weights=weights)
-        # FSDP averages gradients over ranks, and the count is of all ranks already.
-        (summed * world_size / count).backward()
+        # Nothing that trains takes part in a batch of text where only an adapter trains.
+        if summed.requires_grad or world_size > 1:
+            # FSDP averages gradients over ranks, and the count is of all ranks already.
+            (summed * world_size / count).backward()
         total = total + summed.detach()
     if world_size > 1:
         distributed.all_reduce(total)

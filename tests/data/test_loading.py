@@ -276,6 +276,10 @@ def test_options_out_of_range():
         loader(batch_size=0, num_workers=-1, packed=True, max_seq_len=None, start_method="x")
     for part in ("batch_size=0 must be at least 1", "num_workers=-1", "packed=True", "fork"):
         assert part in str(error.value)
+    short = Repeat()
+    short.max_seq_len = LONGEST - 1
+    with pytest.raises(ConfigError, match="max_seq_len=23 is more than the transform's, 22"):
+        loader(transform=short)
     with pytest.raises(DataError, match=r"7 samples \(7 rows\) are too few for one step of 1 x 4 x 2"):
         loader(Numbers(7))
 

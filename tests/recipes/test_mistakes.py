@@ -62,6 +62,10 @@ IN_CONFIGURATION = {
     "workers": ({"data": {"num_workers": -1}}, "num_workers=-1"),
     "start_method": ({"data": {"start_method": "thread"}}, "start_method"),
     "max_seq_len": ({"data": {"max_seq_len": 0}}, "max_seq_len=0"),
+    "more_than_the_model": (
+        {"data": {"max_seq_len": 258}},
+        "max_seq_len is 258, and the model's is 257",
+    ),
     "limit": ({"data": {"limit": 7}}, "data.limit=7"),
     "all_too_long": ({"data": {"max_seq_len": 5}}, "6 because they are longer than 5 tokens"),
     "too_few": ({"train": {"batch_size": 121}}, "too few for one step"),

@@ -44,6 +44,12 @@ def test_the_loss_is_that_of_the_rows_one_by_one(folder, tmp_path, arch, packed)
     assert loss == pytest.approx(loss_of(trained.eval(), transform, samples), rel=2e-6)
 
 
+def test_a_batch_of_text_trains_nothing_where_an_adapter_trains(folder, tmp_path):
+    """One row in four has no image, and no other part of the model has anything to learn from it."""
+    steps = {"batch_size": 1, "max_steps": 9}
+    assert len(run(folder, tmp_path, arch="joint_decoder", train=steps)) == 9
+
+
 def test_workers_change_no_loss(folder, tmp_path):
     data = {"packed": True, "template": "chatml"}
     alone = run(folder, tmp_path, data=data, output_dir=str(tmp_path / "run"))

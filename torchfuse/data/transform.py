@@ -21,7 +21,7 @@ from torchfuse.data.readers.torchtune_messages import sample_from_torchtune
 from torchfuse.data.samples import Media, Message, Sample
 from torchfuse.data.sequences import IGNORED, SequenceEncoder
 from torchfuse.data.templates import ChatTemplate, last_answer
-from torchfuse.errors import DataError, FusionError
+from torchfuse.errors import ConfigError, DataError, FusionError
 from torchfuse.naming import find_model, unwrap
 
 __all__ = ["SampleTransform"]
@@ -116,11 +116,14 @@ class SampleTransform:
 
         Raises:
             ConfigError: if the model has no token for images, if the number of features of an image is
-                unknown, or naming each option that does not fit the model.
+                unknown, if ``max_seq_len`` is more than the model's, or naming each option that does not
+                fit the model.
         """
         owner: Any = unwrap(find_model(model))
         given = options_of_model(vars(owner.image_format()), options)
         length = owner.max_seq_len if max_seq_len is None else max_seq_len
+        if length > owner.max_seq_len:
+            raise ConfigError(f"max_seq_len is {length}, and the model's is {owner.max_seq_len}.")
         return cls(
             tokenizer, image_transform=image_transform, template=template, max_seq_len=length, **given
         )

@@ -63,8 +63,12 @@ class StepLoader:
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
-        options = replace(options, max_seq_len=options.max_seq_len or transform.max_seq_len)
-        if problems := options.problems():
+        longest = transform.max_seq_len
+        options = replace(options, max_seq_len=options.max_seq_len or longest)
+        problems = options.problems()
+        if longest is not None and (options.max_seq_len or 0) > longest:
+            problems.append(f"max_seq_len={options.max_seq_len} is more than the transform's, {longest}")
+        if problems:
             raise ConfigError(f"Loading: {'; '.join(problems)}.")
         self.samples, self.options = samples, options
         self.transform = copy(transform)

@@ -149,6 +149,17 @@ def test_long_lists_are_cut_in_the_text_only(tmp_path):
     assert "  3 other sizes, sides of 7 to 102: 6" in lines_of(report)
 
 
+def test_a_long_list_has_rows_of_each_kind(folder):
+    rows = [llava("<image>Q", "A", image=f"gone{index}.png") for index in range(180)]
+    rows[90], rows[179] = llava("<image>Q", "A"), llava("Q")
+    report = check_samples(write_lines(folder / "a.jsonl", rows), transform=WordTransform())
+    lines = str(report).splitlines()
+    assert sum("cannot be opened: No such file" in line for line in lines) == 50 // 3
+    assert lines.count(f"  and {178 - 50 // 3} more like these") == 1
+    assert "  line 91: the conversation has <image> 1 times, but there are 0 images" in lines
+    assert "  line 180: has no answer" in lines
+
+
 class Killed(WordTransform):
     def __call__(self, sample):
         if sample.metadata.get("id") == "killed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -15,7 +16,8 @@ from torchfuse.data.packing import FirstFit
 
 __all__ = ["Report", "RowProblem"]
 
-_LISTED: Final = 50  # rows of a file that are listed one by one
+_LISTED: Final = 50  # rows of a file that are listed one by one, of each kind of problem as many
+_VARIABLE: Final = re.compile(r"'[^']*'|\S*[\d/]\S*")  # what messages of one kind differ in
 _SIZES: Final = 8  # sizes of images that are listed
 _PERCENTILES: Final = (0, 5, 25, 50, 75, 95, 99, 100)
 _BINS, _BAR = 12, 40
@@ -135,9 +137,16 @@ def _listed(what: str, problems: Sequence[RowProblem]) -> Iterator[str]:
     for path, group in groupby(problems, key=lambda problem: problem.path):
         found = list(group)
         yield f"{path}: {len(found):,} {what}"
-        yield from (f"  {problem.row}: {problem.message}" for problem in found[:_LISTED])
-        if len(found) > _LISTED:
-            yield f"  and {len(found) - _LISTED:,} more"
+        by_kind: dict[str, list[RowProblem]] = {}
+        for problem in found:
+            by_kind.setdefault(_VARIABLE.sub("", problem.message), []).append(problem)
+        if len(found) <= _LISTED or len(by_kind) > _LISTED:
+            by_kind = {"": found}
+        for rows in by_kind.values():
+            count = _LISTED // len(by_kind)
+            yield from (f"  {problem.row}: {problem.message}" for problem in rows[:count])
+            if len(rows) > count:
+                yield f"  and {len(rows) - count:,} more{' like these' * (len(by_kind) > 1)}"
 
 
 def _histogram(lengths: NDArray[np.int64]) -> list[str]:

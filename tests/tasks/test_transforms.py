@@ -9,6 +9,7 @@ from prompt_settings import give_tokenizer, tokenizer
 from torchfuse import from_pretrained
 from torchfuse.data import ImageTransform, Message, QuestionTransform
 from torchfuse.data.images import GridImageTransform
+from torchfuse.errors import ConfigError
 from torchfuse.tasks.transforms import make_transform
 
 PER_IMAGE = 9  # patches of 4 in an image of 12, without the class token
@@ -78,3 +79,9 @@ def test_a_directory_that_nothing_names_is_asked_for(folders, model):
         make_transform(model, sections(folders, ""))
     with pytest.raises(ValueError, match=r"'run, data\.image_transform': missing, and must be given"):
         make_transform(model, sections(folders, "", tokenizer=folders["words"]), where="run, ")
+
+
+@pytest.mark.parametrize("length", ["4k", 0, 2.5, True])
+def test_a_length_that_is_no_count_is_refused(folders, model, length):
+    with pytest.raises(ConfigError, match=r"data\.max_seq_len must be an integer above 0, got "):
+        make_transform(model, sections(folders, "model", max_seq_len=length))

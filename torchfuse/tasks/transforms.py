@@ -69,12 +69,13 @@ def read_transform(
             f"Configuration key '{where}data.tokenizer': missing, and must be given where neither "
             "pretrained nor model names the decoder's directory."
         )
+    length = data.get("max_seq_len")
+    if length is not None and (type(length) is not int or length < 1):
+        raise ConfigError(f"{where}data.max_seq_len must be an integer above 0, got {length!r}.")
     images = _image_transform(config, where)
     template = ChatTemplate.load(data.get("template"), tokenizer)
     options = {name: data[name] for name in _OPTIONS if data.get(name) is not None}
-    return lambda model: SampleTransform.for_model(
-        model, tokenizer, images, template, data.get("max_seq_len"), **options
-    )
+    return lambda model: SampleTransform.for_model(model, tokenizer, images, template, length, **options)
 
 
 def _within(transform: SampleTransform, model: nn.Module) -> SampleTransform:

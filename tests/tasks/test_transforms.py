@@ -83,5 +83,5 @@ def test_a_directory_that_nothing_names_is_asked_for(folders, model):
 
 @pytest.mark.parametrize("length", ["4k", 0, 2.5, True])
 def test_a_length_that_is_no_count_is_refused(folders, model, length):
-    with pytest.raises(ConfigError, match=r"data\.max_seq_len must be an integer above 0, got "):
+    with pytest.raises(ConfigError, match=r"data\.max_seq_len=.*: expected an integer above 0"):
         make_transform(model, sections(folders, "model", max_seq_len=length))

@@ -71,7 +71,7 @@ def read_transform(
         )
     length = data.get("max_seq_len")
     if length is not None and (type(length) is not int or length < 1):
-        raise ConfigError(f"{where}data.max_seq_len must be an integer above 0, got {length!r}.")
+        raise ConfigError(f"{where}data.max_seq_len={length!r}: expected an integer above 0.")
     images = _image_transform(config, where)
     template = ChatTemplate.load(data.get("template"), tokenizer)
     options = {name: data[name] for name in _OPTIONS if data.get(name) is not None}

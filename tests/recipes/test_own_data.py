@@ -50,6 +50,17 @@ def test_a_batch_of_text_trains_nothing_where_an_adapter_trains(folder, tmp_path
     assert len(run(folder, tmp_path, arch="joint_decoder", train=steps)) == 9
 
 
+def test_what_is_left_out_is_counted(folder, tmp_path):
+    row = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
+    long = {"messages": [{"role": "user", "content": "a" * 61}, {"role": "assistant", "content": "b"}]}
+    rows = [*[json.dumps(row)] * 3, json.dumps(long), '{"messages": ', json.dumps(long)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = {"train": str(tmp_path / "rows.jsonl"), "bad_samples": "skip", "max_seq_len": 61}
+    run(folder, tmp_path, data=data, train={"batch_size": 6, "max_steps": 1})
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["left_out"] == {"skipped": 1, "too_long": 2}
+
+
 def test_workers_change_no_loss(folder, tmp_path):
     data = {"packed": True, "template": "chatml"}
     alone = run(folder, tmp_path, data=data, output_dir=str(tmp_path / "run"))

@@ -23,7 +23,8 @@ def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
 
     Returns:
         ``new_parameters``, ``steps``, ``training_seconds``, ``tokens`` (by modality),
-        ``tokens_per_second``, ``accuracy_at_step`` and the ``statistics`` of the architecture, such as
+        ``tokens_per_second``, ``left_out`` (samples: ``skipped``, because they cannot be used, and
+        ``too_long``), ``accuracy_at_step`` and the ``statistics`` of the architecture, such as
         ``expert_load`` for one with experts of modalities; all of it JSON.
     """
     costs: dict[str, Any] = {
@@ -32,6 +33,7 @@ def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
         "training_seconds": round(record.seconds, 1),
         "tokens": dict(record.tokens),
         "tokens_per_second": round(sum(record.tokens.values()) / record.seconds),
+        "left_out": {name: record.samples[name] for name in ("skipped", "too_long")},
         "accuracy_at_step": [[step, round(share, 4)] for step, share in record.accuracies],
     }
     strategy = getattr(unwrap_model(model), "strategy", None)
@@ -44,8 +46,10 @@ def format_costs(costs: Mapping[str, Any]) -> str:
     Examples:
         >>> costs = {"new_parameters": 1234, "steps": 5, "training_seconds": 2.5}
         >>> costs |= {"tokens": {"text": 4100, "image": 900}, "tokens_per_second": 2000}
+        >>> costs["left_out"] = {"skipped": 0, "too_long": 12}
         >>> print(format_costs(costs | {"expert_load": {"layers.0": {"image": [0.25, 0.125]}}}))
         trained 1,234 new parameters for 2.5 s, on 4,100 tokens of text and 900 of image: 2,000 a second
+        left out 12 samples that are too long, and 0 that cannot be used
         layers.0: its experts of image took 25%, 12% of the tokens when they last ran
     """
     text, *others = (f"{count:,} tokens of {name}" for name, count in costs["tokens"].items())
@@ -54,6 +58,11 @@ def format_costs(costs: Mapping[str, Any]) -> str:
         f"trained {costs['new_parameters']:,} new parameters for {costs['training_seconds']:,} s, on "
         f"{tokens}: {costs['tokens_per_second']:,} a second"
     ]
+    if any((left_out := costs.get("left_out", {})).values()):
+        lines.append(
+            f"left out {left_out['too_long']:,} samples that are too long, and {left_out['skipped']:,} "
+            "that cannot be used"
+        )
     for layer, load in costs.get("expert_load", {}).items():
         for name, shares in load.items():
             taken = ", ".join(f"{share:.0%}" for share in shares)

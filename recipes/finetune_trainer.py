@@ -138,7 +138,7 @@ class Trainer:
                 if bar.disable and self.step % max(1, self.num_steps // 10) == 0:
                     log(f"step {self.step} of {self.num_steps}: loss {loss:.3f}")
                 for message in self.loader.skipped:
-                    log(f"skipped: {message}")
+                    print(f"skipped: {message}")  # each rank reads rows of its own
                 counts = {"skipped": len(self.loader.skipped), "too_long": self.loader.too_long}
                 record.samples.update(counts)
                 self.loader.skipped, self.loader.too_long = [], 0

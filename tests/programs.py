@@ -7,6 +7,7 @@ import importlib
 import io
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,20 @@ def run_program(module: Any, folder: Path, *arguments: Any) -> None:
         module.main()
 
 
-def run_program_on_ranks(module: Any, folder: Path, *arguments: Any) -> None:
-    """Like ``run_program``, on two ranks."""
-    run_on_ranks(_main_on_rank, module.__name__, folder, arguments)
+def run_program_on_ranks(module: Any, folder: Path, *arguments: Any) -> str:
+    """Like ``run_program``, on two ranks; returns what they print."""
+    with tempfile.TemporaryDirectory() as printed:
+        run_on_ranks(_main_on_rank, module.__name__, folder, arguments, printed)
+        return "".join(file.read_text() for file in sorted(Path(printed).iterdir()))
 
 
-def _main_on_rank(rank: int, name: str, folder: Path, arguments: tuple[Any, ...]) -> None:
+def _main_on_rank(rank: int, name: str, folder: Path, arguments: tuple[Any, ...], printed: str) -> None:
     # ``run_on_ranks`` makes and destroys the process group.
-    with patch.multiple(distributed, init_process_group=DEFAULT, destroy_process_group=DEFAULT):
+    with (
+        patch.multiple(distributed, init_process_group=DEFAULT, destroy_process_group=DEFAULT),
+        Path(printed, str(rank)).open("w") as file,
+        contextlib.redirect_stdout(file),
+    ):
         run_program(importlib.import_module(name), folder, *arguments)
 
 

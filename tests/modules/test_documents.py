@@ -31,7 +31,7 @@ def heads(num_kv_heads=2):
 def test_masks_and_positions_of_documents():
     mask = document_mask(IDS)
     assert torch.equal(mask.as_subclass(Tensor), dense())
-    assert mask.lengths == [[5, 3, 1, 2], [11], [2, 9]]
+    assert mask.attention.lengths == [[5, 3, 1, 2], [11], [2, 9]]
     assert document_positions(IDS)[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1]
     again = torch.tensor([[0, 0, 1, 0]])  # what comes later is another document
     assert document_mask(again)[0, 3].tolist() == [False, False, False, True]

@@ -87,7 +87,7 @@ def test_packs_on_two_ranks(folder, tmp_path, arch, options):
 
 
 @pytest.mark.distributed
-def test_what_is_left_out_on_any_rank_is_named(folder, tmp_path, capfd):
+def test_what_is_left_out_on_any_rank_is_named(folder, tmp_path):
     row = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{{\n" * 4)
     config = configuration(
@@ -97,7 +97,6 @@ def test_what_is_left_out_on_any_rank_is_named(folder, tmp_path, capfd):
         data={"train": str(tmp_path / "rows.jsonl"), "bad_samples": "skip"},
         train={"batch_size": 4, "max_steps": 1},
     )
-    run_program_on_ranks(finetune, folder, "--config", config)
-    printed = capfd.readouterr().out
+    printed = run_program_on_ranks(finetune, folder, "--config", config)
     assert all(printed.count(f"rows.jsonl, line {line}: no JSON") == 1 for line in (2, 4, 6, 8))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["left_out"]["skipped"] == 4

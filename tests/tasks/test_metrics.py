@@ -6,8 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchfuse.data import Message, Sample
-from torchfuse.tasks.metrics import anls, contained, exact_match, references, vqa_accuracy
-from torchfuse.tasks.vqa_answers import normalize_answer
+from torchfuse.tasks.metrics import (
+    anls,
+    contained,
+    exact_match,
+    normalize_answer,
+    references,
+    vqa_accuracy,
+)
 
 ANSWERS = ("cat", "a Cat.", "two", "2", "dog", "the dog!", "isnt", "isn't")
 MEANINGS = ("cat", "cat", "2", "2", "dog", "dog", "isn't", "isn't")  # as the official script has them

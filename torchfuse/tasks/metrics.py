@@ -10,9 +10,17 @@ from typing import Final
 import numpy as np
 
 from torchfuse.data.samples import Sample
-from torchfuse.tasks.vqa_answers import normalize_answer
 
-__all__ = ["METRICS", "Metric", "anls", "contained", "exact_match", "references", "vqa_accuracy"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "anls",
+    "contained",
+    "exact_match",
+    "normalize_answer",
+    "references",
+    "vqa_accuracy",
+]
 
 Metric = Callable[[str, Sequence[str]], float]
 """Score a text against reference answers."""
@@ -22,6 +30,31 @@ _COMMA_IN_NUMBER: Final = re.compile(r"(?<=\d),(?=\d)")
 _OTHER_POINT: Final = re.compile(r"(?<!\d)\.|\.(?!\d)")
 _MATCHES: Final = 3  # annotators whose agreement makes an answer right
 _THRESHOLD: Final = 0.5  # similarities below it count as 0
+_VQA_PUNCTUATION: Final = ';/[]"{}()=+\\_-><@`,?!'
+_VQA_PERIOD: Final = re.compile(r"\.(?!\d)")
+_VQA_COMMA: Final = re.compile(r"\d,\d")
+_VQA_NUMBERS: Final = {"none": "0"} | {
+    word: str(number)
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+_VQA_CONTRACTIONS: Final = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
+    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't "
+    "mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've "
+    "shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd someone'd've "
+    "someone'll someone's something'd something'd've something'll that's there'd there'd've "
+    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't "
+    "what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd "
+    "you'd've you'll you're you've "
+).split()
+# Without one of its apostrophes a contraction means the same.
+_VQA_SPELLINGS: Final = {
+    word[:index] + word[index + 1 :]: word
+    for word in _VQA_CONTRACTIONS
+    for index, letter in enumerate(word)
+    if letter == "'"
+}
 
 
 def references(sample: Sample) -> list[str]:
@@ -110,6 +143,33 @@ def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
     # The annotator who is left out is one of those who match, or one of the rest.
     among = matches * min(1, (matches - 1) / needed) + (len(given) - matches) * min(1, matches / needed)
     return among / len(given)
+
+
+def normalize_answer(text: str) -> str:
+    """Return an answer in lower case, without articles and punctuation, numbers up to ten as digits.
+
+    This is the normalisation of VQAv2's evaluation (Goyal et al., https://arxiv.org/abs/1612.00837),
+    with one difference: the official script leaves answers as they are where all annotators gave the
+    same one, so that "Yes" is wrong where all answers are "yes". Here, as in TextVQA's evaluation and
+    in lmms-eval, every answer is normalised. Punctuation beside a space is removed, and so is all of it
+    in a text with a comma in a number; other punctuation becomes a space.
+
+    Examples:
+        >>> normalize_answer("The Two dogs."), normalize_answer("black/white"), normalize_answer("1,000")
+        ('2 dogs', 'black white', '1000')
+        >>> normalize_answer("it isnt 3.5 !")
+        "it isn't 3.5"
+    """
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    in_number = _VQA_COMMA.search(text)
+    text = text.translate(
+        {
+            ord(mark): "" if in_number or f"{mark} " in text or f" {mark}" in text else " "
+            for mark in _VQA_PUNCTUATION
+        }
+    )
+    words = [_VQA_NUMBERS.get(word, word) for word in _VQA_PERIOD.sub("", text).lower().split()]
+    return " ".join(_VQA_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def anls(text: str, answers: Sequence[str]) -> float:

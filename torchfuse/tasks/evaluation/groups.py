@@ -1,4 +1,4 @@
-"""Groups of samples: by kind, by source, by the modalities of their media, or by a field of theirs."""
+"""Groups of samples: by kind, by source, by the modalities of their media, or by another field."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from torchfuse.modules.document_attention import (
     BlockAttention,
@@ -49,9 +50,14 @@ class DocumentMask(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.scaled_dot_product_attention and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                result = func(*args, **kwargs)
+            elif func is F.scaled_dot_product_attention:
                 return _attend(*args, **kwargs)
-            result = func(*args, **kwargs)
+            else:
+                # Graphs of torch.compile run below dispatch modes, which may not take the class.
+                plain, plain_kwargs = tree_map_only(cls, _as_plain, (args, kwargs))
+                result = func(*plain, **plain_kwargs)
         # The axis of heads, which attention adds.
         adds_axis = func is Tensor.__getitem__ and args[0].dim() == 3 and result.dim() == 4
         if adds_axis and result.shape[1] == 1 and result.shape[-2:] == args[0].shape[-2:]:
@@ -110,6 +116,10 @@ def _attend(
     if isinstance(attn_mask, DocumentMask) and attn_mask.attention.fits(q, k, dropout_p):
         return attn_mask.attention(q, k, v, dropout_p, **options)
     return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
+
+
+def _as_plain(mask: Tensor) -> Tensor:
+    return mask.as_subclass(Tensor)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

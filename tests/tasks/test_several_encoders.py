@@ -95,18 +95,22 @@ def test_turns_with_images_and_recordings(folder, built):
         assert tokens[-NEW:] == expected[-NEW - 1 : -1]
 
 
+def questions(folder):
+    """Contents with an image, with sounds, without media, and with both."""
+    return [
+        [image(folder, 0), "What?"],
+        [sound(folder, 1), "And", sound(folder, 2), "?"],
+        ["Nothing"],
+        [sound(folder, 3), image(folder, 4), "Both?"],
+    ]
+
+
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @torch.no_grad()
 def test_batches(folder, built, compile, monkeypatch):
     monkeypatch.setattr(session, "compiled", lambda function, device: function)
     model, settings = built
-    contents = [
-        [image(folder, 0), "What?"],
-        [sound(folder, 1), "And", sound(folder, 2), "?"],
-        ["Nothing"],
-        [sound(folder, 3), image(folder, 4), "Both?"],
-        [image(folder, 5), image(folder, 6), "Two?"],
-    ]
+    contents = [*questions(folder), [image(folder, 5), image(folder, 6), "Two?"]]
     samples = [Sample([Message("user", content)]) for content in contents]
     together = predict(model, replace(settings, compile=compile), samples, batch_size=3)
     for sample, prediction in zip(samples, together, strict=True):
@@ -117,12 +121,7 @@ def test_batches(folder, built, compile, monkeypatch):
 @torch.no_grad()
 def test_losses_of_answers(folder, built):
     model, settings = built
-    contents = [
-        [image(folder, 0), "What?"],
-        [sound(folder, 1), "And", sound(folder, 2), "?"],
-        ["Nothing"],
-        [sound(folder, 3), image(folder, 4), "Both?"],
-    ]
+    contents = questions(folder)
     answer = Message("assistant", ["It is 3."])
     samples = [Sample([Message("user", content), answer]) for content in contents]
     losses = answer_losses(model, settings.transform, samples, batch_size=3)

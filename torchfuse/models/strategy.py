@@ -55,15 +55,11 @@ class ImageFormat:
 
 def join_formats(formats: Mapping[str, ImageFormat]) -> ImageFormat:
     """Return the formats of named encoders as one."""
-    layout, image_token, _, scope = vars(next(iter(formats.values()))).values()
-    tokens: dict[str, Any] = {name: each.image_token for name, each in formats.items()}
-    features: dict[str, Any] = {name: each.features_per_image for name, each in formats.items()}
-    return ImageFormat(
-        layout,
-        tokens if layout == "placeholder" else image_token,
-        features,
-        scope,
-    )
+    first = next(iter(formats.values()))
+    tokens: Any = {name: each.image_token for name, each in formats.items()}
+    features: Any = {name: each.features_per_image for name, each in formats.items()}
+    token = tokens if first.layout == "placeholder" else first.image_token
+    return dataclasses.replace(first, image_token=token, features_per_image=features)
 
 
 class ModalityStrategy(ABC):

@@ -79,9 +79,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
         [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
     """
     number = _begins(document_ids).cumsum(dim=1)
-    mask = (number[:, :, None] == number[:, None, :]).tril()
-    if has_block_kernel(mask.device):
-        return with_block_kernel(mask)
+    mask = with_block_kernel((number[:, :, None] == number[:, None, :]).tril())
     # Elsewhere reading the lengths would synchronize the device, or break the graph.
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or type(mask) is not Tensor:
         return mask

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torchfuse.data.samples import Sample
 from torchfuse.errors import DataError
-from torchfuse.tasks.evaluation.groups import sample_kind
+from torchfuse.tasks.evaluation.scores import group_scores, score_predictions
 from torchfuse.tasks.evaluation.swap import media_modalities, swap_images
 from torchfuse.tasks.prediction import Prediction
 
@@ -23,11 +23,8 @@ def accuracy(predictions: Sequence[Prediction]) -> dict[str, float]:
     unknown = sum(p.sample.answer is None for p in predictions)
     if unknown or not predictions:
         raise DataError(f"{unknown} of {len(predictions)} samples have no answer to compare with.")
-    by_kind: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        by_kind.setdefault(sample_kind(prediction.sample), []).append(prediction)
-    groups = {**by_kind, "all": list(predictions)}
-    return {kind: sum(p.is_correct for p in group) / len(group) for kind, group in groups.items()}
+    means = group_scores([p.sample for p in predictions], score_predictions(predictions))
+    return {kind: row["exact_match"] for kind, row in means.items()}
 
 
 def accuracy_by_kind(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,12 +13,21 @@ from torchfuse.modules.experts.auxiliary_loss import mark_main_loss
 __all__ = ["next_token_loss"]
 
 
+class LossOptions(TypedDict, total=False):
+    """What is added to the cross-entropy: see ``next_token_loss``."""
+
+    z_loss: float
+    label_smoothing: float
+
+
 def next_token_loss(
     logits: Tensor,
     labels: Tensor,
     ignore_index: int = -100,
     *,
     loss_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of next-token prediction, as a sum and the number of tokens in it.
 
@@ -32,6 +43,9 @@ def next_token_loss(
             each document's first token, as in those of ``torchfuse.data.pack``: the token before it is
             of another document.
         loss_weights: factors of the labels' losses, ``[b, s]``, at least 0. None: 1 each.
+        z_loss: factor of the squared logarithm of each softmax's denominator, which is added to the loss
+            of its label (Chowdhery et al., 2022, section 5).
+        label_smoothing: see ``torch.nn.functional.cross_entropy``.
 
     Returns:
         The sum, and the number of labels in it, or the sum of their weights. Both are zero, with a
@@ -52,19 +66,60 @@ def next_token_loss(
         >>> round(float(total / count), 4), float(count)
         (1.9459, 0.5)
     """
-    targets = labels[:, 1:].flatten()
+    targets, weights = shifted_targets(labels, ignore_index, loss_weights)
     scores = logits[:, :-1].flatten(0, 1).float()
-    if loss_weights is None:
-        total = F.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="sum")
-        count = (targets != ignore_index).sum()
-    else:
-        if loss_weights.shape != labels.shape:
-            raise ModelError(
-                f"loss_weights must be {list(labels.shape)} as the labels are, got "
-                f"{list(loss_weights.shape)}."
-            )
-        weights = loss_weights[:, 1:].flatten().float().masked_fill(targets == ignore_index, 0)
-        counted = targets.masked_fill(weights == 0, ignore_index)
-        each = F.cross_entropy(scores, counted, ignore_index=ignore_index, reduction="none")
-        total, count = (weights * each).sum(), weights.sum()
+    total = summed_loss(
+        scores,
+        targets.flatten(),
+        None if weights is None else weights.flatten(),
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )
+    count = (targets != ignore_index).sum() if weights is None else weights.sum()
     return mark_main_loss(total, count), count
+
+
+def shifted_targets(
+    labels: Tensor, ignore_index: int, loss_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return what the positions ``0 .. s - 2`` are to predict, and the weights of that, ``[b, s - 1]``.
+
+    Labels of weight 0 become ``ignore_index``, and the weights of those that do not count are 0.
+
+    Raises:
+        ModelError: if the weights have another shape than the labels.
+    """
+    targets = labels[:, 1:]
+    if loss_weights is None:
+        return targets, None
+    if loss_weights.shape != labels.shape:
+        raise ModelError(
+            f"loss_weights must be {list(labels.shape)} as the labels are, got "
+            f"{list(loss_weights.shape)}."
+        )
+    weights = loss_weights[:, 1:].float().masked_fill(targets == ignore_index, 0)
+    return targets.masked_fill(weights == 0, ignore_index), weights
+
+
+def summed_loss(
+    scores: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the weighted sum of the losses of scores ``[n, v]`` in fp32 for targets ``[n]``."""
+    each = F.cross_entropy(
+        scores,
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum" if weights is None and not z_loss else "none",
+    )
+    if z_loss:
+        squared = scores.logsumexp(dim=-1).square()
+        each = each + z_loss * squared.masked_fill(targets == ignore_index, 0)
+    return each.sum() if weights is None else (weights * each).sum()

@@ -1,0 +1,167 @@
+"""The loss of next-token prediction without the logits of all positions.
+
+The output head is the widest layer of a model, and most positions of multimodal data are not learned:
+questions, images, padding. Here hidden states are gathered where there is something to learn, and head
+and cross-entropy run on a few of them at a time. Each chunk's gradients are computed together with its
+loss, so that neither logits nor anything of their size is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torchfuse.modules.experts.auxiliary_loss import mark_main_loss
+from torchfuse.naming import find_model, unwrap
+from torchfuse.params.storage import is_sharded
+from torchfuse.training.loss import LossOptions, next_token_loss, shifted_targets, summed_loss
+
+__all__ = ["linear_next_token_loss"]
+
+_LOGITS: Final = 2**24  # of a chunk: 64 MiB in fp32
+
+
+def linear_next_token_loss(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    labels: Tensor,
+    ignore_index: int = -100,
+    loss_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    **forward: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run a model and return its ``next_token_loss``, with the head on supervised positions alone.
+
+    Equal to ``next_token_loss(model(tokens, **forward), labels)``, in less time and memory. Gradients
+    of gradients cannot be computed through it.
+
+    Args:
+        model: a fused model or a decoder, also compiled, sharded or in DDP. One without torchtune's
+            ``output`` and ``chunked_output`` computes the logits of all positions.
+        tokens: ids, ``[b, s]``.
+        labels: see ``next_token_loss``, as for the next four.
+        ignore_index: the label that does not count.
+        loss_weights: factors of the labels' losses, ``[b, s]``.
+        z_loss: factor of the squared logarithm of each softmax's denominator.
+        label_smoothing: between 0 and 1.
+        **forward: the model's other arguments, such as ``encoder_input``.
+
+    Returns:
+        The sum, and the number of labels in it, or the sum of their weights.
+
+    Raises:
+        ModelError: if the weights have another shape than the labels.
+
+    Examples:
+        >>> from torchfuse.models.decoders.llama import llama_decoder
+        >>> sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 16}
+        >>> model = llama_decoder(vocab_size=11, num_layers=2, max_seq_len=16, **sizes)
+        >>> tokens = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> labels = torch.tensor([[-100, -100, -100, 1, 5]])
+        >>> total, count = linear_next_token_loss(model, tokens, labels=labels)
+        >>> expected, _ = next_token_loss(model(tokens), labels)
+        >>> int(count), torch.allclose(total, expected)
+        (2, True)
+    """
+    options = LossOptions(z_loss=z_loss, label_smoothing=label_smoothing)
+    fused: Any = unwrap(find_model(model))
+    decoder: Any = unwrap(getattr(fused, "decoder", fused))
+    if not (hasattr(decoder, "chunked_output") and hasattr(decoder, "output")):
+        logits = model(tokens, **forward)
+        return next_token_loss(logits, labels, ignore_index, loss_weights=loss_weights, **options)
+    targets, weights = shifted_targets(labels, ignore_index, loss_weights)
+    learned = targets != ignore_index
+    with _without_head(decoder):
+        hidden = model(tokens, **forward)
+    hidden = hidden[-1] if isinstance(hidden, list) else hidden
+    count = learned.sum() if weights is None else weights.sum()
+    if any(map(is_sharded, _parameters(decoder.output))):
+        fused.unshard()  # fully_shard(reshard_after_forward=True)
+    total = _LinearLoss.apply(
+        hidden[:, :-1][learned],
+        targets[learned],
+        None if weights is None else weights[learned],
+        decoder.output,
+        options,
+        *_parameters(decoder.output),
+    )
+    return mark_main_loss(total, count), count
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The summed loss of a head's scores; gradients are computed with it, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        head: Callable[[Tensor], Tensor],
+        options: LossOptions,
+        *parameters: Tensor,
+    ) -> Tensor:
+        rows = max(1, _LOGITS // head(hidden[:0]).shape[-1])
+        trained = [index for index, p in enumerate(parameters) if p.requires_grad]
+        with_gradients = any(ctx.needs_input_grad)
+        # In fp32: many small terms are added.
+        sums = [torch.zeros_like(parameters[index], dtype=torch.float) for index in trained]
+        total, of_hidden = torch.zeros((), device=hidden.device), []
+        for start in range(0, max(1, len(hidden)), rows):
+            chunk = slice(start, start + rows)
+            h = hidden[chunk].detach().requires_grad_(with_gradients)
+            with torch.set_grad_enabled(with_gradients):
+                scores = head(h).float()
+                loss = summed_loss(
+                    scores, targets[chunk], None if weights is None else weights[chunk], **options
+                )
+            total += loss.detach()
+            if with_gradients:
+                of_h, *others = torch.autograd.grad(
+                    loss, [h, *(parameters[i] for i in trained)], materialize_grads=True
+                )
+                of_hidden.append(of_h)
+                for into, gradient in zip(sums, others, strict=True):
+                    into += gradient
+        if with_gradients:
+            gradients = [g.to(parameters[i].dtype) for i, g in zip(trained, sums, strict=True)]
+            ctx.save_for_backward(torch.cat(of_hidden), *gradients)
+            ctx.trained, ctx.num_parameters = trained, len(parameters)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        of_hidden, *gradients = (saved * scale.to(saved.dtype) for saved in ctx.saved_tensors)
+        of_parameters: list[Tensor | None] = [None] * ctx.num_parameters
+        for index, gradient in zip(ctx.trained, gradients, strict=True):
+            of_parameters[index] = gradient
+        return of_hidden, None, None, None, None, *of_parameters
+
+
+@contextmanager
+def _without_head(decoder: Any) -> Iterator[None]:
+    """Let a decoder return its last hidden states, after the norm, as its one chunk of logits."""
+    chunks, decoder.num_output_chunks = decoder.num_output_chunks, 1
+    decoder.chunked_output = _unchanged
+    try:
+        yield
+    finally:
+        decoder.num_output_chunks = chunks
+        del decoder.chunked_output
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _parameters(head: Any) -> list[Tensor]:
+    """Return the parameters of a head; those of the embedding, if it is tied to one."""
+    owner = head if isinstance(head, nn.Module) else head.tied_module
+    return list(owner.parameters())

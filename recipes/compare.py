@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from omegaconf import MISSING, DictConfig, OmegaConf
-from torchfuse.recipes import finetune, finetune_config
+from torchfuse.recipes import finetune, finetune_checks, finetune_config
 from torchfuse.recipes.draw_digits import COLORS, FAINT, read_json, save_figure, set_style
 from tqdm import tqdm
 
@@ -86,11 +86,11 @@ def _read_runs(config: Config) -> dict[str, DictConfig]:
             own = {"output_dir": f"{config.output_dir}/{name}"}
             runs[name] = OmegaConf.merge(given, config.budget, own)  # type: ignore[assignment]
             known = typed(runs[name], finetune_config.Config)
-            finetune_config.check_config(known)
+            finetune_checks.check_config(known)
         except ValueError as error:
             problems.append(f"{path}: {str(error).rstrip('.')}")
             continue
-        checked[path] = dict(finetune_config.flat(asdict(known)))
+        checked[path] = dict(finetune_checks.flat(asdict(known)))
         if known.eval_every is None or known.data.test is None:
             problems.append(
                 f"{path}: eval_every and data.test must be given: accuracy during training is plotted"

@@ -14,7 +14,8 @@ from the newest one, to the bit:
     tune run torchfuse/recipes/finetune.py --config ... save_every=100 resume=true
 """
 
-from torchfuse.recipes.finetune_config import Config, check_config, read_data
+from torchfuse.recipes.finetune_checks import check_config, read_data
+from torchfuse.recipes.finetune_config import Config
 
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.training.config import recipe

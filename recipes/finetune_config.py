@@ -1,49 +1,11 @@
-"""Configuration of the finetune recipe: keys, their ranges, and those that a resumed run must share."""
+"""Keys of the finetune recipe's configuration."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from torchfuse.data import Mixture, Sample, Samples
-from torchfuse.data.readers import read_mixture
-from torchfuse.errors import ConfigError
-
-__all__ = [
-    "Config",
-    "Data",
-    "Pretrained",
-    "Train",
-    "check_config",
-    "default_signature",
-    "read_data",
-    "resume_signature",
-]
-
-# Keys that a resumed run may change: they do not affect the trained weights.
-_FREE_ON_RESUME: Final = frozenset(
-    {
-        "output_dir",
-        "data.test",
-        "data.num_workers",
-        "data.prefetch_factor",
-        "data.start_method",
-        "data.bad_samples",
-        "data.cache_images",
-        "data.cache_features",
-        "device",
-        "activation_checkpointing",
-        "compile",
-        "eval_batch_size",
-        "eval_every",
-        "eval_limit",
-        "save_every",
-        "resume",
-    }
-)
-_FROM_PRETRAINED: Final = "torchfuse.from_pretrained"
-_SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
+__all__ = ["Config", "Data", "Pretrained", "Train"]
 
 
 @dataclass
@@ -117,7 +79,7 @@ class Data:
 
 @dataclass
 class Train:
-    """Optimisation, with AdamW and a cosine schedule.
+    """Optimisation.
 
     Attributes:
         lr (number or section): the learning rate, or one for each part that trains, by its name.
@@ -126,8 +88,16 @@ class Train:
         max_steps: the most optimizer steps; null: all of the epochs.
         batch_size: samples, or packs, of a batch on each rank.
         gradient_accumulation_steps: batches of an optimizer step.
+        optimizer: a component that takes groups of parameters, such as ``torchao.optim.AdamW8bit``, and
+            its keywords.
         warmup_steps: steps in which the learning rate rises to ``lr``.
+        lr_schedule: what it does then: ``cosine`` and ``linear`` fall to 0, ``constant`` stays.
         clip_grad_norm: the largest norm of the gradient; null: not clipped.
+        z_loss: factor of the squared logarithm of the softmax's denominator in the loss.
+        label_smoothing: share of the target that is spread over all tokens.
+        fp32_weights: whether what trains is kept in fp32 where ``dtype`` is ``bf16``.
+        max_skipped_steps: how many steps in a row are skipped because loss or gradients are not finite;
+            one more ends the run.
     """
 
     lr: Any = 1e-3
@@ -136,8 +106,14 @@ class Train:
     max_steps: int | None = None
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"_component_": "torch.optim.AdamW"})
     warmup_steps: int = 0
+    lr_schedule: str = "cosine"
     clip_grad_norm: float | None = 1.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    fp32_weights: bool = True
+    max_skipped_steps: int = 3
 
 
 @dataclass
@@ -152,26 +128,34 @@ class Config:
             where the model loads its own.
         transform: a component that returns a ``SampleTransform``, in place of the keys of ``data``
             that describe one.
+        init_from: folder of an earlier run, or of what ``save_trained`` wrote, to start from what it
+            learned; null: start from the pretrained checkpoints alone.
         data: files of samples, and how samples become batches.
         train: optimisation.
         freeze: stages ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; without
             any, the keywords of ``model`` determine what trains.
         device: ``cpu``, ``cuda`` (each rank's own) or another device of torch.
-        dtype: dtype of the weights: ``fp32`` or ``bf16``.
+        dtype: dtype of the weights, and in which matrices are multiplied: ``fp32`` or ``bf16``.
         seed: seed of new weights, dropout and the order of the samples.
         activation_checkpointing: whether activations of layers are computed again in the backward pass.
+        activation_offloading: whether activations are kept in the memory of the CPU; on CUDA.
         compile: whether layers are compiled.
         eval_batch_size: samples that are answered at once.
         eval_every: steps between evaluations on samples of ``data.test`` with one image; there is one
             after the last step too; null: none during training.
         eval_limit: how many samples these use, the first ones; null: all.
         save_every: steps between checkpoints; there is one after the last step too; null: none.
+        keep_last: how many of the newest checkpoints are kept; null: all.
+        keep_best: whether the one with the highest accuracy of an evaluation is kept too.
+        logger: one of ``torchtune.training.metric_logging``, and its keywords; null: none.
+        log_every: steps between what it gets.
         resume: whether to continue from the newest checkpoint, if there is one.
     """
 
     output_dir: str = MISSING
     model: dict[str, Any] = MISSING
     pretrained: Pretrained = field(default_factory=Pretrained)
+    init_from: str | None = None
     transform: dict[str, Any] | None = None
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
@@ -180,94 +164,14 @@ class Config:
     dtype: str = "fp32"
     seed: int = 0
     activation_checkpointing: bool = False
+    activation_offloading: bool = False
     compile: bool = False
     eval_batch_size: int = 128
     eval_every: int | None = None
     eval_limit: int | None = None
     save_every: int | None = None
+    keep_last: int | None = None
+    keep_best: bool = False
+    logger: dict[str, Any] | None = None
+    log_every: int = 1
     resume: bool = False
-
-
-def check_config(config: Config) -> None:
-    """Raise a ``ConfigError`` for missing checkpoints, or one for all numbers out of range."""
-    train, pretrained = config.train, config.pretrained
-    missing = [name for name in ("decoder", "encoder") if getattr(pretrained, name) is None]
-    model = config.model if isinstance(config.model, dict) else {}
-    loads_itself = len(missing) == 2 and model.get("_component_") == _FROM_PRETRAINED
-    if missing and pretrained.path is None and not loads_itself:
-        raise ConfigError(
-            f"Configuration key 'pretrained.{missing[0]}': missing, and must be given; or give "
-            "pretrained.path, the directory of a whole model, or a model whose _component_ is "
-            f"{_FROM_PRETRAINED}."
-        )
-    problems = [
-        f"{name}={value} must be at least {least}"
-        for name, value, least in (
-            ("train.epochs", train.epochs, 1),
-            ("train.max_steps", train.max_steps, 1),
-            ("train.batch_size", train.batch_size, 1),
-            ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
-            ("train.warmup_steps", train.warmup_steps, 0),
-            ("data.limit", config.data.limit, 1),
-            ("eval_batch_size", config.eval_batch_size, 1),
-            ("eval_every", config.eval_every, 1),
-            ("eval_limit", config.eval_limit, 1),
-            ("save_every", config.save_every, 1),
-        )
-        if value is not None and value < least
-    ]
-    if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
-        problems.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
-    for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
-        rates = list(value.values()) if isinstance(value, dict) else [value]
-        numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
-        if not rates or not numbers or min(rates) < 0:
-            problems.append(
-                f"{name}={value} must be a number of at least 0, or one for each part that trains"
-            )
-    if problems:
-        raise ConfigError(f"{'; '.join(problems)}.")
-
-
-def read_data(config: Config) -> tuple[Samples | Mixture, Sequence[Sample]]:
-    """Open the files of samples; return those to train on and those to test with."""
-    data = config.data
-    train: Samples | Mixture = read_mixture(data.train, seed=config.seed, what="data.train")
-    if isinstance(data.train, str):  # one set needs no order of its own
-        train = train.samples
-    if data.limit is not None:
-        if isinstance(train, Mixture):
-            raise ConfigError(f"data.limit={data.limit} needs data.train to be one path.")
-        train = train[: data.limit]
-    test = () if data.test is None else read_mixture(data.test, what="data.test").samples
-    return train, test
-
-
-def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
-    """Return the keys that affect training, with their values; a resumed run must have the same.
-
-    Batch size, accumulation and number of ranks are in it as their product, the questions of a step.
-
-    Args:
-        config: the configuration.
-        world_size: the number of ranks.
-    """
-    kept = {name: value for name, value in flat(asdict(config)) if name not in _FREE_ON_RESUME}
-    size = world_size
-    for name in _SIZES:
-        size *= kept.pop(name)
-    return {**kept, "questions a step": size}
-
-
-def default_signature() -> dict[str, Any]:
-    """Return the part of a signature that a configuration has without any key."""
-    return {name: value for name, value in flat(asdict(Config())) if value != MISSING}
-
-
-def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over the values of nested sections, by dotted key."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import distributed, nn
 from torchfuse.recipes.finetune_config import Config
-from torchfuse.recipes.finetune_trainer import CHECKPOINTS, Trainer
+from torchfuse.recipes.finetune_trainer import CHECKPOINTS, RunInterruptedError, Trainer
 from torchtune import training
 from torchtune.utils import get_world_size_and_rank
 
 from torchfuse import describe
-from torchfuse.checkpoint import latest_checkpoint, save_trained
+from torchfuse.checkpoint import latest_checkpoint, load_trained, save_trained
 from torchfuse.data import LoaderOptions, Mixture, Sample, Samples, SampleTransform, StepLoader
 from torchfuse.data.readers.read_all import read_all
 from torchfuse.errors import ConfigError, ModelError
@@ -37,8 +38,11 @@ from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
-from torchfuse.training import shard
+from torchfuse.training import build, shard
 from torchfuse.training.config import check_output_dir
+from torchfuse.training.interruption import EXIT_CODE
+from torchfuse.training.precision import computing_in, keep_in_fp32
+from torchfuse.training.progress import Progress
 
 
 def run(
@@ -63,6 +67,8 @@ def run(
     test = read_all(test, config.data.test if isinstance(config.data.test, str) else "data.test")
     transform_of = read_transform(asdict(config))
     model = build_model(config.model, vars(config.pretrained), device=config.device, dtype=config.dtype)
+    if config.init_from is not None:
+        load_trained(model, _learned(config.init_from))
     transform = transform_of(model)
     settings = PromptSettings(transform, max_new_tokens=longest_answer(transform, test, "data.test"))
     validation = _validation_samples(test, config)
@@ -71,20 +77,28 @@ def run(
     check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
     check_lengths(model, transform, test, "data.test")
     loader = _loader(train, _with_features(model, stages, train, transform, config), config)
-    _prepare(model, config, shard_it=distributed_run)
+    _prepare(model, stages, config, shard_it=distributed_run)
     trainer = Trainer(model, stages, loader, config)
     log(f"\n{describe(model)}\n")
 
     def answer(samples: Sequence[Sample]) -> list[Prediction]:
         # Every rank answers all samples: under sharding all ranks must run the same steps.
-        return predict(model, settings, samples, batch_size=config.eval_batch_size)
+        with computing_in(trainer.dtype, trainer.device):
+            return predict(model, settings, samples, batch_size=config.eval_batch_size)
 
     text = [sample for sample in test if not sample.media]
     if trainer.resume():
         log(f"resumes after step {trainer.step} of {trainer.num_steps}")
     elif text:
         trainer.record.before = accuracy_by_kind(answer(text))
-    record = trainer.train(log, lambda: accuracy(answer(validation))["all"])
+    progress = _progress(trainer, config, log)
+    try:
+        record = trainer.train(progress, lambda: accuracy(answer(validation))["all"])
+    except RunInterruptedError as interrupted:
+        log(f"ended by SIGTERM after step {interrupted}, which is saved; resume=true continues")
+        if distributed_run:
+            distributed.destroy_process_group()
+        sys.exit(EXIT_CODE)
     save_trained(model, output / "fusion", trained=trainer.trained, stages=stages)
     write_file(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_file(output / "losses.json", json.dumps(record.losses) + "\n")
@@ -104,6 +118,35 @@ def run(
 
 
 def _silent(*_: Any) -> None: ...
+
+
+def _progress(trainer: Trainer, config: Config, log: Callable[[str], None]) -> Progress:
+    """Return the bar, and the logger of rank zero."""
+    logger = None
+    if config.logger is not None and trainer.rank == 0:
+        logger = build(config.logger, what="logger")
+        if not hasattr(logger, "log_dict"):
+            raise ConfigError(
+                "logger must be a metric logger of torchtune, with log_dict; got a "
+                f"{type(logger).__name__}."
+            )
+    return Progress(
+        trainer.num_steps,
+        trainer.step,
+        device=trainer.device,
+        log=log,
+        logger=logger,
+        log_every=config.log_every,
+        shown=trainer.rank == 0,
+    )
+
+
+def _learned(init_from: str) -> Path:
+    """Return the folder of what an earlier run learned, or the folder itself."""
+    folder = Path(init_from)
+    if not folder.is_dir():
+        raise ConfigError(f"init_from={init_from}: there is no such folder.")
+    return folder / "fusion" if (folder / "fusion").is_dir() else folder
 
 
 def _output_dir(config: Config) -> Path:
@@ -139,8 +182,10 @@ def _with_features(
     return cache_features(model, train, transform, data.cache_features, **workers)
 
 
-def _prepare(model: nn.Module, config: Config, *, shard_it: bool) -> None:
-    """Checkpoint activations, compile layers and shard, as configured."""
+def _prepare(model: nn.Module, stages: FreezeSchedule, config: Config, *, shard_it: bool) -> None:
+    """Keep what trains in fp32, checkpoint activations, compile layers and shard, as configured."""
+    if config.train.fp32_weights:
+        keep_in_fp32(model, stages.trained_ever(model))
     layers = {type(layer) for layer in model.layers}
     if config.activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy=layers)

@@ -1,26 +1,35 @@
 """The training of a finetuning run, which can be saved and resumed at any step."""
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, distributed, nn
-from torchfuse.recipes.finetune_config import Config, default_signature, resume_signature
-from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import LRScheduler
+from torchfuse.recipes.finetune_checks import default_signature, resume_signature
+from torchfuse.recipes.finetune_config import Config
 from torchtune.utils import batch_to_device, get_world_size_and_rank
-from tqdm import tqdm
 
 from torchfuse import param_groups
-from torchfuse.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from torchfuse.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from torchfuse.checkpoint.run import checkpoint_steps
 from torchfuse.data.loading import Cursor, StepLoader, count_tokens
 from torchfuse.errors import CheckpointError, ConfigError, DataError
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.image_inputs import fit_to_encoder
-from torchfuse.training import TrainingRecord, device_and_dtype, next_token_loss
+from torchfuse.training import TrainingRecord, build, device_and_dtype, linear_next_token_loss
+from torchfuse.training.finite import NonFiniteSteps, clip_gradients
+from torchfuse.training.interruption import Interruption
+from torchfuse.training.precision import computing_in
+from torchfuse.training.progress import Progress, StepMetrics
+from torchfuse.training.schedules import lr_schedule
 
 CHECKPOINTS: Final = "checkpoints"  # below output_dir
 
@@ -39,7 +48,7 @@ class Trainer:
         self, model: nn.Module, stages: FreezeSchedule, loader: StepLoader, config: Config
     ) -> None:
         self.model, self.stages, self.loader, self.config = model, stages, loader, config
-        self.device, _ = device_and_dtype(config.device, config.dtype)
+        self.device, self.dtype = device_and_dtype(config.device, config.dtype)
         self.world_size, self.rank = get_world_size_and_rank()
         self.step, self.cursor, self.record = 0, Cursor(), TrainingRecord()
         self._idle = 0  # steps in a row without anything to learn
@@ -51,12 +60,14 @@ class Trainer:
         stages.apply(model, 0)
         self.num_steps = loader.num_steps
         options = config.train
-        self.optimizer = torch.optim.AdamW(
-            param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages)
+        self.non_finite = NonFiniteSteps(options.max_skipped_steps)
+        self.optimizer = build(
+            options.optimizer,
+            param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages),
+            what="train.optimizer",
+            kind=torch.optim.Optimizer,
         )
-        self.lr_schedule = get_cosine_schedule_with_warmup(
-            self.optimizer, options.warmup_steps, self.num_steps
-        )
+        self.lr_schedule = self._lr_schedule()
 
     def resume(self) -> bool:
         """Load the newest checkpoint if the configuration asks for it; return whether there is one.
@@ -83,11 +94,26 @@ class Trainer:
             raise ConfigError(
                 f"{loaded.path} was made with a different configuration: {'; '.join(differ)}."
             )
+        if self.num_steps < loaded.step:
+            raise ConfigError(
+                f"{loaded.path} has more steps than the run is to have: {loaded.step} of "
+                f"{self.num_steps}; raise train.max_steps or train.epochs."
+            )
         self.step = loaded.step
         self.cursor = self._restored_cursor(loaded.extra.get("data"), loaded.path)
         self.record = TrainingRecord.restored(loaded.extra["record"], self.rank)
-        self.lr_schedule.load_state_dict(loaded.extra["lr_schedule"])
+        self.lr_schedule = self._lr_schedule()
         return True
+
+    def _lr_schedule(self) -> LRScheduler:
+        options = self.config.train
+        return lr_schedule(
+            options.lr_schedule,
+            self.optimizer,
+            options.warmup_steps,
+            self.num_steps,
+            steps_taken=self.step,
+        )
 
     def _restored_cursor(self, saved: dict[str, Any] | None, path: Path) -> Cursor:
         """Return the cursor of a checkpoint, after comparing the data that it was trained on."""
@@ -110,69 +136,116 @@ class Trainer:
             extra={
                 "course": resume_signature(self.config, self.world_size),
                 "record": self.record.of_all_ranks(self.device).state(),
-                "lr_schedule": self.lr_schedule.state_dict(),
                 "data": {"digest": self.loader.samples.digest, "cursor": self.cursor.state()},
             },
             trained=self.trained,
         )
+        if self.config.keep_last is not None and self.rank == 0:
+            best = [self._best_step()] if self.config.keep_best else []
+            remove_checkpoints(self._checkpoints, keep_last=self.config.keep_last, keep=best)
 
-    def train(self, log: Callable[[str], None], validate: Callable[[], float]) -> TrainingRecord:
-        """Take the remaining steps; validate and save as often as configured; return the record."""
+    def _best_step(self) -> int:
+        """Return the saved step with the highest accuracy, the last of several; 0 if none is known."""
+        saved = set(checkpoint_steps(self._checkpoints))
+        known = [(share, step) for step, share in self.record.accuracies if step in saved]
+        return max(known, default=(0.0, 0))[1]
+
+    def train(self, progress: Progress, validate: Callable[[], float]) -> TrainingRecord:
+        """Take the remaining steps; validate and save as often as configured; return the record.
+
+        Raises:
+            RunInterruptedError: if the system asked for the end of the run, which is saved.
+        """
         record, config = self.record, self.config
         self.model.train()
         steps = islice(self.loader.steps(self.cursor), self.num_steps - self.step)
-        bar = tqdm(
-            desc="finetune",
-            total=self.num_steps,
-            initial=self.step,
-            disable=None if self.rank == 0 else True,
-        )
-        with bar:
-            began = time.perf_counter()
-            for step, self.cursor in steps:
-                loss = self._train_step(step)
-                record.losses.append((self.step, loss))
-                record.seconds += time.perf_counter() - began
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}")
-                if bar.disable and self.step % max(1, self.num_steps // 10) == 0:
-                    log(f"step {self.step} of {self.num_steps}: loss {loss:.3f}")
-                for message in self.loader.skipped:
-                    print(f"skipped: {message}")  # each rank reads rows of its own
+        with progress, Interruption() as interruption:
+            metrics = StepMetrics()
+            while (drawn := _next(steps, metrics)) is not None:
+                step, self.cursor = drawn
+                skipped = self._train_step(step, metrics)
+                if skipped is None:
+                    record.losses.append((self.step, metrics.loss))
+                record.seconds += sum(metrics.seconds.values())
+                progress.update(self.step, metrics)
+                for message in self.loader.skipped:  # each rank reads rows of its own
+                    progress.message(f"skipped: {message}")
+                if skipped is not None and self.rank == 0:
+                    progress.message(f"skipped: {skipped}")
                 counts = {"skipped": len(self.loader.skipped), "too_long": self.loader.too_long}
                 record.samples.update(counts)
+                record.skipped_steps += skipped is not None
                 self.loader.skipped, self.loader.too_long = [], 0
                 self._check_progress()
                 if self._is_due(config.eval_every):
                     record.accuracies.append((self.step, validate()))
                 if self._is_due(config.save_every):
                     self.save()
-                began = time.perf_counter()
+                if interruption.requested(self.device) and self.step < self.num_steps:
+                    if not self._is_due(config.save_every):
+                        self.save()
+                    raise RunInterruptedError(self.step)
+                metrics = StepMetrics()
         return record.of_all_ranks(self.device)
 
-    def _train_step(self, step: list[dict[str, Any]]) -> float:
-        """Take one optimizer step; return its loss."""
+    def _train_step(self, step: list[dict[str, Any]], metrics: StepMetrics) -> str | None:
+        """Take one optimizer step; return why its update was skipped, if it was."""
         # A function of the step alone, so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed(self.config.seed + self.step * self.world_size + self.rank)
-        for batch in step:
-            self.record.tokens.update(count_tokens(batch, self.loader.transform))
-            batch_to_device(batch, self.device)
-            batch.update(fit_to_encoder(self.model, batch))
+        with metrics.timing("data"):
+            for batch in step:
+                for name, number in count_tokens(batch, self.loader.transform).items():
+                    metrics.tokens[name] = metrics.tokens.get(name, 0) + number
+                batch_to_device(batch, self.device)
+                batch.update(fit_to_encoder(self.model, batch))
+        self.record.tokens.update(metrics.tokens)
         self.stages.apply(self.model, self.step)
-        loss, learned = _backward(self.model, step, self.world_size, self.device)
+        with metrics.timing("model"):
+            self._backward(step, metrics)
         self.step += 1
-        self._idle = 0 if learned else self._idle + 1
-        if not math.isfinite(loss):
-            raise ConfigError(
-                f"The loss of step {self.step} is {loss}; it is not saved. Try a lower train.lr or more "
-                "train.warmup_steps."
-            )
-        if self.config.train.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.lr_schedule.step()
-        return loss
+        with metrics.timing("optimizer"):
+            metrics.grad_norm = clip_gradients(self.model.parameters(), self.config.train.clip_grad_norm)
+            metrics.lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+            skipped = self.non_finite.check(self.step, metrics.loss, metrics.grad_norm, self.optimizer)
+            if skipped is None:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.lr_schedule.step()
+        return skipped
+
+    def _backward(self, step: list[dict[str, Any]], metrics: StepMetrics) -> None:
+        """Compute the gradients of a step, in which every supervised token weighs the same."""
+        train = self.config.train
+        targets = [(batch.pop("labels"), batch.pop("loss_weights", None)) for batch in step]
+        count = torch.zeros((), device=self.device)
+        for labels, weights in targets:
+            learned = (labels[:, 1:] != -100).float()
+            count = count + (learned if weights is None else learned * weights[:, 1:]).sum()
+        metrics.tokens["supervised"] = int(count)
+        if self.world_size > 1:
+            distributed.all_reduce(count)
+        self._idle = 0 if count > 0 else self._idle + 1
+        # Weights may add up to less than 1.
+        count = torch.where(count > 0, count, torch.ones_like(count))
+        total: Tensor = torch.zeros((), device=self.device)
+        for batch, (labels, weights) in zip(step, targets, strict=True):
+            with computing_in(self.dtype, self.device):
+                summed, _ = linear_next_token_loss(
+                    self.model,
+                    **batch,
+                    labels=labels,
+                    loss_weights=weights,
+                    z_loss=train.z_loss,
+                    label_smoothing=train.label_smoothing,
+                )
+            # Nothing that trains takes part in a batch of text where only an adapter trains.
+            if summed.requires_grad or self.world_size > 1:
+                # FSDP averages gradients over ranks, and the count is of all ranks already.
+                (summed * self.world_size / count).backward()
+            total = total + summed.detach()
+        if self.world_size > 1:
+            distributed.all_reduce(total)
+        metrics.loss = float(total / count)
 
     def _check_progress(self) -> None:
         """Raise a ``DataError`` if all steps of an epoch, or of the run, had nothing to learn."""
@@ -193,32 +266,11 @@ class Trainer:
         return Path(self.config.output_dir) / CHECKPOINTS
 
 
-def _backward(
-    model: nn.Module, step: list[dict[str, Any]], world_size: int, device: torch.device
-) -> tuple[float, bool]:
-    """Compute the gradients of one optimizer step, in which every supervised token weighs the same.
+class RunInterruptedError(Exception):
+    """The system asked for the end of a run; it was saved after a step."""
 
-    Returns:
-        The loss, and whether there was a supervised token.
-    """
-    targets = [(batch.pop("labels"), batch.pop("loss_weights", None)) for batch in step]
-    count = torch.zeros((), device=device)
-    for labels, weights in targets:
-        learned = (labels[:, 1:] != -100).float()
-        count = count + (learned if weights is None else learned * weights[:, 1:]).sum()
-    if world_size > 1:
-        distributed.all_reduce(count)
-    any_learned = count > 0
-    # Weights may add up to less than 1.
-    count = torch.where(any_learned, count, torch.ones_like(count))
-    total: Tensor = torch.zeros((), device=device)
-    for batch, (labels, weights) in zip(step, targets, strict=True):
-        summed, _ = next_token_loss(model(**batch), labels, loss_weights=weights)
-        # Nothing that trains takes part in a batch of text where only an adapter trains.
-        if summed.requires_grad or world_size > 1:
-            # FSDP averages gradients over ranks, and the count is of all ranks already.
-            (summed * world_size / count).backward()
-        total = total + summed.detach()
-    if world_size > 1:
-        distributed.all_reduce(total)
-    return float(total / count), bool(any_learned)
+
+def _next(steps: Iterator[Any], metrics: StepMetrics) -> Any:
+    """Return the batches of the next step and the cursor after it; None after the last."""
+    with metrics.timing("data"):
+        return next(steps, None)

@@ -10,6 +10,7 @@ from programs import DIGITS, run_program
 from torchfuse.recipes import evaluate, finetune, finetune_config, finetune_run, generate
 
 from torchfuse.errors import ConfigError
+from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.runs import build_model, load_run
 from torchfuse.training.config import read_config, typed
 
@@ -272,7 +273,7 @@ def test_sharding_needs_participation(intact):
     config = typed(read_config(DIGITS / "cross_attention.yaml", ""), finetune_config.Config)
     model = build_model(config.model, vars(config.pretrained), device="cpu", dtype="fp32")
     with pytest.raises(ConfigError, match='cannot be sharded: .* needs on_missing="participate"'):
-        finetune_run._prepare(model, config, shard_it=True)
+        finetune_run._prepare(model, FreezeSchedule(()), config, shard_it=True)
 
 
 @pytest.mark.parametrize("encoder", [5, ["demo/clip"], {"encoder": 5}], ids=str)

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from torchfuse.recipes import finetune_config, prepare_digits
+from torchfuse.recipes import finetune_checks, finetune_config, prepare_digits
 
 from torchfuse.errors import ConfigError
 
@@ -47,7 +47,7 @@ def config(**train):
 )
 def test_numbers_out_of_range_are_one_error(given, messages):
     with pytest.raises(ConfigError, match="must be") as info:
-        finetune_config.check_config(config(**given))
+        finetune_checks.check_config(config(**given))
     for message in messages:
         assert message in str(info.value)
 
@@ -57,12 +57,12 @@ def test_missing_checkpoints_are_named(given):
     incomplete = finetune_config.Config(pretrained=finetune_config.Pretrained(**given))
     name = "encoder" if "decoder" in given else "decoder"
     with pytest.raises(ConfigError, match=rf"'pretrained\.{name}': missing.* give pretrained\.path"):
-        finetune_config.check_config(incomplete)
+        finetune_checks.check_config(incomplete)
 
 
 def test_numbers_in_range():
-    finetune_config.check_config(config())
-    finetune_config.check_config(
+    finetune_checks.check_config(config())
+    finetune_checks.check_config(
         config(lr={"fusion": 1, "decoder": 0.5}, clip_grad_norm=None, max_steps=3)
     )
 

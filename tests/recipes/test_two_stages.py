@@ -160,7 +160,6 @@ def test_a_run_resumes_with_the_configuration_it_was_started_with_or_is_refused(
             [
                 "was made with a different configuration: ",
                 "seed was 7 and is 8",
-                "train.max_steps was 1 and is 3",
                 "questions a step was 16 and is 8",
             ],
         ),

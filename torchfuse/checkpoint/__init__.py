@@ -12,7 +12,12 @@ from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.checkpoint.tune import FusionCheckpointer
 
 if TYPE_CHECKING:
-    from torchfuse.checkpoint.run import latest_checkpoint, load_checkpoint, save_checkpoint
+    from torchfuse.checkpoint.run import (
+        latest_checkpoint,
+        load_checkpoint,
+        remove_checkpoints,
+        save_checkpoint,
+    )
 
 __all__ = [
     "FusionCheckpointer",
@@ -25,6 +30,7 @@ __all__ = [
     "load_fusion_state_dict",
     "load_pretrained",
     "load_trained",
+    "remove_checkpoints",
     "save_checkpoint",
     "save_fusion",
     "save_pretrained",
@@ -34,5 +40,7 @@ __all__ = [
 
 __getattr__ = lazy_exports(
     __name__,
-    dict.fromkeys(("latest_checkpoint", "load_checkpoint", "save_checkpoint"), "run"),
+    dict.fromkeys(
+        ("latest_checkpoint", "load_checkpoint", "remove_checkpoints", "save_checkpoint"), "run"
+    ),
 )

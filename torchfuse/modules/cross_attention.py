@@ -290,8 +290,9 @@ class GatedCrossAttentionLayer(nn.Module):
         return torch.where(attends, fused, x)
 
     def _fuse(self, x: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self.ca_scale(self.attn(self.ca_norm(x), features, mask=mask))
-        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
+        # Gates may be of a wider dtype than the hidden states, which keep theirs.
+        x = x + self.ca_scale(self.attn(self.ca_norm(x), features, mask=mask)).to(x.dtype)
+        return x + self.mlp_scale(self.mlp(self.mlp_norm(x))).to(x.dtype)
 
     def _check_mask(self, x: Tensor, features: Tensor | None, mask: Tensor) -> None:
         if mask.dtype != torch.bool:

@@ -24,6 +24,7 @@ class TrainingRecord:
         seconds: seconds of training, without evaluation and saving.
         before: accuracy before the first step, by kind of question.
         samples: number of samples that were left out, by reason.
+        skipped_steps: number of steps whose update was skipped, as something was not finite.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -32,6 +33,7 @@ class TrainingRecord:
     seconds: float = 0.0
     before: dict[str, float] = field(default_factory=dict)
     samples: Counter[str] = field(default_factory=Counter)
+    skipped_steps: int = 0
 
     def of_all_ranks(self, device: torch.device) -> TrainingRecord:
         """Return the record with the tokens and samples of all ranks, each of which calls this.
@@ -57,6 +59,7 @@ class TrainingRecord:
             "seconds": self.seconds,
             "before": self.before,
             "samples": dict(self.samples),
+            "skipped_steps": self.skipped_steps,
         }
 
     @classmethod
@@ -74,6 +77,7 @@ class TrainingRecord:
             seconds=state["seconds"],
             before=dict(state["before"]),
             samples=_of_rank(state.get("samples", {}), rank),
+            skipped_steps=state.get("skipped_steps", 0),
         )
 
 

@@ -27,7 +27,7 @@ from torchfuse.checkpoint.run.save import wait_for_save
 from torchfuse.errors import CheckpointError
 from torchfuse.io.ranks import agree, coordination_group, from_rank_zero
 
-__all__ = ["LoadedCheckpoint", "latest_checkpoint", "load_checkpoint"]
+__all__ = ["LoadedCheckpoint", "checkpoint_steps", "latest_checkpoint", "load_checkpoint"]
 
 _CHECKPOINT: Final = re.compile(r"step_(0|[1-9][0-9]*)")
 
@@ -54,10 +54,14 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     Args:
         folder: what was given to ``save_checkpoint``; it need not exist.
     """
-    folder = Path(folder)
-    names = os.listdir(folder) if folder.is_dir() else []
-    steps = [int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))]
-    return folder / f"step_{max(steps)}" if steps else None
+    steps = checkpoint_steps(folder)
+    return Path(folder) / f"step_{steps[-1]}" if steps else None
+
+
+def checkpoint_steps(folder: str | Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, in order; the folder need not exist."""
+    names = os.listdir(folder) if Path(folder).is_dir() else []
+    return sorted(int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name)))
 
 
 def load_checkpoint(

@@ -1,0 +1,146 @@
+"""Checks of the finetune recipe's configuration, its files, and what a resumed run must share."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from omegaconf import MISSING
+from torchfuse.recipes.finetune_config import Config
+
+from torchfuse.data import Mixture, Sample, Samples
+from torchfuse.data.readers import read_mixture
+from torchfuse.errors import ConfigError
+
+__all__ = ["check_config", "default_signature", "flat", "read_data", "resume_signature"]
+
+# Keys that a resumed run may change: they do not affect the trained weights.
+_FREE_ON_RESUME: Final = frozenset(
+    {
+        "output_dir",
+        "data.test",
+        "data.num_workers",
+        "data.prefetch_factor",
+        "data.start_method",
+        "data.bad_samples",
+        "data.cache_images",
+        "data.cache_features",
+        "train.epochs",
+        "train.max_steps",
+        "train.max_skipped_steps",
+        "device",
+        "activation_checkpointing",
+        "activation_offloading",
+        "compile",
+        "eval_batch_size",
+        "eval_every",
+        "eval_limit",
+        "save_every",
+        "keep_last",
+        "keep_best",
+        "logger",
+        "log_every",
+        "resume",
+    }
+)
+_FROM_PRETRAINED: Final = "torchfuse.from_pretrained"
+_SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
+
+
+def check_config(config: Config) -> None:
+    """Raise a ``ConfigError`` for missing checkpoints, or one for all numbers out of range."""
+    train, pretrained = config.train, config.pretrained
+    missing = [name for name in ("decoder", "encoder") if getattr(pretrained, name) is None]
+    model = config.model if isinstance(config.model, dict) else {}
+    loads_itself = len(missing) == 2 and model.get("_component_") == _FROM_PRETRAINED
+    if missing and pretrained.path is None and not loads_itself:
+        raise ConfigError(
+            f"Configuration key 'pretrained.{missing[0]}': missing, and must be given; or give "
+            "pretrained.path, the directory of a whole model, or a model whose _component_ is "
+            f"{_FROM_PRETRAINED}."
+        )
+    problems = [
+        f"{name}={value} must be at least {least}"
+        for name, value, least in (
+            ("train.epochs", train.epochs, 1),
+            ("train.max_steps", train.max_steps, 1),
+            ("train.batch_size", train.batch_size, 1),
+            ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
+            ("train.warmup_steps", train.warmup_steps, 0),
+            ("data.limit", config.data.limit, 1),
+            ("eval_batch_size", config.eval_batch_size, 1),
+            ("eval_every", config.eval_every, 1),
+            ("eval_limit", config.eval_limit, 1),
+            ("save_every", config.save_every, 1),
+            ("keep_last", config.keep_last, 1),
+            ("log_every", config.log_every, 1),
+            ("train.max_skipped_steps", train.max_skipped_steps, 0),
+            ("train.z_loss", train.z_loss, 0),
+            ("train.label_smoothing", train.label_smoothing, 0),
+        )
+        if value is not None and value < least
+    ]
+    if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
+        problems.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
+    if train.label_smoothing > 1:
+        problems.append(f"train.label_smoothing={train.label_smoothing} must be at most 1")
+    if config.keep_best and None in (config.keep_last, config.save_every, config.eval_every):
+        problems.append("keep_best=true needs keep_last, save_every and eval_every")
+    if config.activation_offloading and not config.device.startswith("cuda"):
+        problems.append(f"activation_offloading=true needs device=cuda, got device={config.device}")
+    for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
+        rates = list(value.values()) if isinstance(value, dict) else [value]
+        numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
+        if not rates or not numbers or min(rates) < 0:
+            problems.append(
+                f"{name}={value} must be a number of at least 0, or one for each part that trains"
+            )
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
+
+
+def read_data(config: Config) -> tuple[Samples | Mixture, Sequence[Sample]]:
+    """Open the files of samples; return those to train on and those to test with."""
+    data = config.data
+    train: Samples | Mixture = read_mixture(data.train, seed=config.seed, what="data.train")
+    if isinstance(data.train, str):  # one set needs no order of its own
+        train = train.samples
+    if data.limit is not None:
+        if isinstance(train, Mixture):
+            raise ConfigError(f"data.limit={data.limit} needs data.train to be one path.")
+        train = train[: data.limit]
+    test = () if data.test is None else read_mixture(data.test, what="data.test").samples
+    return train, test
+
+
+def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
+    """Return the keys that affect training, with their values; a resumed run must have the same.
+
+    Batch size, accumulation and number of ranks are in it as their product, the questions of a step.
+
+    Args:
+        config: the configuration.
+        world_size: the number of ranks.
+    """
+    kept = {
+        name: value
+        for name, value in flat(asdict(config))
+        if name not in _FREE_ON_RESUME and name.partition(".")[0] not in _FREE_ON_RESUME
+    }
+    size = world_size
+    for name in _SIZES:
+        size *= kept.pop(name)
+    return {**kept, "questions a step": size}
+
+
+def default_signature() -> dict[str, Any]:
+    """Return the part of a signature that a configuration has without any key."""
+    return {name: value for name, value in flat(asdict(Config())) if value != MISSING}
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of nested sections, by dotted key."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,124 @@
+"""What a training run shows and writes while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+__all__ = ["Progress", "StepMetrics"]
+
+
+@dataclass
+class StepMetrics:
+    """What one optimizer step did, on this rank.
+
+    Attributes:
+        loss: mean loss of the supervised tokens of all ranks.
+        grad_norm: norm of the gradients before they are clipped.
+        lr: learning rate by group of parameters.
+        tokens: tokens by modality, and ``"supervised"``.
+        seconds: by part of the step: ``"data"``, ``"model"`` (forward and backward), ``"optimizer"``.
+    """
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    lr: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Add the time of a ``with`` statement to a part of the step."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def payload(self, device: torch.device) -> dict[str, float]:
+        """Return everything as numbers by name, for a metric logger.
+
+        Examples:
+            >>> metrics = StepMetrics(loss=2.5, lr={"fusion": 1e-3}, tokens={"text": 30})
+            >>> metrics.seconds = {"data": 0.5, "model": 1.0}
+            >>> payload = metrics.payload(torch.device("cpu"))
+            >>> payload["lr/fusion"], payload["tokens_per_second/text"], payload["seconds/data"]
+            (0.001, 20.0, 0.5)
+        """
+        total = max(sum(self.seconds.values()), 1e-9)
+        payload = {"loss": self.loss, "grad_norm": self.grad_norm}
+        payload |= {f"lr/{name}": lr for name, lr in self.lr.items()}
+        payload |= {f"tokens_per_second/{name}": num / total for name, num in self.tokens.items()}
+        payload |= {f"seconds/{part}": seconds for part, seconds in self.seconds.items()}
+        if device.type == "cuda":
+            payload["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        return payload
+
+
+class Progress:
+    """A bar in a terminal, lines elsewhere, and a metric logger, for the steps of a run.
+
+    Args:
+        num_steps: steps of the whole run.
+        step: steps that were taken already.
+        device: where the model is.
+        log: takes lines of text where there is no bar; on one rank.
+        logger: torchtune's interface for metric loggers, ``log_dict(payload, step)`` and ``close()``.
+        log_every: steps between what the logger gets.
+        shown: whether this rank shows a bar.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        step: int,
+        *,
+        device: torch.device,
+        log: Callable[[str], None],
+        logger: Any = None,
+        log_every: int = 1,
+        shown: bool = True,
+    ) -> None:
+        self._num_steps, self._device, self._log = num_steps, device, log
+        self._logger, self._every = logger, log_every
+        self._bar = tqdm(desc="finetune", total=num_steps, initial=step, disable=None if shown else True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        if self._logger is not None:
+            self._logger.close()
+
+    def message(self, text: str) -> None:
+        """Print a line of text, above the bar where there is one."""
+        self._bar.write(text)
+
+    def update(self, step: int, metrics: StepMetrics) -> None:
+        """Show a step that was taken."""
+        payload = metrics.payload(self._device)
+        self._bar.update()
+        self._bar.set_postfix_str(_short(metrics, payload))
+        if self._bar.disable and step % max(1, self._num_steps // 10) == 0:
+            self._log(f"step {step} of {self._num_steps}: loss {metrics.loss:.3f}")
+        if self._logger is not None and step % self._every == 0:
+            self._logger.log_dict(payload, step=step)
+
+
+def _short(metrics: StepMetrics, payload: Mapping[str, float]) -> str:
+    """Return what fits beside a bar: the loss, tokens a second, milliseconds by part, memory."""
+    rates = "/".join(f"{payload[f'tokens_per_second/{name}']:.0f} {name}" for name in metrics.tokens)
+    times = "/".join(f"{1000 * seconds:.0f}" for seconds in metrics.seconds.values())
+    memory = f", {payload['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in payload else ""
+    return f"loss {metrics.loss:.3f}, tokens/s {rates}, ms {'/'.join(metrics.seconds)} {times}{memory}"

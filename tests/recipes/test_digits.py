@@ -11,7 +11,7 @@ from programs import CONFIGS, DIGITS, digits_config, run_program, run_program_on
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torchfuse.recipes import draw_digits, finetune
-from torchfuse.recipes.finetune_config import flat
+from torchfuse.recipes.finetune_checks import flat
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3_2 import llama3_2
 

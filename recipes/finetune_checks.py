@@ -27,6 +27,7 @@ _FREE_ON_RESUME: Final = frozenset(
         "train.epochs",
         "train.max_steps",
         "train.max_skipped_steps",
+        "train.optimizer_in_backward",
         "device",
         "activation_checkpointing",
         "activation_offloading",
@@ -83,6 +84,13 @@ def check_config(config: Config) -> None:
         problems.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
     if train.label_smoothing > 1:
         problems.append(f"train.label_smoothing={train.label_smoothing} must be at most 1")
+    if train.optimizer_in_backward and not (
+        train.clip_grad_norm is None and train.gradient_accumulation_steps == 1
+    ):
+        problems.append(
+            "train.optimizer_in_backward=true needs train.clip_grad_norm=null and "
+            "train.gradient_accumulation_steps=1"
+        )
     if config.keep_best and None in (config.keep_last, config.save_every, config.eval_every):
         problems.append("keep_best=true needs keep_last, save_every and eval_every")
     if config.activation_offloading and not config.device.startswith("cuda"):

@@ -90,6 +90,8 @@ class Train:
         gradient_accumulation_steps: batches of an optimizer step.
         optimizer: a component that takes groups of parameters, such as ``torchao.optim.AdamW8bit``, and
             its keywords.
+        optimizer_in_backward: whether each parameter is updated as soon as its gradient is there, which
+            is never clipped or accumulated then.
         warmup_steps: steps in which the learning rate rises to ``lr``.
         lr_schedule: what it does then: ``cosine`` and ``linear`` fall to 0, ``constant`` stays.
         clip_grad_norm: the largest norm of the gradient; null: not clipped.
@@ -107,6 +109,7 @@ class Train:
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_component_": "torch.optim.AdamW"})
+    optimizer_in_backward: bool = False
     warmup_steps: int = 0
     lr_schedule: str = "cosine"
     clip_grad_norm: float | None = 1.0

@@ -41,6 +41,7 @@ from torchfuse.tasks.transforms import read_transform
 from torchfuse.training import build, shard
 from torchfuse.training.config import check_output_dir
 from torchfuse.training.interruption import EXIT_CODE
+from torchfuse.training.memory import offload_activations
 from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.progress import Progress
 
@@ -197,6 +198,8 @@ def _prepare(model: nn.Module, stages: FreezeSchedule, config: Config, *, shard_
             shard(model)
         except ModelError as error:
             raise ConfigError(f"The model cannot be sharded: {error}") from error
+    if config.activation_offloading:
+        offload_activations(model)
 
 
 def _loader(train: Samples | Mixture, transform: SampleTransform, config: Config) -> StepLoader:

@@ -27,6 +27,7 @@ from torchfuse.tasks.image_inputs import fit_to_encoder
 from torchfuse.training import TrainingRecord, build, device_and_dtype, linear_next_token_loss
 from torchfuse.training.finite import NonFiniteSteps, clip_gradients
 from torchfuse.training.interruption import Interruption
+from torchfuse.training.memory import step_in_backward
 from torchfuse.training.precision import computing_in
 from torchfuse.training.progress import Progress, StepMetrics
 from torchfuse.training.schedules import lr_schedule
@@ -60,7 +61,9 @@ class Trainer:
         stages.apply(model, 0)
         self.num_steps = loader.num_steps
         options = config.train
-        self.non_finite = NonFiniteSteps(options.max_skipped_steps)
+        # What was taken in the backward pass cannot be skipped.
+        skippable = 0 if options.optimizer_in_backward else options.max_skipped_steps
+        self.non_finite = NonFiniteSteps(skippable)
         self.optimizer = build(
             options.optimizer,
             param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages),
@@ -68,6 +71,9 @@ class Trainer:
             kind=torch.optim.Optimizer,
         )
         self.lr_schedule = self._lr_schedule()
+        if options.optimizer_in_backward:
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            step_in_backward(parameters, self.optimizer)
 
     def resume(self) -> bool:
         """Load the newest checkpoint if the configuration asks for it; return whether there is one.
@@ -207,7 +213,7 @@ class Trainer:
             metrics.grad_norm = clip_gradients(self.model.parameters(), self.config.train.clip_grad_norm)
             metrics.lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
             skipped = self.non_finite.check(self.step, metrics.loss, metrics.grad_norm, self.optimizer)
-            if skipped is None:
+            if skipped is None and not self.config.train.optimizer_in_backward:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.lr_schedule.step()

@@ -149,6 +149,18 @@ def test_bf16_keeps_what_trains_in_fp32(folder, tmp_path, arch):
     assert {tensor.dtype for tensor in learned(tmp_path / "run").values()} == {torch.float32}
 
 
+def test_an_optimizer_in_the_backward_pass_changes_nothing(folder, tmp_path):
+    train = STEPS | {"clip_grad_norm": None}
+    losses = run(folder, tmp_path, train=train)
+    expected = learned(tmp_path / "run")
+    (tmp_path / "two").mkdir()
+    earlier = train | {"max_steps": 2, "optimizer_in_backward": True}
+    run(folder, tmp_path / "two", train=earlier, save_every=2)
+    again = run(folder, tmp_path / "two", train=earlier | {"max_steps": 4}, save_every=2, resume=True)
+    assert again == losses
+    assert same(learned(tmp_path / "two" / "run"), expected)
+
+
 def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, monkeypatch, capfd):
     backward = finetune_trainer.Trainer._backward
 

@@ -82,6 +82,8 @@ def check_config(config: Config) -> None:
     ]
     if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
         problems.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
+    if not 0 < train.lr_layer_decay <= 1:
+        problems.append(f"train.lr_layer_decay={train.lr_layer_decay} must be above 0 and at most 1")
     if train.label_smoothing > 1:
         problems.append(f"train.label_smoothing={train.label_smoothing} must be at most 1")
     if train.optimizer_in_backward and not (

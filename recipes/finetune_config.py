@@ -83,6 +83,8 @@ class Train:
 
     Attributes:
         lr (number or section): the learning rate, or one for each part that trains, by its name.
+        lr_layer_decay: what the rate of a layer of a pretrained part is multiplied by, compared to the
+            layer above it.
         weight_decay (number or section): the weight decay, or one for each part that trains.
         epochs: passes over ``data.train``.
         max_steps: the most optimizer steps; null: all of the epochs.
@@ -103,6 +105,7 @@ class Train:
     """
 
     lr: Any = 1e-3
+    lr_layer_decay: float = 1.0
     weight_decay: Any = 0.0
     epochs: int = 1
     max_steps: int | None = None

@@ -66,7 +66,13 @@ class Trainer:
         self.non_finite = NonFiniteSteps(skippable)
         self.optimizer = build(
             options.optimizer,
-            param_groups(model, lr=options.lr, weight_decay=options.weight_decay, stages=stages),
+            param_groups(
+                model,
+                lr=options.lr,
+                weight_decay=options.weight_decay,
+                layer_decay=options.lr_layer_decay,
+                stages=stages,
+            ),
             what="train.optimizer",
             kind=torch.optim.Optimizer,
         )

@@ -1,11 +1,9 @@
 import pytest
 import torch
 from params.models import named_model, trains
+from support import LAYERS, TinyEncoder, tiny_decoder
 
-from torchfuse import (
-    param_groups,
-    set_trainable,
-)
+from torchfuse import fuse, param_groups, set_trainable
 from torchfuse.errors import ConfigError
 
 
@@ -37,3 +35,19 @@ def test_param_groups_name_what_is_wrong():
     set_trainable(model, fusion=False)
     with pytest.raises(ConfigError, match="No parameter trains"):
         param_groups(model, lr=1.0)
+
+
+def test_learning_rates_fall_with_depth():
+    model = fuse(tiny_decoder(), TinyEncoder(), every=1, decoder_trainable=True, encoder_trainable=True)
+    rates = {"decoder": 1.0, "encoder": 0.5, "fusion": 2.0}
+    groups = param_groups(model, lr=rates, layer_decay=0.5)
+    layers = {f"decoder.layers.{index}": 0.5 ** (LAYERS - 1 - index) for index in range(LAYERS)}
+    expected = {"decoder.embeddings": 0.5**LAYERS, **layers, "decoder": 1.0}
+    expected |= {"encoder.layers.0": 0.5, "fusion": 2.0}
+    assert {group["name"]: group["lr"] for group in groups} == expected
+    [behind] = (group for group in groups if group["name"] == "decoder")
+    assert behind["param_names"] == ["decoder.norm.scale", "decoder.output.weight"]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    with pytest.raises(ConfigError, match="layer_decay must be above 0 and at most 1, got 0"):
+        param_groups(model, lr=1.0, layer_decay=0)

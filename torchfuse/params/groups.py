@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -16,12 +17,15 @@ from torchfuse.params.trainable import reshard
 
 __all__ = ["param_groups"]
 
+_LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
+
 
 def param_groups(
     model: nn.Module,
     *,
     lr: float | Mapping[str, float],
     weight_decay: float | Mapping[str, float] = 0.0,
+    layer_decay: float = 1.0,
     stages: Iterable[FreezeSpec | FreezeStage] = (),
 ) -> list[dict[str, Any]]:
     """Return named, disjoint and complete optimizer groups of all parameters that train at any time.
@@ -31,11 +35,16 @@ def param_groups(
         lr: one learning rate, or one for each trainable part by its name (``"decoder"``,
             ``"encoder"``, ``"encoder.<name>"``, ``"fusion"``).
         weight_decay: likewise; a part left out of a mapping has none.
+        layer_decay: what the learning rate of a layer of a pretrained part is multiplied by, compared to
+            the layer above it (Clark et al., 2020). What is before the first layer counts as a layer
+            below it; what is after the last has the whole rate, and so has what fusion added.
         stages: freeze stages, or a ``FreezeSchedule``. Parameters that any of them trains are in the
             groups too; while frozen they have no gradient, and an optimizer skips them.
 
     Returns:
-        ``{"name", "params", "param_names", "lr", "weight_decay"}`` for each part that trains.
+        ``{"name", "params", "param_names", "lr", "weight_decay"}`` for each part that trains; with
+        ``layer_decay`` for each depth of it, whose ``name`` is ``"decoder.layers.3"`` or
+        ``"decoder.embeddings"``.
 
     Raises:
         ConfigError: if a part that trains has no learning rate, a mapping names a part that does not
@@ -48,6 +57,8 @@ def param_groups(
         >>> [(g["name"], g["lr"]) for g in param_groups(model, lr={"fusion": 1e-3, "decoder": 1e-5})]
         [('decoder', 1e-05), ('fusion', 0.001)]
     """
+    if not 0 < layer_decay <= 1:
+        raise ConfigError(f"layer_decay must be above 0 and at most 1, got {layer_decay}.")
     reshard(model)
     ever = set(FreezeSchedule(stages).trained_ever(model))
     trainable = {
@@ -66,15 +77,50 @@ def param_groups(
                     f"{what} must name the parts that train, {', '.join(trainable)}; "
                     f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(lacking) or 'none'}."
                 )
-    return [
-        {
-            "name": part,
-            "params": list(parameters.values()),
-            "param_names": list(parameters),
-            "lr": lr[part] if isinstance(lr, Mapping) else lr,
-            "weight_decay": weight_decay.get(part, 0.0)
-            if isinstance(weight_decay, Mapping)
-            else weight_decay,
-        }
-        for part, parameters in trainable.items()
-    ]
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(trainable, lr)
+    decays = (
+        weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(trainable, weight_decay)
+    )
+    groups = []
+    for part, parameters in trainable.items():
+        whole = {part: (parameters, 1.0)}
+        decayed = layer_decay < 1 and part != "fusion"
+        split = _by_depth(part, partition(model)[part], parameters, layer_decay) if decayed else whole
+        groups += [
+            {
+                "name": name,
+                "params": list(members.values()),
+                "param_names": list(members),
+                "lr": rates[part] * factor,
+                "weight_decay": decays.get(part, 0.0),
+            }
+            for name, (members, factor) in split.items()
+        ]
+    return groups
+
+
+def _by_depth(
+    part: str,
+    everything: Mapping[str, nn.Parameter],
+    trained: Mapping[str, nn.Parameter],
+    decay: float,
+) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
+    """Return the trained parameters of each depth of a part, and the factor of their learning rate."""
+    layer_of: dict[str, int | None] = {
+        name: int(found[1]) if (found := _LAYER.search(name)) else None for name in everything
+    }
+    num_layers = 1 + max((layer for layer in layer_of.values() if layer is not None), default=-1)
+    behind = False
+    result: dict[str, tuple[dict[str, nn.Parameter], float]] = {}
+    for name, layer in layer_of.items():
+        behind |= layer is not None
+        if layer is not None:
+            depth, above = f"{part}.layers.{layer}", num_layers - 1 - layer
+        elif behind or not num_layers:
+            depth, above = part, 0
+        else:
+            depth, above = f"{part}.embeddings", num_layers
+        if name in trained:
+            members, _ = result.setdefault(depth, ({}, decay**above))
+            members[name] = trained[name]
+    return result

@@ -5,15 +5,21 @@ from torchfuse.training.config import recipe
 from torchfuse.training.device import device_and_dtype
 from torchfuse.training.linear_loss import linear_next_token_loss
 from torchfuse.training.loss import next_token_loss
+from torchfuse.training.memory import offload_activations, step_in_backward
+from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.record import TrainingRecord
 from torchfuse.training.sharding import shard
 
 __all__ = [
     "TrainingRecord",
     "build",
+    "computing_in",
     "device_and_dtype",
+    "keep_in_fp32",
     "linear_next_token_loss",
     "next_token_loss",
+    "offload_activations",
     "recipe",
     "shard",
+    "step_in_backward",
 ]

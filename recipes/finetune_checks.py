@@ -93,6 +93,11 @@ def check_config(config: Config) -> None:
             "train.optimizer_in_backward=true needs train.clip_grad_norm=null and "
             "train.gradient_accumulation_steps=1"
         )
+    if given := sorted({"lr", "weight_decay", "params"} & train.optimizer.keys()):
+        problems.append(
+            f"train.optimizer has {', '.join(given)}: give train.lr and train.weight_decay, which any "
+            "optimizer takes"
+        )
     if config.keep_best and None in (config.keep_last, config.save_every, config.eval_every):
         problems.append("keep_best=true needs keep_last, save_every and eval_every")
     if config.activation_offloading and not config.device.startswith("cuda"):

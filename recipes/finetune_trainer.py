@@ -16,10 +16,11 @@ from torchfuse import param_groups
 from torchfuse.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
+    read_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
-from torchfuse.checkpoint.run import checkpoint_steps
+from torchfuse.checkpoint.run import LoadedCheckpoint, checkpoint_steps
 from torchfuse.data.loading import Cursor, StepLoader, count_tokens
 from torchfuse.errors import CheckpointError, ConfigError, DataError
 from torchfuse.params import FreezeSchedule
@@ -91,28 +92,11 @@ class Trainer:
         folder = self._checkpoints
         if not self.config.resume or latest_checkpoint(folder) is None:
             return False
-        loaded = load_checkpoint(folder, self.model, self.optimizer)
-        saved = loaded.extra.get("course")
-        if saved is None:
-            raise CheckpointError(f"{loaded.path} is not a checkpoint of this recipe.")
-        defaults = default_signature()  # of keys that there were not when it was saved
-        current, saved = resume_signature(self.config, self.world_size), {**defaults, **saved}
-        differ = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
-            for name, value in current.items()
-            if saved.get(name) != value
-        ]
-        if differ:
-            raise ConfigError(
-                f"{loaded.path} was made with a different configuration: {'; '.join(differ)}."
-            )
-        if self.num_steps < loaded.step:
-            raise ConfigError(
-                f"{loaded.path} has more steps than the run is to have: {loaded.step} of "
-                f"{self.num_steps}; raise train.max_steps or train.epochs."
-            )
+        found = read_checkpoint(folder)
+        self._check_signature(found)
+        self.cursor = self._restored_cursor(found.extra.get("data"), found)
+        loaded = load_checkpoint(found.path, self.model, self.optimizer)
         self.step = loaded.step
-        self.cursor = self._restored_cursor(loaded.extra.get("data"), loaded.path)
         self.record = TrainingRecord.restored(loaded.extra["record"], self.rank)
         self.lr_schedule = self._lr_schedule()
         return True
@@ -127,14 +111,36 @@ class Trainer:
             steps_taken=self.step,
         )
 
-    def _restored_cursor(self, saved: dict[str, Any] | None, path: Path) -> Cursor:
+    def _check_signature(self, found: LoadedCheckpoint) -> None:
+        """Raise an error if a checkpoint is of another recipe, configuration or a longer run."""
+        saved = found.extra.get("course")
+        if saved is None:
+            raise CheckpointError(f"{found.path} is not a checkpoint of this recipe.")
+        defaults = default_signature()  # of keys that there were not when it was saved
+        current, saved = resume_signature(self.config, self.world_size), {**defaults, **saved}
+        differ = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in current.items()
+            if saved.get(name) != value
+        ]
+        if differ:
+            raise ConfigError(
+                f"{found.path} was made with a different configuration: {'; '.join(differ)}."
+            )
+        if self.num_steps < found.step:
+            raise ConfigError(
+                f"{found.path} has more steps than the run is to have: {found.step} of "
+                f"{self.num_steps}; raise train.max_steps or train.epochs."
+            )
+
+    def _restored_cursor(self, saved: dict[str, Any] | None, found: LoadedCheckpoint) -> Cursor:
         """Return the cursor of a checkpoint, after comparing the data that it was trained on."""
         if saved is None:  # of a version that saved none
-            return self.loader.cursor_of_step(self.step)
+            return self.loader.cursor_of_step(found.step)
         if saved["digest"] != self.loader.samples.digest:
             raise ConfigError(
-                f"{path} was trained on other data: the rows of data.train={self.config.data.train} "
-                "have changed since. Restore them, or start a new run in another output_dir."
+                f"{found.path} was trained on other data: the rows of "
+                f"data.train={self.config.data.train} have changed since. Restore them, or start a new run in another output_dir."
             )
         return Cursor(**saved["cursor"])
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchfuse.checkpoint.run import (
         latest_checkpoint,
         load_checkpoint,
+        read_checkpoint,
         remove_checkpoints,
         save_checkpoint,
     )
@@ -30,6 +31,7 @@ __all__ = [
     "load_fusion_state_dict",
     "load_pretrained",
     "load_trained",
+    "read_checkpoint",
     "remove_checkpoints",
     "save_checkpoint",
     "save_fusion",
@@ -41,6 +43,13 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     dict.fromkeys(
-        ("latest_checkpoint", "load_checkpoint", "remove_checkpoints", "save_checkpoint"), "run"
+        (
+            "latest_checkpoint",
+            "load_checkpoint",
+            "read_checkpoint",
+            "remove_checkpoints",
+            "save_checkpoint",
+        ),
+        "run",
     ),
 )

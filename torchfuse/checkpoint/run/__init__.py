@@ -5,6 +5,7 @@ from torchfuse.checkpoint.run.load import (
     checkpoint_steps,
     latest_checkpoint,
     load_checkpoint,
+    read_checkpoint,
 )
 from torchfuse.checkpoint.run.retention import remove_checkpoints
 from torchfuse.checkpoint.run.save import Save, save_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "checkpoint_steps",
     "latest_checkpoint",
     "load_checkpoint",
+    "read_checkpoint",
     "remove_checkpoints",
     "save_checkpoint",
 ]

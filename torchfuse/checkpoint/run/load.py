@@ -27,7 +27,13 @@ from torchfuse.checkpoint.run.save import wait_for_save
 from torchfuse.errors import CheckpointError
 from torchfuse.io.ranks import agree, coordination_group, from_rank_zero
 
-__all__ = ["LoadedCheckpoint", "checkpoint_steps", "latest_checkpoint", "load_checkpoint"]
+__all__ = [
+    "LoadedCheckpoint",
+    "checkpoint_steps",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "read_checkpoint",
+]
 
 _CHECKPOINT: Final = re.compile(r"step_(0|[1-9][0-9]*)")
 
@@ -62,6 +68,20 @@ def checkpoint_steps(folder: str | Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, in order; the folder need not exist."""
     names = os.listdir(folder) if Path(folder).is_dir() else []
     return sorted(int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name)))
+
+
+def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
+    """Return what a checkpoint contains besides tensors, without reading those.
+
+    Args:
+        path: as for ``load_checkpoint``.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is damaged.
+    """
+    path = Path(path) / _find(Path(path))
+    description = read_description(path / DESCRIPTION)
+    return LoadedCheckpoint(path, description.step, description.extra, tuple(description.trainable))
 
 
 def load_checkpoint(

@@ -140,7 +140,8 @@ class Trainer:
         if saved["digest"] != self.loader.samples.digest:
             raise ConfigError(
                 f"{found.path} was trained on other data: the rows of "
-                f"data.train={self.config.data.train} have changed since. Restore them, or start a new run in another output_dir."
+                f"data.train={self.config.data.train} have changed since. Restore "
+                "them, or start a new run in another output_dir."
             )
         return Cursor(**saved["cursor"])
 

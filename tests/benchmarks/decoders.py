@@ -9,14 +9,16 @@ from torchfuse import from_pretrained, generate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "image_size": 112}
 SIZES = {
-    "tiny": ({"width": 48, "heads": 6, "kv": 2, "hidden": 96, "layers": 2, "every": 2, "vocab": 97}),
+    "tiny": {"width": 48, "heads": 6, "kv": 2, "hidden": 96, "layers": 2, "every": 2, "vocab": 97},
     "27M": {"width": 512, "heads": 8, "kv": 4, "hidden": 1376, "layers": 5, "every": 5, "vocab": 8192},
     "200M": {"width": 1024, "heads": 16, "kv": 8, "hidden": 2816, "layers": 12, "every": 6, "vocab": 16384},
+    "165M": {"width": 512, "heads": 8, "kv": 2, "hidden": 1792, "layers": 8, "every": 4, "vocab": 128256},
+    "1B": {"width": 2048, "heads": 32, "kv": 8, "hidden": 8192, "layers": 16, "every": 4, "vocab": 128256},
     "11B": {"width": 4096, "heads": 32, "kv": 8, "hidden": 14336, "layers": 32, "every": 4, "vocab": 128256},
 }  # fmt: skip
 
 
-def mllama_config(options, size):
+def mllama_config(size, max_tiles):
     """Return transformers' configuration; ``layers`` are those of the language model alone."""
     from transformers import MllamaConfig
 
@@ -46,7 +48,7 @@ def mllama_config(options, size):
         "pad_token_id": 0,
         "tie_word_embeddings": False,
     }
-    vision = {"max_num_tiles": max(options.tiles)}
+    vision = {"max_num_tiles": max_tiles}
     if size != "11B":
         vision |= SMALL_TOWER | {
             "num_global_layers": 1,
@@ -54,7 +56,7 @@ def mllama_config(options, size):
             "patch_size": 14,
             "intermediate_layers_indices": [1, 3],
             "vision_output_dim": 3 * SMALL_TOWER["hidden_size"],
-            "supported_aspect_ratios": [[1, tiles] for tiles in range(1, max(options.tiles) + 1)],
+            "supported_aspect_ratios": [[1, tiles] for tiles in range(1, max_tiles + 1)],
         }
     return MllamaConfig(text_config=text, vision_config=vision, image_token_index=shape["vocab"])
 
@@ -68,19 +70,21 @@ def build(options, size, dtype, folder):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(options.device):
-            hf_model = MllamaForConditionalGeneration(mllama_config(options, size)).eval()
+            hf_model = MllamaForConditionalGeneration(mllama_config(size, max(options.tiles))).eval()
         for name, parameter in hf_model.named_parameters():
             if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:
                 parameter.data.fill_(0.5)  # otherwise images would change nothing
         hf_model.save_pretrained(folder)
         model = from_pretrained(folder, dtype=dtype, device=options.device).eval()
-        torchtune_model = build_torchtune(options, SIZES[size], model)
+        torchtune_model = build_torchtune(
+            SIZES[size], model, max_seq_len=options.prompt + options.new, device=options.device
+        )
     finally:
         torch.set_default_dtype(before)
     return hf_model, torchtune_model, model
 
 
-def build_torchtune(options, shape, model):
+def build_torchtune(shape, model, *, max_seq_len, device):
     """Return torchtune's model with the weights of ``model``, around the same tower."""
     from torchtune.models.llama3_2_vision import llama3_2_vision_decoder
     from torchtune.modules import model_fusion
@@ -95,21 +99,26 @@ def build_torchtune(options, shape, model):
             num_heads=shape["heads"],
             num_kv_heads=shape["kv"],
             embed_dim=shape["width"],
-            max_seq_len=options.prompt + options.new,
+            max_seq_len=max_seq_len,
             encoder_max_seq_len=1,
             intermediate_dim=shape["hidden"],
         )
     decoder.load_state_dict(model.decoder.state_dict(), strict=True, assign=True)
-    device = torch.device(options.device)
     for layer in decoder.layers:
         if hasattr(layer, "fusion_layer"):  # its builder leaves these two at 1e-6
             layer.fusion_layer.ca_norm.eps = layer.fusion_layer.mlp_norm.eps = 1e-5
-        rope = getattr(getattr(layer, "layer", layer).attn, "pos_embeddings", None)
-        if rope is not None:  # tables that are in no state dict
-            rope.to_empty(device=device)
-            with device:
-                rope.rope_init()
+    fill_rope(decoder, device)
     return model_fusion.DeepFusionModel(decoder, model.encoder).eval()
+
+
+def fill_rope(decoder, device):
+    """Compute the rotary tables of a torchtune decoder, which are in no state dict."""
+    for layer in decoder.layers:
+        rope = getattr(getattr(layer, "layer", layer).attn, "pos_embeddings", None)
+        if rope is not None:
+            rope.to_empty(device=device)
+            with torch.device(device):
+                rope.rope_init()
 
 
 def make_prompt(options, size, dtype, rows, tiles):

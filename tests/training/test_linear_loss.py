@@ -8,6 +8,7 @@ from models.architectures import every_arch, make, prompt
 from ranks import run_on_ranks
 from support import VOCAB, inputs, text, tiny_decoder
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.training import set_activation_checkpointing
 
@@ -194,6 +195,18 @@ def test_compiled(whole):
     for _ in range(2):
         total, _ = linear_next_token_loss(model, tokens, labels=labels, **call)
     torch.testing.assert_close(total, expected)
+
+
+def test_operations_are_counted():
+    model, tokens = make("cross_attention"), text(2, 13)
+    labels = labels_of(tokens, 0.2)
+    counts = []
+    for some in (labels, tokens):
+        with FlopCounterMode(display=False) as counter:
+            linear_next_token_loss(model, tokens, labels=some, encoder_input=inputs(2))[0].backward()
+        counts.append(counter.get_total_flops())
+    head = 4 * model.decoder.output.in_features * VOCAB  # of a position, forward and backward
+    assert counts[1] - counts[0] == head * (2 * 12 - int((labels[:, 1:] != -100).sum()))
 
 
 def test_auxiliary_losses_are_scaled_with_it():

@@ -8,12 +8,13 @@ loss, so that neither logits nor anything of their size is kept for the backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from torchfuse.modules.experts.auxiliary_loss import mark_main_loss
 from torchfuse.naming import find_model, unwrap
@@ -107,28 +108,28 @@ class _LinearLoss(torch.autograd.Function):
         options: LossOptions,
         *parameters: Tensor,
     ) -> Tensor:
+        hidden = hidden.detach()
         rows = max(1, _LOGITS // head(hidden[:0]).shape[-1])
         trained = [index for index, p in enumerate(parameters) if p.requires_grad]
         with_gradients = any(ctx.needs_input_grad)
-        # In fp32: many small terms are added.
-        sums = [torch.zeros_like(parameters[index], dtype=torch.float) for index in trained]
         total, of_hidden = torch.zeros((), device=hidden.device), []
+        sums: list[Tensor] = []  # in fp32: many small terms are added
         for start in range(0, max(1, len(hidden)), rows):
             chunk = slice(start, start + rows)
-            h = hidden[chunk].detach().requires_grad_(with_gradients)
-            with torch.set_grad_enabled(with_gradients):
-                scores = head(h).float()
-                loss = summed_loss(
-                    scores, targets[chunk], None if weights is None else weights[chunk], **options
-                )
-            total += loss.detach()
-            if with_gradients:
-                of_h, *others = torch.autograd.grad(
-                    loss, [h, *(parameters[i] for i in trained)], materialize_grads=True
-                )
-                of_hidden.append(of_h)
-                for into, gradient in zip(sums, others, strict=True):
-                    into += gradient
+            scored = targets[chunk], None if weights is None else weights[chunk]
+            if not with_gradients:
+                total += summed_loss(head(hidden[chunk]).float(), *scored, **options)
+                continue
+            loss, of_h, *others = _loss_and_gradients(
+                head, hidden[chunk], *scored, [parameters[index] for index in trained], **options
+            )
+            total += loss
+            of_hidden.append(of_h)
+            if sums:
+                for into, term in zip(sums, others, strict=True):
+                    into += term
+            else:
+                sums = [term.float() for term in others]
         if with_gradients:
             gradients = [g.to(parameters[i].dtype) for i, g in zip(trained, sums, strict=True)]
             ctx.save_for_backward(torch.cat(of_hidden), *gradients)
@@ -143,6 +144,49 @@ class _LinearLoss(torch.autograd.Function):
         for index, gradient in zip(ctx.trained, gradients, strict=True):
             of_parameters[index] = gradient
         return of_hidden, None, None, None, None, *of_parameters
+
+
+def _loss_and_gradients(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    parameters: Sequence[Tensor],
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> list[Tensor]:
+    """Return the loss of a chunk, and the gradients of its hidden states and of parameters.
+
+    The gradient of the scores is written in place of their log-probabilities, and the scores themselves
+    are freed before: autograd would hold four tensors of this size.
+    """
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = head(hidden.view_as(hidden))  # FlopCounterMode's hooks fail on a leaf
+    edge, dtype, index = get_gradient_edge(scores), scores.dtype, targets[:, None]
+    scores = scores.detach().float()
+    at_target = scores.gather(1, index)  # [n, 1]
+    log_p = scores.log_softmax(dim=-1)
+    del scores
+    log_p_target = log_p.gather(1, index)
+    losses = (label_smoothing - 1) * log_p_target
+    if label_smoothing:
+        losses = losses - label_smoothing * log_p.mean(dim=-1, keepdim=True)
+    gradient = log_p.exp_()
+    if z_loss:
+        log_z = at_target - log_p_target
+        losses = losses + z_loss * log_z.square()
+        gradient *= 1 + 2 * z_loss * log_z
+    if label_smoothing:
+        gradient -= label_smoothing / gradient.shape[-1]
+    gradient.scatter_add_(1, index, torch.full_like(losses, label_smoothing - 1))
+    if weights is not None:
+        losses = losses * weights[:, None]
+        gradient *= weights[:, None]
+    wanted = [hidden, *parameters]
+    gradients = torch.autograd.grad([edge], wanted, [gradient.to(dtype)], materialize_grads=True)
+    return [losses.sum(), *gradients]
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torchfuse import from_pretrained, get_fusion_params
 from torchfuse.checkpoint.formats.llava import Llava
 from torchfuse.checkpoint.formats.mllama import Mllama
 from torchfuse.data import image_mask, pack, padded_collate_images
-from torchfuse.params import register_fusion_module
 from torchfuse.training import linear_next_token_loss, next_token_loss
 
 if __package__:
@@ -172,7 +171,7 @@ class Projected(nn.Module):
 
     def __init__(self, encoder, adapter):
         super().__init__()
-        self.encoder, self.adapter = encoder, register_fusion_module(adapter)
+        self.encoder, self.adapter = encoder, adapter
 
     def forward(self, images):
         return self.adapter(self.encoder(images))

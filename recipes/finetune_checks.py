@@ -1,5 +1,6 @@
 """Checks of the finetune recipe's configuration, its files, and what a resumed run must share."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -29,6 +30,7 @@ _FREE_ON_RESUME: Final = frozenset(
         "train.max_skipped_steps",
         "train.optimizer_in_backward",
         "device",
+        "parallel",
         "activation_checkpointing",
         "activation_offloading",
         "compile",
@@ -109,6 +111,7 @@ def check_config(config: Config) -> None:
             problems.append(
                 f"{name}={value} must be a number of at least 0, or one for each part that trains"
             )
+    problems += config.parallel.problems(int(os.environ.get("WORLD_SIZE", "1")), config.device)
     if problems:
         raise ConfigError(f"{'; '.join(problems)}.")
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from torchfuse.training.parallel.options import Parallel
+
 __all__ = ["Config", "Data", "Pretrained", "Train"]
 
 
@@ -138,6 +140,7 @@ class Config:
             learned; null: start from the pretrained checkpoints alone.
         data: files of samples, and how samples become batches.
         train: optimisation.
+        parallel: several devices, with one rank on each, as ``tune run --nproc_per_node`` starts them.
         freeze: stages ``{start_step, specs: [{module, frozen}]}``, see ``torchfuse.params``; without
             any, the keywords of ``model`` determine what trains.
         device: ``cpu``, ``cuda`` (each rank's own) or another device of torch.
@@ -165,6 +168,7 @@ class Config:
     transform: dict[str, Any] | None = None
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
     freeze: list[dict[str, Any]] = field(default_factory=list)
     device: str = "cpu"
     dtype: str = "fp32"

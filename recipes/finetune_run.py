@@ -20,7 +20,7 @@ from torchfuse import describe
 from torchfuse.checkpoint import latest_checkpoint, load_trained, save_trained
 from torchfuse.data import LoaderOptions, Mixture, Sample, Samples, SampleTransform, StepLoader
 from torchfuse.data.readers.read_all import read_all
-from torchfuse.errors import ConfigError, ModelError
+from torchfuse.errors import ConfigError
 from torchfuse.io.atomic import write_text
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.evaluation import (
@@ -38,10 +38,16 @@ from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
-from torchfuse.training import build, shard
+from torchfuse.training import build
 from torchfuse.training.config import check_output_dir
 from torchfuse.training.interruption import EXIT_CODE
 from torchfuse.training.memory import offload_activations
+from torchfuse.training.parallel import (
+    check_shared_directory,
+    checkpoint_activations,
+    compile_layers,
+    init_process_group,
+)
 from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.progress import Progress
 
@@ -60,10 +66,11 @@ def run(
     started = time.perf_counter()
     distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed_run:
-        distributed.init_process_group()
+        init_process_group(config.device, config.parallel.timeout_minutes)
     log, write_file = (print, write_text) if get_world_size_and_rank()[1] == 0 else (_silent, _silent)
     training.set_seed(config.seed)
     output = _output_dir(config)
+    check_shared_directory(output)
 
     test = read_all(test, config.data.test if isinstance(config.data.test, str) else "data.test")
     transform_of = read_transform(asdict(config))
@@ -78,7 +85,7 @@ def run(
     check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
     check_lengths(model, transform, test, "data.test")
     loader = _loader(train, _with_features(model, stages, train, transform, config), config)
-    _prepare(model, stages, config, shard_it=distributed_run)
+    _prepare(model, stages, config, log)
     trainer = Trainer(model, stages, loader, config)
     log(f"\n{describe(model)}\n")
 
@@ -183,21 +190,19 @@ def _with_features(
     return cache_features(model, train, transform, data.cache_features, **workers)
 
 
-def _prepare(model: nn.Module, stages: FreezeSchedule, config: Config, *, shard_it: bool) -> None:
-    """Keep what trains in fp32, checkpoint activations, compile layers and shard, as configured."""
+def _prepare(
+    model: nn.Module, stages: FreezeSchedule, config: Config, log: Callable[[str], None]
+) -> None:
+    """Keep what trains in fp32, checkpoint activations and compile layers, as configured."""
+    trained = stages.trained_ever(model)
     if config.train.fp32_weights:
-        keep_in_fp32(model, stages.trained_ever(model))
-    layers = {type(layer) for layer in model.layers}
+        keep_in_fp32(model, trained)
     if config.activation_checkpointing:
-        training.set_activation_checkpointing(model, auto_wrap_policy=layers)
+        wrapped = checkpoint_activations(model, trained)
+        layers = ", ".join(f"{number} layers of the {part}" for part, number in wrapped.items())
+        log(f"activation checkpointing: {layers}")
     if config.compile:
-        for layer in model.layers:
-            layer.compile()
-    if shard_it:
-        try:
-            shard(model)
-        except ModelError as error:
-            raise ConfigError(f"The model cannot be sharded: {error}") from error
+        compile_layers(model)
     if config.activation_offloading:
         offload_activations(model)
 

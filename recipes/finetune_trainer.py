@@ -1,6 +1,7 @@
 """The training of a finetuning run, which can be saved and resumed at any step."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -22,13 +23,14 @@ from torchfuse.checkpoint import (
 )
 from torchfuse.checkpoint.run import LoadedCheckpoint, checkpoint_steps
 from torchfuse.data.loading import Cursor, StepLoader, count_tokens
-from torchfuse.errors import CheckpointError, ConfigError, DataError
+from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.image_inputs import fit_to_encoder
 from torchfuse.training import TrainingRecord, build, device_and_dtype, linear_next_token_loss
 from torchfuse.training.finite import NonFiniteSteps, clip_gradients
 from torchfuse.training.interruption import Interruption
 from torchfuse.training.memory import step_in_backward
+from torchfuse.training.parallel import DataParallel, Watchdog
 from torchfuse.training.precision import computing_in
 from torchfuse.training.progress import Progress, StepMetrics
 from torchfuse.training.schedules import lr_schedule
@@ -40,7 +42,7 @@ class Trainer:
     """The state of a run: model, optimizer, schedules and record, saved and loaded together.
 
     Args:
-        model: the model, sharded or not.
+        model: the model, which is sharded if there are several ranks and the configuration says so.
         stages: which parameters train from which step on.
         loader: the batches of every step.
         config: the recipe's configuration.
@@ -52,6 +54,8 @@ class Trainer:
         self.model, self.stages, self.loader, self.config = model, stages, loader, config
         self.device, self.dtype = device_and_dtype(config.device, config.dtype)
         self.world_size, self.rank = get_world_size_and_rank()
+        self.parallel = _parallelize(model, config, self.device, self.dtype)
+        self.watchdog = Watchdog(config.parallel.timeout_minutes)
         self.step, self.cursor, self.record = 0, Cursor(), TrainingRecord()
         self._idle = 0  # steps in a row without anything to learn
         self.trained = stages.trained_ever(model)
@@ -154,7 +158,7 @@ class Trainer:
             step=self.step,
             extra={
                 "course": resume_signature(self.config, self.world_size),
-                "record": self.record.of_all_ranks(self.device).state(),
+                "record": self.record.of_all_ranks().state(),
                 "data": {"digest": self.loader.samples.digest, "cursor": self.cursor.state()},
             },
             trained=self.trained,
@@ -178,9 +182,9 @@ class Trainer:
         record, config = self.record, self.config
         self.model.train()
         steps = islice(self.loader.steps(self.cursor), self.num_steps - self.step)
-        with progress, Interruption() as interruption:
+        with progress, self.watchdog, Interruption() as interruption:
             metrics = StepMetrics()
-            while (drawn := _next(steps, metrics)) is not None:
+            while (drawn := self._next(steps, metrics)) is not None:
                 step, self.cursor = drawn
                 skipped = self._train_step(step, metrics)
                 if skipped is None:
@@ -196,6 +200,7 @@ class Trainer:
                 record.skipped_steps += skipped is not None
                 self.loader.skipped, self.loader.too_long = [], 0
                 self._check_progress()
+                self.watchdog.enter(f"evaluation or saving after step {self.step}", limited=False)
                 if self._is_due(config.eval_every):
                     record.accuracies.append((self.step, validate()))
                 if self._is_due(config.save_every):
@@ -205,13 +210,11 @@ class Trainer:
                         self.save()
                     raise RunInterruptedError(self.step)
                 metrics = StepMetrics()
-        return record.of_all_ranks(self.device)
+        return record.of_all_ranks()
 
     def _train_step(self, step: list[dict[str, Any]], metrics: StepMetrics) -> str | None:
         """Take one optimizer step; return why its update was skipped, if it was."""
-        # A function of the step alone, so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(self.config.seed + self.step * self.world_size + self.rank)
-        with metrics.timing("data"):
+        with self._timing("data", metrics):
             for batch in step:
                 for name, number in count_tokens(batch, self.loader.transform).items():
                     metrics.tokens[name] = metrics.tokens.get(name, 0) + number
@@ -219,10 +222,10 @@ class Trainer:
                 batch.update(fit_to_encoder(self.model, batch))
         self.record.tokens.update(metrics.tokens)
         self.stages.apply(self.model, self.step)
-        with metrics.timing("model"):
+        with self._timing("model", metrics):
             self._backward(step, metrics)
-        self.step += 1
-        with metrics.timing("optimizer"):
+        with self._timing("optimizer", metrics):
+            self.step += 1
             metrics.grad_norm = clip_gradients(self.model.parameters(), self.config.train.clip_grad_norm)
             metrics.lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
             skipped = self.non_finite.check(self.step, metrics.loss, metrics.grad_norm, self.optimizer)
@@ -247,24 +250,46 @@ class Trainer:
         # Weights may add up to less than 1.
         count = torch.where(count > 0, count, torch.ones_like(count))
         total: Tensor = torch.zeros((), device=self.device)
-        for batch, (labels, weights) in zip(step, targets, strict=True):
-            with computing_in(self.dtype, self.device):
-                summed, _ = linear_next_token_loss(
-                    self.model,
-                    **batch,
-                    labels=labels,
-                    loss_weights=weights,
-                    z_loss=train.z_loss,
-                    label_smoothing=train.label_smoothing,
-                )
-            # Nothing that trains takes part in a batch of text where only an adapter trains.
-            if summed.requires_grad or self.world_size > 1:
-                # FSDP averages gradients over ranks, and the count is of all ranks already.
-                (summed * self.world_size / count).backward()
+        for index, (batch, (labels, weights)) in enumerate(zip(step, targets, strict=True)):
+            self._seed_batch(index, len(step))
+            with self.parallel.batch(last=index == len(step) - 1) as model:
+                with computing_in(self.dtype, self.device):
+                    summed, _ = linear_next_token_loss(
+                        model,
+                        **batch,
+                        labels=labels,
+                        loss_weights=weights,
+                        z_loss=train.z_loss,
+                        label_smoothing=train.label_smoothing,
+                    )
+                # Nothing that trains takes part in a batch of text where only an adapter trains.
+                if summed.requires_grad or self.world_size > 1:
+                    # Gradients are averaged over ranks, and the count is of all ranks already.
+                    (summed * self.world_size / count).backward()
             total = total + summed.detach()
         if self.world_size > 1:
             distributed.all_reduce(total)
         metrics.loss = float(total / count)
+
+    def _seed_batch(self, index: int, num_batches: int) -> None:
+        """Seed dropout and noise by the number of a batch among those of all steps and ranks.
+
+        So a resumed run draws what an uninterrupted one does, and two ranks what one process does.
+        """
+        number = (self.step * num_batches + index) * self.world_size + self.rank
+        torch.manual_seed(self.config.seed + number)
+
+    @contextmanager
+    def _timing(self, part: str, metrics: StepMetrics) -> Iterator[None]:
+        """Measure a part of a step, which the watchdog limits."""
+        self.watchdog.enter(f"step {self.step + 1}, {part}")
+        with metrics.timing(part):
+            yield
+
+    def _next(self, steps: Iterator[Any], metrics: StepMetrics) -> Any:
+        """Return the batches of the next step and the cursor after it; None after the last."""
+        with self._timing("data", metrics):
+            return next(steps, None)
 
     def _check_progress(self) -> None:
         """Raise a ``DataError`` if all steps of an epoch, or of the run, had nothing to learn."""
@@ -289,7 +314,11 @@ class RunInterruptedError(Exception):
     """The system asked for the end of a run; it was saved after a step."""
 
 
-def _next(steps: Iterator[Any], metrics: StepMetrics) -> Any:
-    """Return the batches of the next step and the cursor after it; None after the last."""
-    with metrics.timing("data"):
-        return next(steps, None)
+def _parallelize(
+    model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype
+) -> DataParallel:
+    computed_in = dtype if config.train.fp32_weights else torch.float32
+    try:
+        return DataParallel(model, config.parallel, device=device, dtype=computed_in)
+    except ModelError as error:
+        raise ConfigError(f"The model cannot be trained on several ranks: {error}") from error

@@ -9,7 +9,7 @@ from support import same_state, state
 from torch.distributed.tensor import DTensor
 
 from torchfuse import export, from_pretrained, get_fusion_params, load_pretrained
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 IMAGE = LLAMA["vocab_size"] - 1
 

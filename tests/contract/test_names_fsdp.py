@@ -12,7 +12,7 @@ from ranks import run_on_ranks
 from support import open_gates, tiny_decoder
 from torch.distributed.fsdp import fully_shard
 
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 pytestmark = pytest.mark.distributed
 

@@ -16,7 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from torchfuse import fuse
 from torchfuse.encoders.hf import HfEncoder
 from torchfuse.encoders.hf_build import hf_encoder, tower_config
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 SIZES = {"hidden_size": 20, "intermediate_size": 43, "num_hidden_layers": 3, "num_attention_heads": 5}
 VIT = SIZES | {"image_size": 12, "patch_size": 4}

@@ -37,8 +37,8 @@ from torchfuse import (
     set_trainable,
 )
 from torchfuse.encoders.stub import RandomEncoder
+from torchfuse.training import shard
 from torchfuse.training.loss import next_token_loss
-from torchfuse.training.sharding import shard
 
 ARCHS = {
     "cross_attention": {"every": 1},

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from torchfuse import fuse
 from torchfuse.naming import unwrap
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 ARCHS = {
     "mot": {},

@@ -12,7 +12,7 @@ from torchtune.modules.peft import LoRALinear
 
 from torchfuse import fuse, generate
 from torchfuse.models.cached_attention import CachedAttention
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 
 def make(**options):

@@ -35,8 +35,8 @@ from torchfuse.models import (
 )
 from torchfuse.models.decoders.llama import llama_decoder
 from torchfuse.params import FreezeSpec, apply_freeze_specs
+from torchfuse.training import shard
 from torchfuse.training.loss import next_token_loss
-from torchfuse.training.sharding import shard
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from support import IMAGE, TinyEncoder, inputs, text, tiny_decoder
 from torch.distributed.fsdp import fully_shard
 
 from torchfuse import fuse, get_fusion_params, param_groups
+from torchfuse.training import shard
 from torchfuse.training.loss import next_token_loss
-from torchfuse.training.sharding import shard
 
 
 def scored(model, *args, **kwargs):
@@ -140,7 +140,7 @@ def refuse(rank):
             for call in ({"encoder_input": inputs()}, {}):
                 tokens = prompt(name) if call else text()
                 with pytest.raises(
-                    ValueError, match="inside this .* is sharded .*torchfuse.training.sharding.shard"
+                    ValueError, match="inside this .* is sharded .*torchfuse.training.shard"
                 ):
                     model(tokens, **call)
         sharded = make(name, **options)

@@ -36,7 +36,7 @@ from torchfuse import (
 )
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.naming import named_parameters
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 OLD, NEW, DIM = 23, 5, 7
 biases = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])

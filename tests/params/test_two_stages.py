@@ -25,7 +25,7 @@ from torchfuse.checkpoint import load_checkpoint, save_checkpoint
 from torchfuse.errors import ConfigError
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage, freeze_params
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 # --- one process ---------------------------------------------------------------------------------
 

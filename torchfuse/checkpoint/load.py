@@ -68,7 +68,7 @@ def from_pretrained(
         fusion_trainable: whether what fusion added trains.
         on_missing: see ``FusedModel``. None: as in the directory of a whole model, else ``"skip"``.
         prepare: called with the model of a whole directory before it has memory, for example
-            ``torchfuse.training.sharding.shard``, so that no rank ever holds more than its own shard.
+            ``torchfuse.training.shard``, so that no rank ever holds more than its own shard.
         **fuse_options: for ``decoder`` and ``encoder``: the options of ``fuse``, ``arch``, ``every``,
             ``adapter`` and so on.
 

@@ -28,5 +28,5 @@ class FusionWrapper(TransparentWrapper):
             raise ModelError(
                 f"The layer inside this {type(self).__name__} is sharded as a module of its own, but "
                 "the wrapper runs its parts, so its weights would never be gathered. Shard with "
-                "torchfuse.training.sharding.shard, or call fully_shard on the wrapper instead."
+                "torchfuse.training.shard, or call fully_shard on the wrapper instead."
             )

@@ -6,9 +6,9 @@ from torchfuse.training.device import device_and_dtype
 from torchfuse.training.linear_loss import linear_next_token_loss
 from torchfuse.training.loss import next_token_loss
 from torchfuse.training.memory import offload_activations, step_in_backward
+from torchfuse.training.parallel.sharding import shard
 from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.record import TrainingRecord
-from torchfuse.training.sharding import shard
 
 __all__ = [
     "TrainingRecord",

@@ -18,7 +18,7 @@ from torchfuse.checkpoint.artifact.fingerprint import (
     pretrained_tensors,
     read_fingerprint,
 )
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 
 def values(tensor):

@@ -22,7 +22,7 @@ from torchfuse.encoders.clip import ClipVisionEncoder
 from torchfuse.errors import CheckpointError
 from torchfuse.models import build_vlm_wrapper
 from torchfuse.models.decoders.llama import llama_decoder
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 ARCHS = {
     "joint_decoder": {"placement": "prefix"},

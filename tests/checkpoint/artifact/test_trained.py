@@ -18,7 +18,7 @@ from torchfuse.params import (
     canonical_freeze_meta,
     read_freeze_meta,
 )
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 
 def make(**trainable):

@@ -19,7 +19,7 @@ from torchfuse.checkpoint.run import dcp_storage
 from torchfuse.errors import CheckpointError
 from torchfuse.naming import named_parameters
 from torchfuse.params import freeze_params
-from torchfuse.training.sharding import shard
+from torchfuse.training import shard
 
 
 @torch.no_grad()

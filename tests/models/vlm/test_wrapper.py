@@ -33,8 +33,8 @@ from torchfuse.models.builders import llama_clip
 from torchfuse.modules.adapters import build_adapter
 from torchfuse.naming import unwrap
 from torchfuse.params import FreezeSpec, apply_freeze_specs
+from torchfuse.training import shard
 from torchfuse.training.loss import next_token_loss
-from torchfuse.training.sharding import shard
 
 ARCHS = {
     "cross_attention": {"arch": "cross_attention"},

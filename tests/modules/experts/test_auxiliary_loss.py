@@ -15,8 +15,8 @@ from torchfuse.modules.experts import expert_choice
 from torchfuse.modules.experts.auxiliary_loss import add_loss, mark_main_loss
 from torchfuse.modules.experts.modality_experts import MoMaLayer
 from torchfuse.naming import named_parameters
+from torchfuse.training import shard
 from torchfuse.training.loss import next_token_loss
-from torchfuse.training.sharding import shard
 from torchfuse.training.torchtune_loss import CEWithChunkedOutputLoss
 
 WEIGHT = 0.7

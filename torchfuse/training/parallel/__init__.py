@@ -1,0 +1,20 @@
+"""Training on several devices: how the ranks share a model, and what they wait for."""
+
+from torchfuse.training.parallel.data_parallel import DataParallel
+from torchfuse.training.parallel.layers import checkpoint_activations, compile_layers, layers_of
+from torchfuse.training.parallel.options import Parallel
+from torchfuse.training.parallel.process_group import check_shared_directory, init_process_group
+from torchfuse.training.parallel.sharding import shard
+from torchfuse.training.parallel.watchdog import Watchdog
+
+__all__ = [
+    "DataParallel",
+    "Parallel",
+    "Watchdog",
+    "check_shared_directory",
+    "checkpoint_activations",
+    "compile_layers",
+    "init_process_group",
+    "layers_of",
+    "shard",
+]

@@ -1,0 +1,65 @@
+"""The process group of a run, on one node or several."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from torch import distributed
+
+from torchfuse.errors import ConfigError
+from torchfuse.io.ranks import coordination_group, from_rank_zero
+from torchfuse.training.device import device_and_dtype
+
+__all__ = ["check_shared_directory", "init_process_group"]
+
+
+def init_process_group(device: str, timeout_minutes: float) -> None:
+    """Make the process group that torchrun's environment describes.
+
+    Args:
+        device: the configured device. On CUDA each rank takes the device of its ``LOCAL_RANK``.
+        timeout_minutes: how long a collective outside of the steps may take.
+
+    Raises:
+        ConfigError: if there is no such device on this rank's machine.
+    """
+    device_and_dtype(device, "fp32")  # makes it the current device, which NCCL uses
+    distributed.init_process_group(timeout=timedelta(minutes=timeout_minutes))
+
+
+def check_shared_directory(path: str | Path) -> None:
+    """Check that a directory is on a disk of all ranks, which write and read checkpoints together.
+
+    Every rank calls this. Nothing is left in the directory.
+
+    Args:
+        path: the directory, which need not exist yet.
+
+    Raises:
+        ConfigError: naming the ranks and hosts that do not share it with rank zero.
+    """
+    group = coordination_group()
+    if group is None:
+        return
+    with ExitStack() as cleanup:
+
+        def make_probe() -> str:
+            absolute = Path(path).absolute()
+            existing = next(p for p in [absolute, *absolute.parents] if p.exists())
+            prefix = f".torchfuse_{socket.gethostname()}_"
+            return cleanup.enter_context(NamedTemporaryFile(dir=existing, prefix=prefix)).name
+
+        probe = from_rank_zero(group, make_probe)
+        found: list[tuple[str, bool]] = [("", True)] * distributed.get_world_size(group)
+        mine = (socket.gethostname(), Path(probe).exists())
+        distributed.all_gather_object(found, mine, group=group)
+    missing = [f"rank {rank} on {host}" for rank, (host, exists) in enumerate(found) if not exists]
+    if missing:
+        raise ConfigError(
+            f"{path} is not the same directory on all ranks: {', '.join(missing)} cannot find what rank 0 "
+            f"on {found[0][0]} wrote there. Give a directory on a disk that all nodes share."
+        )

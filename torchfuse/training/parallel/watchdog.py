@@ -1,0 +1,123 @@
+"""The end of a run whose ranks wait for each other, with what each of them waits for.
+
+A rank that waits in a collective operation is not the one that something is wrong with, and the time-out
+of a process group names neither. So a thread of each rank puts what the rank does into the store that
+the ranks started with, and the first rank that has waited for too long prints what all of them do. This
+is the same with NCCL and gloo, and the steps themselves wait for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final
+
+from torch import distributed
+
+__all__ = ["EXIT_CODE", "Watchdog"]
+
+EXIT_CODE: Final = 124
+"""Exit code of a rank that has waited for too long, as of the command ``timeout``."""
+
+_INTERVAL: Final = 10.0  # seconds
+
+
+class Watchdog:
+    """End the process if a part of a step takes too long, and print what every rank does.
+
+    Without a process group it does nothing.
+
+    Args:
+        timeout_minutes: how long a part of a step may take.
+        end: ends the process, with an exit code.
+
+    Examples:
+        >>> with Watchdog(30.0) as watchdog:
+        ...     watchdog.enter("step 1, data")
+    """
+
+    def __init__(self, timeout_minutes: float, end: Callable[[int], Any] = os._exit) -> None:
+        self._timeout, self._end = 60 * timeout_minutes, end
+        self._interval = min(_INTERVAL, self._timeout / 4)
+        self._part, self._limited, self._since = "start", False, time.monotonic()
+        self._main = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if distributed.is_initialized():
+            # Another connection: the process group's own may be blocked.
+            self._store = distributed.distributed_c10d._get_default_store().clone()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def enter(self, part: str, *, limited: bool = True) -> None:
+        """Note what this rank does from now on.
+
+        Args:
+            part: in words, such as ``"step 3, data"``.
+            limited: whether it may not take longer than the time-out.
+        """
+        self._part, self._limited, self._since = part, limited, time.monotonic()
+
+    def _watch(self) -> None:
+        rank = distributed.get_rank()
+        while not self._stopped.wait(self._interval):
+            seconds = time.monotonic() - self._since
+            self._store.set(_key(rank), json.dumps([self._part, seconds, self._innermost_call()]))
+            if self._limited and seconds >= self._timeout:
+                print(self._report(rank), file=sys.stderr, flush=True)
+                self._end(EXIT_CODE)
+                return
+
+    def _innermost_call(self) -> str:
+        frame = sys._current_frames().get(self._main)
+        if frame is None:
+            return "an unknown place"
+        return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+    def _report(self, rank: int) -> str:
+        """Return what every rank does, with ranks that do the same on one line."""
+        ranks: dict[tuple[str, str], list[int]] = defaultdict(list)
+        waited: dict[tuple[str, str], float] = defaultdict(float)
+        for other in range(distributed.get_world_size()):
+            does = ("has reported nothing", "its start")
+            if self._store.check([_key(other)]):
+                part, seconds, call = json.loads(self._store.get(_key(other)))
+                does = (part, call)
+                waited[does] = max(waited[does], seconds)
+            ranks[does].append(other)
+        lines = [
+            f"error: rank {rank} has waited in {self._part} for {_minutes(self._timeout)} or longer:"
+        ]
+        lines += [
+            f"  rank {', '.join(map(str, same))}: {part}, for {_minutes(waited[part, call])}, in {call}"
+            for (part, call), same in ranks.items()
+        ]
+        lines.append("  A rank that does something else than the others is what they wait for.")
+        return "\n".join(lines)
+
+
+def _key(rank: int) -> str:
+    return f"torchfuse_watchdog/{rank}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

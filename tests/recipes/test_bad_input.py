@@ -272,7 +272,7 @@ def test_a_run_whose_configuration_was_edited(intact, tmp_path, section, change,
 def test_sharding_needs_participation(intact):
     config = typed(read_config(DIGITS / "cross_attention.yaml", ""), finetune_config.Config)
     model = build_model(config.model, vars(config.pretrained), device="cpu", dtype="fp32")
-    with pytest.raises(ConfigError, match='cannot be sharded: .* needs on_missing="participate"'):
+    with pytest.raises(ConfigError, match='on several ranks: .* on_missing="participate"'):
         finetune_run._prepare(model, FreezeSchedule(()), config, shard_it=True)
 
 

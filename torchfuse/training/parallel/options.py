@@ -74,7 +74,7 @@ class Parallel:
             yield f"device={device} has no communication between processes; run one process"
         if world_size > 1 and ":" in device:
             kind = device.partition(":")[0]
-            yield f"device={device} is one device for {world_size} ranks; device={kind} is each rank's own"
+            yield f"device={device} is one device for {world_size} ranks; device={kind}: each its own"
 
     def mesh_shape(self, world_size: int) -> tuple[int, int] | None:
         """Return the numbers of replicas and of shards; None where all ranks share one copy.

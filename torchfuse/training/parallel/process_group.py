@@ -60,6 +60,6 @@ def check_shared_directory(path: str | Path) -> None:
     missing = [f"rank {rank} on {host}" for rank, (host, exists) in enumerate(found) if not exists]
     if missing:
         raise ConfigError(
-            f"{path} is not the same directory on all ranks: {', '.join(missing)} cannot find what rank 0 "
-            f"on {found[0][0]} wrote there. Give a directory on a disk that all nodes share."
+            f"{path} is not the same directory on all ranks: {', '.join(missing)} cannot find what rank "
+            f"0 on {found[0][0]} wrote there. Give a directory on a disk that all nodes share."
         )

@@ -43,8 +43,8 @@ def shard(model: nn.Module, *, reshard_after_forward: bool | int = True, **optio
         raise ModelError("There is no layer to shard: no part of the model has an nn.ModuleList.")
     if any(map(is_sharded, model.parameters())):
         raise ModelError(
-            "The parameters are distributed already: sharding cannot be applied twice, nor together with "
-            "tensor parallelism. Give shard() a mesh of replicas and shards."
+            "The parameters are distributed already: sharding cannot be applied twice, nor together "
+            "with tensor parallelism. Give shard() a mesh of replicas and shards."
         )
     check_participation(model)
     broadcast_fusion(model)

@@ -111,6 +111,8 @@ def check_config(config: Config) -> None:
             problems.append(
                 f"{name}={value} must be a number of at least 0, or one for each part that trains"
             )
+    if train.optimizer_in_backward and config.parallel.strategy == "ddp":
+        problems.append("train.optimizer_in_backward=true needs parallel.strategy=fsdp, got ddp")
     problems += config.parallel.problems(int(os.environ.get("WORLD_SIZE", "1")), config.device)
     if problems:
         raise ConfigError(f"{'; '.join(problems)}.")

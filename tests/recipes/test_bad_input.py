@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from programs import DIGITS, run_program
-from torchfuse.recipes import evaluate, finetune, finetune_config, finetune_run, generate
+from torchfuse.recipes import evaluate, finetune, generate
 
 from torchfuse.errors import ConfigError
-from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.runs import build_model, load_run
-from torchfuse.training.config import read_config, typed
 
 MODEL = "model (torchfuse.models.builders.digits): "
 # Configurations had a section of this kind before the model determined what is in it.
@@ -267,13 +265,6 @@ def test_a_run_whose_configuration_was_edited(intact, tmp_path, section, change,
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.yaml, {message}"):
         load_run(tmp_path, device="cpu", dtype="fp32")
-
-
-def test_sharding_needs_participation(intact):
-    config = typed(read_config(DIGITS / "cross_attention.yaml", ""), finetune_config.Config)
-    model = build_model(config.model, vars(config.pretrained), device="cpu", dtype="fp32")
-    with pytest.raises(ConfigError, match='on several ranks: .* on_missing="participate"'):
-        finetune_run._prepare(model, FreezeSchedule(()), config, shard_it=True)
 
 
 @pytest.mark.parametrize("encoder", [5, ["demo/clip"], {"encoder": 5}], ids=str)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchfuse.naming import find_model
 from torchfuse.training.parallel.options import Parallel
+from torchfuse.training.parallel.process_group import collective_timeout
 from torchfuse.training.parallel.sharding import broadcast_fusion, check_participation, shard
 
 __all__ = ["DataParallel"]
@@ -79,7 +80,10 @@ class DataParallel:
         options: dict[str, Any] = {"reshard_after_forward": self._options.reshard_after_forward}
         if shape := self._options.mesh_shape(distributed.get_world_size()):
             names = ("replicate", "shard")
-            options["mesh"] = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            options["mesh"] = mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            for name in names:  # new groups have torch's own time-out
+                timeout = collective_timeout(self._options.timeout_minutes)
+                distributed.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
         if dtype is not torch.float32:
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

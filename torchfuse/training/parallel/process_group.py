@@ -14,7 +14,7 @@ from torchfuse.errors import ConfigError
 from torchfuse.io.ranks import coordination_group, from_rank_zero
 from torchfuse.training.device import device_and_dtype
 
-__all__ = ["check_shared_directory", "init_process_group"]
+__all__ = ["check_shared_directory", "collective_timeout", "init_process_group"]
 
 
 def init_process_group(device: str, timeout_minutes: float) -> None:
@@ -22,13 +22,19 @@ def init_process_group(device: str, timeout_minutes: float) -> None:
 
     Args:
         device: the configured device. On CUDA each rank takes the device of its ``LOCAL_RANK``.
-        timeout_minutes: how long a collective outside of the steps may take.
+        timeout_minutes: how long a collective operation may take. A minute is added, in which
+            ``Watchdog`` reports what every rank does.
 
     Raises:
         ConfigError: if there is no such device on this rank's machine.
     """
     device_and_dtype(device, "fp32")  # makes it the current device, which NCCL uses
-    distributed.init_process_group(timeout=timedelta(minutes=timeout_minutes))
+    distributed.init_process_group(timeout=collective_timeout(timeout_minutes))
+
+
+def collective_timeout(timeout_minutes: float) -> timedelta:
+    """Return the time-out of the process groups of a run."""
+    return timedelta(minutes=timeout_minutes + 1)
 
 
 def check_shared_directory(path: str | Path) -> None:

@@ -15,12 +15,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final
 
 from torch import distributed
 
-__all__ = ["EXIT_CODE", "Watchdog"]
+__all__ = ["EXIT_CODE", "Watchdog", "key"]
 
 EXIT_CODE: Final = 124
 """Exit code of a rank that has waited for too long, as of the command ``timeout``."""
@@ -35,15 +36,15 @@ class Watchdog:
 
     Args:
         timeout_minutes: how long a part of a step may take.
-        end: ends the process, with an exit code.
+        end: is given the report, and ends the process.
 
     Examples:
         >>> with Watchdog(30.0) as watchdog:
         ...     watchdog.enter("step 1, data")
     """
 
-    def __init__(self, timeout_minutes: float, end: Callable[[int], Any] = os._exit) -> None:
-        self._timeout, self._end = 60 * timeout_minutes, end
+    def __init__(self, timeout_minutes: float, end: Callable[[str], Any] | None = None) -> None:
+        self._timeout, self._end = 60 * timeout_minutes, end or _print_and_exit
         self._interval = min(_INTERVAL, self._timeout / 4)
         self._part, self._limited, self._since = "start", False, time.monotonic()
         self._main = threading.get_ident()
@@ -81,10 +82,10 @@ class Watchdog:
         rank = distributed.get_rank()
         while not self._stopped.wait(self._interval):
             seconds = time.monotonic() - self._since
-            self._store.set(_key(rank), json.dumps([self._part, seconds, self._innermost_call()]))
+            with suppress(RuntimeError):  # the store is gone with the process that kept it
+                self._store.set(key(rank), json.dumps([self._part, seconds, self._innermost_call()]))
             if self._limited and seconds >= self._timeout:
-                print(self._report(rank), file=sys.stderr, flush=True)
-                self._end(EXIT_CODE)
+                self._end(self._report(rank, seconds))
                 return
 
     def _innermost_call(self) -> str:
@@ -93,20 +94,19 @@ class Watchdog:
             return "an unknown place"
         return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
 
-    def _report(self, rank: int) -> str:
+    def _report(self, rank: int, seconds: float) -> str:
         """Return what every rank does, with ranks that do the same on one line."""
         ranks: dict[tuple[str, str], list[int]] = defaultdict(list)
         waited: dict[tuple[str, str], float] = defaultdict(float)
         for other in range(distributed.get_world_size()):
-            does = ("has reported nothing", "its start")
-            if self._store.check([_key(other)]):
-                part, seconds, call = json.loads(self._store.get(_key(other)))
-                does = (part, call)
-                waited[does] = max(waited[does], seconds)
+            does, age = ("not known", "no known place"), 0.0
+            with suppress(RuntimeError):
+                if self._store.check([key(other)]):
+                    part, age, call = json.loads(self._store.get(key(other)))
+                    does = (part, call)
+            waited[does] = max(waited[does], age)
             ranks[does].append(other)
-        lines = [
-            f"error: rank {rank} has waited in {self._part} for {_minutes(self._timeout)} or longer:"
-        ]
+        lines = [f"error: rank {rank} has waited for {_minutes(seconds)} in {self._part}."]
         lines += [
             f"  rank {', '.join(map(str, same))}: {part}, for {_minutes(waited[part, call])}, in {call}"
             for (part, call), same in ranks.items()
@@ -115,8 +115,14 @@ class Watchdog:
         return "\n".join(lines)
 
 
-def _key(rank: int) -> str:
+def key(rank: int) -> str:
+    """Return the key of the store under which a rank puts what it does."""
     return f"torchfuse_watchdog/{rank}"
+
+
+def _print_and_exit(report: str) -> None:
+    print(report, file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)  # the main thread may wait for ever
 
 
 def _minutes(seconds: float) -> str:

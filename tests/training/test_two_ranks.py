@@ -1,0 +1,199 @@
+"""Two ranks train as one process does that runs their batches, with images on some ranks only."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models.architectures import ARCHS, in_place, make, prompt
+from ranks import run_on_ranks
+from support import FEATURES, IMAGE, inputs, text
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torchfuse.recipes.finetune_config import Config, Train
+from torchfuse.recipes.finetune_trainer import Trainer
+
+from torchfuse import set_trainable
+from torchfuse.data.loading import Cursor
+from torchfuse.errors import ModelError
+from torchfuse.naming import named_parameters
+from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage
+from torchfuse.training import keep_in_fp32, shard
+from torchfuse.training.parallel import Parallel, checkpoint_activations
+from torchfuse.training.progress import Progress
+
+BATCHES = 4  # of a step, on all ranks together
+
+
+class Batches:
+    """The batches of every step, dealt out to ranks as ``StepLoader`` does."""
+
+    transform = SimpleNamespace(pad_id=0, image_token=IMAGE)
+    samples = SimpleNamespace(digest="")
+
+    def __init__(self, name, num_steps):
+        self.name, self.num_steps, self.steps_per_epoch = name, num_steps, num_steps
+        self.skipped, self.too_long = [], 0
+        self.world_size = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+
+    def steps(self, cursor):
+        for step in range(self.num_steps):
+            numbers = range(step * BATCHES + self.rank, (step + 1) * BATCHES, self.world_size)
+            yield [self.batch(number) for number in numbers], Cursor()
+
+    def batch(self, number):
+        """Text, in some batches with an image; the second rank has nothing to learn in the first step."""
+        chance = torch.Generator().manual_seed(number)
+        length = int(torch.randint(11, 17, (), generator=chance))
+        labels = text(1, length, seed=number)
+        labels[:, : int(torch.randint(2, 9, (), generator=chance))] = -100
+        if number < BATCHES and number % 2:
+            labels[:] = -100
+        if torch.rand((), generator=chance) < 0.5:
+            return {"tokens": text(1, length, seed=number), "labels": labels}
+        tokens = prompt(self.name if in_place(self.name) else "", 1, length)
+        tokens[:, :2] = text(1, 2, seed=number)
+        return {
+            "tokens": tokens,
+            "labels": labels.masked_fill(tokens == IMAGE, -100),
+            "encoder_input": inputs(1, seed=number),
+            "encoder_mask": torch.ones(1, length, FEATURES, dtype=torch.bool),
+        }
+
+
+def train(name, num_steps, *, prepare=None, stages=(), dtype="fp32", **parallel):
+    """The gradients of the first step, the losses and the trained weights, by name."""
+    model = make(name, on_missing="participate")
+    if prepare is not None:
+        prepare(model)
+    batches = Batches(name, num_steps)
+    options = Train(
+        lr=3e-3,
+        lr_schedule="constant",
+        clip_grad_norm=None,
+        gradient_accumulation_steps=BATCHES // batches.world_size,
+    )
+    config = Config(output_dir="", train=options, parallel=Parallel(**parallel), dtype=dtype)
+    trainer = Trainer(model, FreezeSchedule(stages), batches, config)
+    gradients = {}
+
+    def keep(*_):
+        if not gradients:
+            gradients.update({n: whole(p.grad) for n, p in named_parameters(model) if p.requires_grad})
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    progress = Progress(num_steps, 0, device=trainer.device, log=lambda _: None, shown=False)
+    record = trainer.train(progress, lambda: 0.0)
+    weights = {name: whole(p) for name, p in named_parameters(model)}
+    return gradients, [loss for _, loss in record.losses], weights
+
+
+def whole(tensor):
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().clone()
+
+
+def difference(found, expected):
+    """The norm of the difference of all tensors, relative to that of the expected ones."""
+    assert found.keys() == expected.keys()
+    apart = torch.stack([(found[n] - expected[n]).double().norm() for n in expected]).norm()
+    return float(apart / torch.stack([expected[n].double().norm() for n in expected]).norm())
+
+
+def on_each_rank(rank, name, num_steps, expected, options):
+    gradients, losses, weights = train(name, num_steps, **options)
+    assert difference(gradients, expected[0]) < 1e-6
+    assert losses == pytest.approx(expected[1], rel=1e-4)
+    assert difference(weights, expected[2]) < 1e-3
+
+
+def check(name, num_steps=3, world_size=2, *, prepare=None, stages=(), **parallel):
+    one = train(name, num_steps, prepare=prepare, stages=stages)
+    assert len(one[1]) == num_steps
+    assert one[1][-1] != one[1][0]
+    options = {"prepare": prepare, "stages": stages, **parallel}
+    run_on_ranks(on_each_rank, name, num_steps, one, options, world_size=world_size)
+
+
+def train_all(model):
+    set_trainable(model, decoder=True, encoder=True)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ARCHS)
+def test_two_ranks_equal_one_process(name):
+    check(name)
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.parametrize("prepare", [None, train_all], ids=["fusion", "all"])
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("name", ARCHS)
+def test_two_ranks_equal_one_process_for_many_steps(name, strategy, prepare):
+    check(name, 50, prepare=prepare, strategy=strategy)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["cross_attention", "moma_placeholder"])
+def test_ddp_follows_what_trains(name):
+    """In the second step the decoder starts to train, in the third the encoder stops."""
+    stages = (
+        FreezeStage(1, (FreezeSpec("decoder", False),)),
+        FreezeStage(2, (FreezeSpec("encoder", True),)),
+    )
+    check(name, strategy="ddp", stages=stages)
+    check(name, strategy="fsdp", stages=stages)
+
+
+@pytest.mark.distributed
+def test_two_replicas_of_two_shards():
+    check("cross_attention", world_size=4, replicate=2, prepare=train_all)
+    check("mot", world_size=4, shard=2, reduce_every_batch=True, reshard_after_forward=False)
+
+
+def in_bf16(model):
+    model.to(torch.bfloat16)
+    keep_in_fp32(model, [n for n, p in named_parameters(model) if p.requires_grad])
+
+
+def low_precision(rank, expected):
+    gradients, losses, weights = train("cross_attention", 3, prepare=in_bf16, dtype="bf16")
+    # FSDP2 gathers weights in bf16, which autocast does not do to norms and gates.
+    assert losses == pytest.approx(expected[1], rel=0.02)
+    assert difference(gradients, expected[0]) < 0.05
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    assert dtypes == {name: weight.dtype for name, weight in expected[2].items()}
+    assert {dtypes[name] for name in gradients} == {torch.float32}
+
+
+@pytest.mark.distributed
+def test_fp32_weights_are_sharded_beside_bf16_ones():
+    expected = train("cross_attention", 3, prepare=in_bf16, dtype="bf16")
+    assert torch.bfloat16 in {weight.dtype for weight in expected[2].values()}
+    run_on_ranks(low_precision, expected)
+
+
+def count_reductions(rank):
+    model = make("cross_attention", every=2, encoder_trainable=False, on_missing="participate")
+    batches = Batches("cross_attention", 1)
+    config = Config(output_dir="", train=Train(gradient_accumulation_steps=2))
+    checkpoint_activations(model, [])
+    trainer = Trainer(model, FreezeSchedule(()), batches, config)
+    [(step, _)] = batches.steps(Cursor())
+    units = [model.decoder.layers[1], model]  # a layer with a fusion layer; the adapter in the root
+    assert all(any(p.requires_grad for p in unit.parameters()) for unit in units)
+    from torchfuse.training.progress import StepMetrics
+
+    with CommDebugMode() as counted:
+        trainer._backward(step, StepMetrics())
+    counts = counted.get_comm_counts()
+    assert counts[torch.ops.c10d._reduce_scatter_base_] == len(units)
+    with pytest.raises(ModelError, match="distributed already"):
+        shard(model)
+
+
+@pytest.mark.distributed
+def test_what_is_frozen_is_not_reduced_and_a_step_reduces_once():
+    run_on_ranks(count_reductions)

@@ -158,7 +158,7 @@ class Trainer:
             step=self.step,
             extra={
                 "course": resume_signature(self.config, self.world_size),
-                "record": self.record.of_all_ranks().state(),
+                "record": self.record.of_all_ranks(self.device).state(),
                 "data": {"digest": self.loader.samples.digest, "cursor": self.cursor.state()},
             },
             trained=self.trained,
@@ -210,7 +210,7 @@ class Trainer:
                         self.save()
                     raise RunInterruptedError(self.step)
                 metrics = StepMetrics()
-        return record.of_all_ranks()
+        return record.of_all_ranks(self.device)
 
     def _train_step(self, step: list[dict[str, Any]], metrics: StepMetrics) -> str | None:
         """Take one optimizer step; return why its update was skipped, if it was."""

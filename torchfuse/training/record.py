@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import distributed
 
 __all__ = ["TrainingRecord"]
@@ -34,9 +35,13 @@ class TrainingRecord:
     samples: Counter[str] = field(default_factory=Counter)
     skipped_steps: int = 0
 
-    def of_all_ranks(self) -> TrainingRecord:
-        """Return the record with the tokens and samples of all ranks, each of which calls this."""
-        tokens, samples = (_of_all_ranks(counter) for counter in (self.tokens, self.samples))
+    def of_all_ranks(self, device: torch.device) -> TrainingRecord:
+        """Return the record with the tokens and samples of all ranks, each of which calls this.
+
+        Args:
+            device: device of the reduction.
+        """
+        tokens, samples = (_of_all_ranks(counter, device) for counter in (self.tokens, self.samples))
         return replace(self, tokens=tokens, samples=samples)
 
     def state(self) -> dict[str, Any]:
@@ -80,12 +85,10 @@ def _of_rank(counts: Mapping[str, int], rank: int) -> Counter[str]:
     return Counter({name: 0 if rank else count for name, count in counts.items()})
 
 
-def _of_all_ranks(counter: Counter[str]) -> Counter[str]:
+def _of_all_ranks(counter: Counter[str], device: torch.device) -> Counter[str]:
     if not distributed.is_initialized():
         return Counter(counter)
-    counters: list[dict[str, int]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(counters, dict(counter))  # ranks may have other names
-    total: Counter[str] = Counter()
-    for each in counters:
-        total.update(each)
-    return total
+    names = sorted(counter)
+    counts = torch.tensor([counter[name] for name in names], device=device)
+    distributed.all_reduce(counts)
+    return Counter(dict(zip(names, counts.tolist(), strict=True)))

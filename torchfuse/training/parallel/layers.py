@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +67,7 @@ def checkpoint_activations(model: nn.Module, trained: Collection[str]) -> dict[s
     return wrapped
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile each layer of decoder and encoders in place, with its fusion layer.
 
     Layers of one kind share their compiled code, which takes less time than to compile a whole model,
@@ -74,6 +75,7 @@ def compile_layers(model: nn.Module) -> None:
 
     Args:
         model: a fused model that is not sharded yet.
+        **options: for ``torch.compile``, such as ``backend``.
     """
     for layer in layers_of(model):
-        layer.compile()
+        layer.compile(**options)

@@ -51,17 +51,18 @@ def check_shared_directory(path: str | Path) -> None:
     group = coordination_group()
     if group is None:
         return
+    absolute = Path(path).absolute()
+    existing = next(p for p in [absolute, *absolute.parents] if p.exists())
     with ExitStack() as cleanup:
 
         def make_probe() -> str:
-            absolute = Path(path).absolute()
-            existing = next(p for p in [absolute, *absolute.parents] if p.exists())
-            prefix = f".torchfuse_{socket.gethostname()}_"
-            return cleanup.enter_context(NamedTemporaryFile(dir=existing, prefix=prefix)).name
+            prefix = ".torchfuse_probe_"
+            probe = cleanup.enter_context(NamedTemporaryFile(dir=existing, prefix=prefix))
+            return Path(probe.name).name
 
         probe = from_rank_zero(group, make_probe)
         found: list[tuple[str, bool]] = [("", True)] * distributed.get_world_size(group)
-        mine = (socket.gethostname(), Path(probe).exists())
+        mine = (socket.gethostname(), (existing / probe).exists())
         distributed.all_gather_object(found, mine, group=group)
     missing = [f"rank {rank} on {host}" for rank, (host, exists) in enumerate(found) if not exists]
     if missing:

@@ -71,6 +71,8 @@ MISTAKES = {
     "logger": ({"logger": {"_component_": "collections.Counter"}}, "must be a metric logger"),
     "no_logger": ({"logger": {"_component_": "torchtune.DiskLoger"}}, "no component"),
     "offloading": ({"activation_offloading": True}, "needs device=cuda, got device=cpu"),
+    "tensor_parallel": ({"parallel": {"tensor": 2}}, "is not implemented; use parallel.strategy=fsdp"),
+    "ranks": ({"parallel": {"shard": 4}}, "parallel.shard=4 does not divide the 1 ranks of this run"),
     "device": ({"device": "gpu"}, "'gpu' is not a device"),
     "dtype": ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
     "model_dtype": ({"model": {"dtype": "half"}}, "dtype"),

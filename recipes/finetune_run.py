@@ -64,11 +64,11 @@ def run(
         test: the samples to answer.
     """
     started = time.perf_counter()
+    training.set_seed(config.seed)  # the same on every rank, so that all of them build the same model
     distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed_run:
         init_process_group(config.device, config.parallel.timeout_minutes)
     log, write_file = (print, write_text) if get_world_size_and_rank()[1] == 0 else (_silent, _silent)
-    training.set_seed(config.seed)
     output = _output_dir(config)
     check_shared_directory(output)
 

@@ -67,7 +67,7 @@ class Watchdog:
     ) -> None:
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(self._interval)
 
     def enter(self, part: str, *, limited: bool = True) -> None:
         """Note what this rank does from now on.

@@ -100,3 +100,21 @@ def test_what_is_left_out_on_any_rank_is_named(folder, tmp_path):
     printed = run_program_on_ranks(finetune, folder, "--config", config)
     assert all(printed.count(f"rows.jsonl, line {line}: no JSON") == 1 for line in (2, 4, 6, 8))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["left_out"]["skipped"] == 4
+
+
+@pytest.mark.distributed
+def test_a_run_with_ddp_is_resumed_with_fsdp(folder, tmp_path):
+    train = {"batch_size": 1, "gradient_accumulation_steps": 3, "lr": 0.1, "lr_schedule": "constant"}
+    changes = {"model": {"on_missing": "participate"}, "save_every": 2, "seed": 3, "resume": True}
+
+    def run(name, steps, program, batches=3, **parallel):
+        sizes = {**train, "max_steps": steps, "gradient_accumulation_steps": batches}
+        output = tmp_path / name
+        config = configuration(folder, output_dir=str(output), train=sizes, parallel=parallel, **changes)
+        program(finetune, folder, "--config", config)
+        return [loss for _, loss in json.loads((output / "losses.json").read_text())]
+
+    whole = run("one", 4, run_program, batches=6)
+    run("two", 2, run_program_on_ranks, strategy="ddp")
+    resumed = run("two", 4, run_program_on_ranks, strategy="fsdp", shard=2)
+    assert resumed == pytest.approx(whole, rel=1e-5)

@@ -19,6 +19,7 @@ from torch import nn
 from torchfuse.checkpoint.formats.registry import Role, formats_of, read_model_spec, read_spec
 from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, Spec
 from torchfuse.checkpoint.matching import match_model, match_parts
+from torchfuse.checkpoint.published import CheckpointConfig
 from torchfuse.checkpoint.streaming import fill
 from torchfuse.errors import CheckpointError, ConfigError, FusionError
 from torchfuse.io.directory import Checkpoint, CheckpointDirectory
@@ -56,7 +57,7 @@ def build_model(
         checkpoint: a checkpoint of a whole model.
         settings: values that replace those in the checkpoint, by name; None: as in the checkpoint.
         dtype: of all parameters; None: as in the checkpoint.
-        device: where the model is put.
+        device: where the model is put; on the meta device nothing is loaded.
         trainable: the arguments of ``set_trainable``.
         on_missing: see ``FusedModel``; None: as in the checkpoint.
         prepare: called with the model before it has memory.
@@ -73,7 +74,8 @@ def build_model(
         model.set_on_missing(on_missing)
     if prepare is not None:
         prepare(model)
-    fill(match_model(model, checkpoint, chosen), [model], device)
+    if device.type != "meta":
+        fill(match_model(model, checkpoint, chosen), [model], device)
     return model.to(device)
 
 
@@ -111,8 +113,16 @@ class _Part:
     spec: Spec
 
     @classmethod
-    def open(cls, stack: ExitStack, path: str | Path, role: Role, settings: Mapping[str, Any]) -> _Part:
-        checkpoint = stack.enter_context(CheckpointDirectory(path))
+    def open(
+        cls,
+        stack: ExitStack,
+        path: str | Path,
+        role: Role,
+        settings: Mapping[str, Any],
+        device: torch.device,
+    ) -> _Part:
+        open_directory = CheckpointConfig if device.type == "meta" else CheckpointDirectory
+        checkpoint = stack.enter_context(open_directory(path))
         with located(checkpoint):
             spec = read_spec(checkpoint.config, formats_of(role))
         return cls(checkpoint, _with_settings(spec, settings))
@@ -138,7 +148,7 @@ def build_fused_parts(
         decoder_settings: values that replace those in the checkpoint; None: as in the checkpoint.
         encoder_settings: the same, for every encoder or by name of the encoder.
         dtype: of all parameters; None: as in the decoder's checkpoint.
-        device: where the model is put.
+        device: where the model is put; on the meta device only the configurations are read.
         options: of ``fuse``.
 
     Raises:
@@ -154,13 +164,15 @@ def build_fused_parts(
         return call_with_options(fuse, base, given, what="fuse", options=options)
 
     with ExitStack() as stack:
-        parts = {"decoder": _Part.open(stack, decoder, "decoder", decoder_settings)}
+        parts = {"decoder": _Part.open(stack, decoder, "decoder", decoder_settings, device)}
         for name, path in encoders.items():
-            part = _Part.open(stack, path, "encoder", by_encoder[name])
+            part = _Part.open(stack, path, "encoder", by_encoder[name], device)
             parts["encoder" if name == UNNAMED_KEY else f"encoder.{name}"] = part
         dtype = dtype or _dtype_of(parts["decoder"].checkpoint)
         # Options that do not fit are reported before any tensor is read.
-        fused([part.build(dtype) for part in parts.values()])
+        model = fused([part.build(dtype) for part in parts.values()])
+        if device.type == "meta":
+            return model.to(device)
         modules = {name: part.build(dtype) for name, part in parts.items()}
         sources = match_parts({n: (module, parts[n].checkpoint) for n, module in modules.items()})
         fill(sources, modules.values(), device)
@@ -218,7 +230,8 @@ def _build_on_meta(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn
         CheckpointError: if the settings cannot be built, or have more layers than there are tensors.
         FusionError: of any kind that the module raises, with the path.
     """
-    if (layers := spec.total_layers()) > len(checkpoint):
+    layers = spec.total_layers()
+    if layers > len(checkpoint) and not isinstance(checkpoint, CheckpointConfig):
         raise CheckpointError(
             f"{checkpoint.path}: config.json has {layers} layers, but there are only {len(checkpoint)} "
             "tensors."

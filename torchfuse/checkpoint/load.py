@@ -15,6 +15,7 @@ from torchfuse.checkpoint.derived import reinitializers
 from torchfuse.checkpoint.formats.registry import read_model_spec
 from torchfuse.checkpoint.formats.spec import UNNAMED_KEY
 from torchfuse.checkpoint.matching import match_model, match_parts
+from torchfuse.checkpoint.published import CheckpointConfig
 from torchfuse.checkpoint.streaming import fill
 from torchfuse.errors import ConfigError
 from torchfuse.io.directory import CheckpointDirectory
@@ -57,7 +58,9 @@ def from_pretrained(
         decoder: directory of a Llama.
         encoder: directory of a vision or audio tower, or of a whole model with one; several by name.
         dtype: of all parameters. None: as in the checkpoint's configuration.
-        device: where the model is put.
+        device: where the model is put. On the meta device no weight is needed: only ``config.json`` is
+            read, and a directory that does not exist may have the name of a published checkpoint whose
+            sizes are known (``torchfuse.checkpoint.published``).
         max_seq_len: longest sequence. None: as in the checkpoint.
         feature_layer: which hidden state of the tower the features are; by name for named encoders.
         keep_cls: whether the tower's class token is a feature too; by name for named encoders.
@@ -91,7 +94,8 @@ def from_pretrained(
         _refuse({**features, **fuse_options}, why)
         layers = None if intermediate_layers is None else tuple(intermediate_layers)
         settings = {"max_seq_len": max_seq_len, "intermediate_layers": layers}
-        with open_checkpoint(path) as checkpoint:
+        open_path = CheckpointConfig if place.type == "meta" else open_checkpoint
+        with open_path(path) as checkpoint:
             return build_model(checkpoint, settings, dtype, place, trainable, on_missing, prepare)
     why = "it is for the directory of a whole model"
     _refuse({"intermediate_layers": intermediate_layers, "prepare": prepare}, why)

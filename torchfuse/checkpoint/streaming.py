@@ -19,7 +19,7 @@ from torchfuse.checkpoint.matching import Source
 from torchfuse.checkpoint.tensors import copy_into
 from torchfuse.params import is_sharded
 
-__all__ = ["fill"]
+__all__ = ["compute_buffers", "fill"]
 
 _MAX_THREADS: Final = 4
 
@@ -51,7 +51,7 @@ def fill(sources: Sequence[Source], modules: Iterable[nn.Module], device: torch.
         for nbytes in (map if sharded else pool.map)(_copy, each):
             bar.update(nbytes)
     for module in modules:
-        _compute_buffers(module, device)
+        compute_buffers(module, device)
 
 
 def _copy(source: Source) -> int:
@@ -67,7 +67,7 @@ def _allocate(target: Tensor, device: torch.device) -> None:
     torch.utils.swap_tensors(target, allocated)
 
 
-def _compute_buffers(module: nn.Module, device: torch.device) -> None:
+def compute_buffers(module: nn.Module, device: torch.device) -> None:
     """Compute rotary tables, which no checkpoint holds and which the meta device could not."""
     for part in module.modules():
         lacking = any(b.is_meta for b in part._buffers.values() if b is not None)

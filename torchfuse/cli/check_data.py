@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.cli.meta_model import model_on_meta
 from torchfuse.data.checking import Report, check_samples
 from torchfuse.data.readers import Samples, read_mixture, read_samples
 from torchfuse.errors import ConfigError
 from torchfuse.tasks.transforms import read_transform
 from torchfuse.training.config import read_sections
+from torchfuse.training.meta_model import model_on_meta
 
 __all__ = ["check_data"]
 

@@ -8,11 +8,12 @@ from torch import nn
 
 from torchfuse.checkpoint.artifact.fusion import read_artifact
 from torchfuse.checkpoint.building import build_on_meta
-from torchfuse.cli.meta_model import model_on_meta
 from torchfuse.errors import CheckpointError
 from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.params import describe as describe_model
 from torchfuse.training.config import read_sections
+from torchfuse.training.config_files import config_names, find_config
+from torchfuse.training.meta_model import model_on_meta
 
 __all__ = ["describe"]
 
@@ -23,9 +24,9 @@ def describe(path: str | Path) -> str:
     """Describe the model of a configuration, a finetuning run, an artifact or a checkpoint.
 
     Args:
-        path: a YAML of a recipe with a ``model`` section, the ``output_dir`` of a finetuning run, a
-            directory that ``save_fusion`` wrote, or a directory (or file) that ``from_pretrained`` or
-            ``load_pretrained`` reads.
+        path: a YAML of a recipe with a ``model`` section, or the name of an installed one; the
+            ``output_dir`` of a finetuning run, a directory that ``save_fusion`` wrote, or a directory
+            (or file) that ``from_pretrained`` or ``load_pretrained`` reads.
 
     Returns:
         A line that names what was found, and a table of its parts.
@@ -34,7 +35,7 @@ def describe(path: str | Path) -> str:
         ConfigError: for a configuration without a model, or whose model cannot be built.
         CheckpointError: if the path holds none of these.
     """
-    path = Path(path)
+    path = find_config(path) if str(path) in config_names() else Path(path)
     if path.suffix in (".yaml", ".yml"):
         return _table(path, "configuration", _from_config(path))
     if (path / _RUN).is_file():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -18,9 +18,18 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from torchfuse.errors import CheckpointError, ConfigError, DataError
+from torchfuse.training.config_files import find_config
 from torchfuse.training.config_keys import keys_as_text
 
-__all__ = ["check_output_dir", "read_config", "read_sections", "read_yaml", "recipe", "typed"]
+__all__ = [
+    "check_output_dir",
+    "override",
+    "read_config",
+    "read_sections",
+    "read_yaml",
+    "recipe",
+    "typed",
+]
 
 _Schema = TypeVar("_Schema")
 
@@ -49,12 +58,13 @@ def read_config(path: str | Path, hint: str) -> DictConfig:
     """Read a configuration: a YAML file of keys, none of them twice.
 
     Args:
-        path: the file.
+        path: the file, or the name of an installed configuration, see ``find_config``.
         hint: what kind of file is expected, for the message.
 
     Raises:
         ConfigError: if the file cannot be read or holds anything else, naming it.
     """
+    path = find_config(path)
     config = read_yaml(path, hint, load=OmegaConf.load)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path} must hold keys with values, got a list: {hint}.")
@@ -183,35 +193,47 @@ def recipe(
 def _parse_arguments(description: str | None, schema: type, flags: Mapping[str, str]) -> DictConfig:
     """Parse ``--config`` and the overrides of the command line."""
     parser = ArgumentParser(
-        usage="%(prog)s --config FILE [key=value ...]",
+        usage="%(prog)s --config NAME_OR_FILE [key=value ...]",
         description=description,
         epilog=keys_as_text(schema),
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a YAML file; key=value overrides a key of it")
+    what = "an installed configuration (torchfuse ls) or a YAML file; key=value overrides a key of it"
+    parser.add_argument("--config", required=True, help=what)
     for flag, does in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=does)
     arguments, overrides = parser.parse_known_args()
     overrides += [f"{flag}=true" for flag in flags if getattr(arguments, flag)]
-    config = read_config(arguments.config, "--config takes the YAML of a recipe")
+    return override(read_config(arguments.config, "--config takes the YAML of a recipe"), overrides)
+
+
+def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return a configuration with the overrides of a command line, by torchtune's rules.
+
+    ``key=value`` sets a key; ``section=path`` sets the ``_component_`` of a section that has one;
+    ``None`` is null; ``~key`` removes a key, and the sections that become empty by it.
+
+    Args:
+        config: the configuration.
+        overrides: applied one after the other.
+
+    Raises:
+        ConfigError: naming every override that cannot be applied.
+    """
     problems = []
-    for override in overrides:
+    for text in overrides:
         try:
-            config = _override(config, override)
+            config = _override(config, text)
         except (ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException) as error:
-            problems.append(f"Override {override}: {_one_line(error)}.")
+            problems.append(f"Override {text}: {_one_line(error)}.")
     if problems:
         raise ConfigError(" ".join(problems))
     return config
 
 
-def _override(config: DictConfig, override: str) -> DictConfig:
-    """Return a configuration with one override of the command line, by torchtune's rules.
-
-    ``key=value`` sets a key; ``section=path`` sets the ``_component_`` of a section that has one;
-    ``None`` is null; ``~key`` removes a key, and the sections that become empty by it.
-    """
-    key, equals, value = override.partition("=")
+def _override(config: DictConfig, text: str) -> DictConfig:
+    """Return a configuration with one override, see ``override``."""
+    key, equals, value = text.partition("=")
     if key.startswith("~"):
         return _remove(config, key[1:].split("."))
     if not equals or not key:

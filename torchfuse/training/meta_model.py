@@ -18,23 +18,31 @@ from torchfuse.errors import ConfigError
 __all__ = ["model_on_meta"]
 
 
-def model_on_meta(config: Mapping[str, Any], file: Path) -> nn.Module:
+def model_on_meta(
+    config: Mapping[str, Any], where: str | Path, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Build the model of a configuration on the meta device.
 
     Args:
         config: the content of the file.
-        file: a YAML of a recipe, for messages.
+        where: the file, a YAML of a recipe, for messages.
+        dtype: of the parameters. None: as in the checkpoint, or torch's default.
 
     Raises:
         ConfigError: if there is no section ``model``, or the model cannot be built.
         CheckpointError: if a directory that the section names is wrong.
     """
     if not isinstance(config.get("model"), Mapping):
-        raise ConfigError(f"{file} has no section model.")
+        raise ConfigError(f"{where} has no section model.")
     sys.path.append(os.getcwd())  # components of the user's own, as in recipes
-    section, what = dict(config["model"]), f"{file}, model"
+    section, what = dict(config["model"]), f"{where}, model"
     if resolve(section.get("_component_"), what=what) is from_pretrained:
-        section["device"] = "meta"
-    with torch.device("meta"):
-        model: nn.Module = build(section, what=what, kind=nn.Module)
+        section |= {"device": "meta"} | ({} if dtype is None else {"dtype": dtype})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(section, what=what, kind=nn.Module)
+    finally:
+        torch.set_default_dtype(before)
     return model

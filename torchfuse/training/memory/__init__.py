@@ -1,0 +1,1 @@
+"""Memory and operations of a training, from a simulation without weights."""

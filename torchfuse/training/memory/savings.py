@@ -1,0 +1,55 @@
+"""Which change of a configuration saves how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from torchfuse.training.memory.estimate import estimate
+from torchfuse.training.memory.result import Estimate
+
+__all__ = ["savings"]
+
+
+def savings(config: Mapping[str, Any], base: Estimate, **options: Any) -> Iterator[tuple[str, float]]:
+    """Estimate a configuration again with one change at a time.
+
+    Args:
+        config: the content of a YAML of the finetune recipe, with all overrides.
+        base: its estimate.
+        **options: of ``estimate``.
+
+    Yields:
+        The change as the command line takes it, and the bytes at the peak with it.
+    """
+    for change in _changes(config, base):
+        yield " ".join(change), estimate(config, overrides=change, **options).peak
+
+
+def _changes(config: Mapping[str, Any], base: Estimate) -> Iterator[Sequence[str]]:
+    given = OmegaConf.create(dict(config))
+
+    def value(key: str, default: Any = None) -> Any:
+        found = OmegaConf.select(given, key)
+        return default if found is None else found
+
+    settings = base.settings
+    if not value("activation_checkpointing"):
+        yield ["activation_checkpointing=true"]
+    if settings.batch_size > 1:
+        yield ["train.batch_size=1"]
+    if settings.seq_len >= 1024:
+        yield [f"data.max_seq_len={settings.seq_len // 2}"]
+    if value("dtype", "fp32") == "fp32":
+        yield ["dtype=bf16"]
+    if value("dtype") == "bf16" and settings.fp32_weights:
+        yield ["train.fp32_weights=false"]
+    if value("train.optimizer._component_", "torch.optim.AdamW").startswith("torch.optim."):
+        yield ["train.optimizer._component_=torchao.optim.AdamW8bit"]
+    if base.parameters.get("decoder", (0, 0))[1]:
+        yield ["model.decoder_trainable=false", "lora.decoder={rank: 16, alpha: 32}"]
+    encoders = [trained for part, (_, trained) in base.parameters.items() if part.startswith("encoder")]
+    if not settings.features_cached and not any(encoders):
+        yield ["data.cache_features=features"]

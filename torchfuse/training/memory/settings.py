@@ -1,0 +1,99 @@
+"""What a configuration of the finetune recipe determines about the memory of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from torchfuse.errors import ConfigError
+from torchfuse.models.strategy import features_per_image
+from torchfuse.naming import find_model, unwrap
+from torchfuse.params import FreezeSchedule, read_freeze_meta
+from torchfuse.training.memory.simulate import StepSettings
+from torchfuse.training.meta_model import model_on_meta
+
+__all__ = ["read_settings"]
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TEXT_OF_AN_IMAGE: Final = 256  # tokens, in packs
+
+
+def read_settings(
+    config: Mapping[str, Any],
+    where: str | Path,
+    *,
+    seq_len: int | None = None,
+    images: int | None = None,
+    supervised: float = 1.0,
+) -> tuple[nn.Module, StepSettings]:
+    """Build the model of a configuration on the meta device, and read how it is trained.
+
+    Args:
+        config: the content of a YAML of the finetune recipe.
+        where: its name, for messages.
+        seq_len: positions of each row; None: ``data.max_seq_len``, or else the model's.
+        images: images of each row; None: 1, or in packs as many as there is space for with 256 tokens
+            of text each.
+        supervised: share of the positions that are learned.
+
+    Raises:
+        ConfigError: for a section that is wrong.
+        CheckpointError: for a directory that is wrong.
+    """
+    name = config.get("dtype") or "fp32"
+    if name not in _DTYPES:
+        raise ConfigError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {name!r}.")
+    data, train = config.get("data") or {}, config.get("train") or {}
+    model = model_on_meta(config, where, _DTYPES[name])
+    owner: Any = unwrap(find_model(model))
+    length = seq_len or data.get("max_seq_len") or owner.max_seq_len
+    if images is None:
+        images = _images_in_pack(owner, length) if data.get("packed") else 1
+    trained = FreezeSchedule(read_freeze_meta(config.get("freeze") or [])).trained_ever(model)
+    if not trained:
+        raise ConfigError(f"{where}: no parameter trains.")
+    given: dict[str, Any] = {
+        key: train[key]
+        for key in ("batch_size", "gradient_accumulation_steps", "fp32_weights", "optimizer")
+        if train.get(key) is not None
+    }
+    given.setdefault("batch_size", 32)  # the recipe's
+    if str(config.get("device", "cpu")).startswith("cuda"):
+        given["optimizer"] = _as_on_cuda(given.get("optimizer"))
+    return model, StepSettings(
+        **given,
+        seq_len=length,
+        images=images,
+        supervised=supervised,
+        dtype=_DTYPES[name],
+        trained=frozenset(trained),
+        features_cached=data.get("cache_features") is not None,
+        prepare=_checkpoint_activations if config.get("activation_checkpointing") else None,
+    )
+
+
+def _images_in_pack(owner: Any, length: int) -> int:
+    """Return how many images with their text a pack of a length holds."""
+    each = sum(features_per_image(owner, name, one_tile=True) for name in owner.encoder_names)
+    in_sequence = owner.strategy.extra_tokens(1) or owner.strategy.special_tokens()
+    return max(1, length // (_TEXT_OF_AN_IMAGE + (each if in_sequence else 0)))
+
+
+def _as_on_cuda(optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return an optimizer that computes on all parameters at once, as torch's own do on CUDA."""
+    component = dict(optimizer or {"_component_": "torch.optim.AdamW"})
+    path = str(component["_component_"])
+    if path.startswith("torch.optim.") and not {"fused", "foreach"} & component.keys():
+        component["foreach"] = True
+    return component
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    from torchtune.training import set_activation_checkpointing
+
+    layers: Any = model.layers
+    set_activation_checkpointing(model, auto_wrap_policy={type(layer) for layer in layers})

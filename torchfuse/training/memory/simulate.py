@@ -1,0 +1,209 @@
+"""A training step on tensors without memory, which are counted as if they had some.
+
+The model's own code runs, and autograd keeps for the backward pass what it always keeps. So no formula
+of an architecture is needed, and activation checkpointing, LoRA or another attention kernel are
+accounted for as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchfuse.checkpoint.streaming import compute_buffers
+from torchfuse.naming import canonical_name, find_model, unwrap
+from torchfuse.params import partition
+from torchfuse.training.linear_loss import linear_next_token_loss
+from torchfuse.training.memory.batch import example_batch
+from torchfuse.training.memory.optimizer import optimizer_states
+from torchfuse.training.memory.tracker import MemoryTracker
+
+__all__ = ["Simulation", "StepSettings", "simulate_step"]
+
+_CPU: Final = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What determines the memory of a training step, besides the model.
+
+    Attributes:
+        batch_size: rows of a batch.
+        seq_len: positions of the decoder's sequence, with the features that are in it.
+        images: images of each row, for each encoder.
+        supervised: share of the positions that are learned.
+        gradient_accumulation_steps: batches of an optimizer step.
+        dtype: in which matrices are multiplied.
+        fp32_weights: whether what trains is kept in fp32 where ``dtype`` is another.
+        trained: canonical names of the parameters that train; None: those with ``requires_grad``.
+        optimizer: the component and its keywords, as in a configuration.
+        features_cached: whether encoders are replaced by features that were computed before.
+        prepare: called with the model before its optimizer is built, for example to checkpoint
+            activations.
+        quantized: storage bytes of parameters that will be quantized, by canonical name.
+    """
+
+    batch_size: int = 1
+    seq_len: int = 2048
+    images: int = 1
+    supervised: float = 1.0
+    gradient_accumulation_steps: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    fp32_weights: bool = True
+    trained: frozenset[str] | None = None
+    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"_component_": "torch.optim.AdamW"})
+    features_cached: bool = False
+    prepare: Callable[[nn.Module], None] | None = None
+    quantized: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a step needs.
+
+    Attributes:
+        phases: bytes by kind at the peak of ``"forward"``, ``"backward"`` and ``"optimizer"``.
+        flops: operations of one batch, forward and backward.
+    """
+
+    phases: dict[str, Counter[str]]
+    flops: int
+
+    @property
+    def peak(self) -> Counter[str]:
+        """Bytes by kind, ``"weights.decoder"``, at the peak of the step."""
+        return max(self.phases.values(), key=Counter.total)
+
+
+def simulate_step(model: nn.Module, settings: StepSettings) -> Simulation:
+    """Simulate a training step after the first one, when the optimizer has states.
+
+    Args:
+        model: a fused model, of which nothing but names and shapes is used; best on the meta device.
+        settings: see there.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fused: Any = _copy_of_fakes(model, settings, mode)
+    with mode:
+        batch = example_batch(
+            fused,
+            rows=settings.batch_size,
+            length=settings.seq_len,
+            images=settings.images,
+            features_cached=settings.features_cached,
+        )
+        rows = settings.batch_size * (batch["tokens"].shape[1] - 1)
+        tracker = MemoryTracker(max(1, round(settings.supervised * rows)))
+        return _run(fused, batch, settings, tracker)
+
+
+def _copy_of_fakes(model: nn.Module, settings: StepSettings, mode: FakeTensorMode) -> nn.Module:
+    """Return a copy of a model whose parameters and buffers have no memory, as it is trained."""
+    fakes: dict[int, Any] = {}
+    with mode:
+        for buffer in model.buffers():
+            fakes[id(buffer)] = _fake(buffer, buffer.dtype)
+        for name, parameter in model.named_parameters():
+            name = canonical_name(name)
+            trains = parameter.requires_grad if settings.trained is None else name in settings.trained
+            keep = trains and settings.fp32_weights and parameter.is_floating_point()
+            data = _fake(parameter, torch.float32 if keep else parameter.dtype)
+            fakes[id(parameter)] = nn.Parameter(data, requires_grad=trains)
+    # A deep copy takes what is in its memo instead of copying it.
+    copied = copy.deepcopy(model, fakes)
+    compute_buffers(copied, _CPU)
+    copied.train()
+    if settings.prepare is not None:
+        settings.prepare(copied)
+    return copied
+
+
+def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=_CPU)
+
+
+def _run(
+    model: Any, batch: dict[str, Any], settings: StepSettings, tracker: MemoryTracker
+) -> Simulation:
+    """Run the phases of a step."""
+    for part, parameters in partition(model).items():
+        for name, parameter in parameters.items():
+            tracker.add(parameter, f"weights.{part}", nbytes=settings.quantized.get(name))
+            if parameter.requires_grad:
+                _count_gradient(parameter, f"gradients.{part}", tracker)
+    for buffer in model.buffers():
+        tracker.add(buffer, "weights.buffers")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    phases: dict[str, Counter[str]] = {}
+    with tracker:
+        step = optimizer_states(trained, settings.optimizer, tracker)
+        hooks = _count_by_module(model, tracker)
+        flops = 0
+        for _ in range(min(2, settings.gradient_accumulation_steps)):  # gradients exist in the second
+            tracker.begin()
+            with tracker.kind("loss"), _computing_in(settings.dtype):
+                total, count = linear_next_token_loss(model, **batch, labels=batch["tokens"])
+            _keep_larger(phases, "forward", tracker.peak)
+            flops = tracker.flops
+            tracker.begin()
+            with tracker.kind("backward"):
+                (total / count).backward()
+            del total, count
+            _keep_larger(phases, "backward", tracker.peak)
+            flops += tracker.flops
+        tracker.begin()
+        with tracker.kind("optimizer.step"):
+            step()
+        _keep_larger(phases, "optimizer", tracker.peak)
+        for hook in hooks:
+            hook.remove()
+    return Simulation(phases, flops)
+
+
+def _keep_larger(phases: dict[str, Counter[str]], name: str, peak: Counter[str]) -> None:
+    if peak.total() > phases.get(name, Counter()).total():
+        phases[name] = Counter({kind: size for kind, size in peak.items() if size})
+
+
+def _count_gradient(parameter: Tensor, kind: str, tracker: MemoryTracker) -> None:
+    def count(owner: Tensor) -> None:
+        assert owner.grad is not None
+        tracker.add(owner.grad, kind)
+
+    parameter.register_post_accumulate_grad_hook(count)
+
+
+def _count_by_module(model: Any, tracker: MemoryTracker) -> list[Any]:
+    """Count what comes to exist in the forward passes of parts as theirs."""
+    owner: Any = unwrap(find_model(model))
+    kinds = {owner: "activations.decoder"}
+    for name in owner.encoder_names:
+        kinds[owner.get_encoder(name)] = "activations.encoder"
+        if (adapter := owner.get_adapter(name)) is not None:
+            kinds[adapter] = "features"
+    hooks = []
+    for module, kind in kinds.items():
+        stack: list[AbstractContextManager[None]] = []
+
+        def enter(_: Any, __: Any, kind: str = kind, stack: list[Any] = stack) -> None:
+            stack.append(tracker.kind(kind))
+            stack[-1].__enter__()
+
+        def leave(_: Any, __: Any, ___: Any, stack: list[Any] = stack) -> None:
+            stack.pop().__exit__(None, None, None)
+
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    return hooks
+
+
+def _computing_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is torch.float32 else torch.autocast("cpu", dtype)

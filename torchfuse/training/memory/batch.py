@@ -79,7 +79,7 @@ def _images(encoder: Any, rows: int, images: int) -> dict[str, Tensor]:
 
 def _features(owner: Any, name: str, rows: int, images: int) -> dict[str, Tensor]:
     """Return an encoder's output, before the adapter, as the keyword that takes its place."""
-    encoder = unwrap(owner.get_encoder(name))
+    encoder: Any = unwrap(owner.get_encoder(name))
     width = getattr(encoder, "feature_dim", None) or getattr(encoder, "embed_dim", None)
     width = width or encoder.config.hidden_size
     return {"encoder_output": torch.empty(rows, images * encoder.num_tokens, width)}

@@ -66,8 +66,8 @@ def _report(estimate: Estimate) -> str:
     parts = [
         (part, f"{total:,}", f"{trained:,}") for part, (total, trained) in estimate.parameters.items()
     ]
-    totals = [sum(column) for column in zip(*estimate.parameters.values(), strict=True)]
-    parts.append(("total", *(f"{number:,}" for number in totals)))
+    total, trained = (sum(column) for column in zip(*estimate.parameters.values(), strict=True))
+    parts.append(("total", f"{total:,}", f"{trained:,}"))
     rows = [
         (_WORDS.get(kind, kind.replace(".", " of ")), gib(size), f"{size / peak:.0%}")
         for kind, size in sorted(estimate.memory.items(), key=lambda item: -item[1])

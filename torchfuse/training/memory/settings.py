@@ -16,7 +16,7 @@ from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.training.memory.simulate import StepSettings
 from torchfuse.training.meta_model import model_on_meta
 
-__all__ = ["read_settings"]
+__all__ = ["checkpoint_activations", "read_settings"]
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_OF_AN_IMAGE: Final = 256  # tokens, in packs
@@ -72,7 +72,7 @@ def read_settings(
         dtype=_DTYPES[name],
         trained=frozenset(trained),
         features_cached=data.get("cache_features") is not None,
-        prepare=_checkpoint_activations if config.get("activation_checkpointing") else None,
+        prepare=checkpoint_activations if config.get("activation_checkpointing") else None,
     )
 
 
@@ -92,7 +92,8 @@ def _as_on_cuda(optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
     return component
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
+    """Compute the activations of the decoder's layers again in the backward pass, as the recipe does."""
     from torchtune.training import set_activation_checkpointing
 
     layers: Any = model.layers

@@ -16,11 +16,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SIZES = {"vocab_size": 16_001, "num_heads": 8, "num_kv_heads": 4, "embed_dim": 512, "intermediate_dim": 1408}
+SIZES = {
+    "vocab_size": 16_001,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "embed_dim": 512,
+    "intermediate_dim": 1408,
+}
 SIZES |= {"max_seq_len": 1024, "image_size": 112, "patch_size": 14, "vision_num_heads": 6}
 SIZES |= {"vision_embed_dim": 384, "vision_num_layers": 5, "vision_hidden_dim": 1536}
 TINY = {"vocab_size": 101, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16}
-TINY |= {"intermediate_dim": 32, "max_seq_len": 64, "image_size": 28, "patch_size": 14, "vision_num_heads": 2}
+TINY |= {
+    "intermediate_dim": 32,
+    "max_seq_len": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_num_heads": 2,
+}
 TINY |= {"vision_embed_dim": 8, "vision_num_layers": 1}
 CASES: dict[str, dict[str, Any]] = {
     "full": {"num_layers": 11, "arch": "joint_decoder", "decoder_trainable": True},
@@ -63,8 +75,8 @@ def settings(case: dict[str, Any]) -> Any:
     """How the model of a case is trained."""
     import torch
 
-    from torchfuse.training.memory.settings import checkpoint_activations
-    from torchfuse.training.memory.simulate import StepSettings
+    from torchfuse.training.estimation.settings import checkpoint_activations
+    from torchfuse.training.estimation.simulate import StepSettings
 
     return StepSettings(
         batch_size=case.get("rows", 2),
@@ -81,8 +93,8 @@ def train(case: dict[str, Any], sizes: dict[str, Any]) -> None:
     import torch
 
     from torchfuse.training import linear_next_token_loss
-    from torchfuse.training.memory.batch import example_batch
-    from torchfuse.training.memory.settings import checkpoint_activations
+    from torchfuse.training.estimation.batch import example_batch
+    from torchfuse.training.estimation.settings import checkpoint_activations
 
     model, step = build(case, sizes), settings(case)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -129,7 +141,7 @@ def estimated(name: str) -> Any:
     """The estimate of the peak, by kind."""
     import torch
 
-    from torchfuse.training.memory.estimate import estimate
+    from torchfuse.training.estimation.estimate import estimate
 
     with torch.device("meta"):
         model = build(CASES[name], SIZES)
@@ -146,7 +158,9 @@ def compare(name: str) -> tuple[int, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, help="measure this one here, and print the bytes")
     given = parser.parse_args()
     if given.case:
@@ -157,7 +171,11 @@ def main() -> None:
         print(f"{name}: measured {measured / 1e9:.3f} GB, estimated {result.peak / 1e9:.3f} GB")
         for kind, size in sorted(result.memory.items(), key=lambda item: -item[1])[:8]:
             print(f"    {kind:<24} {size / 1e9:.3f}")
-        print("    peaks:", {phase: round(size / 1e9, 3) for phase, size in result.phases.items()}, flush=True)
+        print(
+            "    peaks:",
+            {phase: round(size / 1e9, 3) for phase, size in result.peaks.items()},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torchfuse.data.readers import Samples, read_mixture, read_samples
 from torchfuse.errors import ConfigError
 from torchfuse.tasks.transforms import read_transform
 from torchfuse.training.config import read_sections
-from torchfuse.training.meta_model import model_on_meta
+from torchfuse.training.estimation.meta_model import model_on_meta
 
 __all__ = ["check_data"]
 

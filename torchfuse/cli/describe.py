@@ -13,7 +13,7 @@ from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.params import describe as describe_model
 from torchfuse.training.config import read_sections
 from torchfuse.training.config_files import config_names, find_config
-from torchfuse.training.meta_model import model_on_meta
+from torchfuse.training.estimation.meta_model import model_on_meta
 
 __all__ = ["describe"]
 

@@ -8,9 +8,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from torchfuse.training.config import override, read_config
-from torchfuse.training.memory.estimate import estimate
-from torchfuse.training.memory.result import gib, table
-from torchfuse.training.memory.savings import savings
+from torchfuse.training.estimation.estimate import estimate
+from torchfuse.training.estimation.result import gib, table
+from torchfuse.training.estimation.savings import savings
 
 __all__ = ["print_estimate"]
 

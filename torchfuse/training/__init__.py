@@ -1,5 +1,6 @@
-"""Training: the loss, sharding, and configurations of recipes."""
+"""Training: the loss, sharding, the estimate of its memory, and configurations of recipes."""
 
+from torchfuse._lazy import lazy_exports
 from torchfuse.components import build
 from torchfuse.training.config import recipe
 from torchfuse.training.device import device_and_dtype
@@ -11,10 +12,13 @@ from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.record import TrainingRecord
 
 __all__ = [
+    "Estimate",
+    "StepSettings",
     "TrainingRecord",
     "build",
     "computing_in",
     "device_and_dtype",
+    "estimate",
     "keep_in_fp32",
     "linear_next_token_loss",
     "next_token_loss",
@@ -23,3 +27,12 @@ __all__ = [
     "shard",
     "step_in_backward",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Estimate": "estimation.result",
+        "StepSettings": "estimation.simulate",
+        "estimate": "estimation.estimate",
+    },
+)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from torchfuse.training.memory.gpus import GPUS
-from torchfuse.training.memory.simulate import StepSettings
+from torchfuse.training.estimation.gpus import GPUS
+from torchfuse.training.estimation.simulate import StepSettings
 
 __all__ = ["Estimate", "gib", "table"]
 
 _WORDS: Final = {
     "loss": "logits and loss, in chunks",
     "backward": "recomputed, and gradients of activations",
+    "gathered": "weights gathered from all devices",
     "optimizer": "optimizer states",
     "optimizer.step": "of the optimizer's step",
     "other": "inputs and masks",
 }
+_SHARDED: Final = ("weights", "gradients", "optimizer")
 _SHARE: Final = 0.95  # of a GPU's memory that may be filled
 
 
@@ -27,26 +29,49 @@ class Estimate:
 
     Attributes:
         parameters: by part, all and those that train.
-        memory: bytes on each device at the peak of a step, by kind and part: ``"weights.decoder"``,
-            ``"gradients.fusion"``, ``"optimizer"``, ``"activations.decoder"``, ``"features"``,
-            ``"loss"``.
-        phases: bytes on each device at the peak of ``"forward"``, ``"backward"`` and ``"optimizer"``.
+        phases: bytes by kind and part, ``"weights.decoder"``, ``"gradients.fusion"``, ``"optimizer"``,
+            ``"activations.decoder"``, ``"features"``, ``"loss"``, at the peaks of ``"forward"``,
+            ``"backward"`` and ``"optimizer"``, as one device has them.
+        gathered: bytes of weights that exist as a whole beside shards: two layers, one that runs and one
+            that is gathered ahead, and everything outside of layers.
         flops_per_token: operations of forward and backward pass for each position of a row.
-        devices: on how many weights, gradients and states are sharded.
         settings: what the step was simulated with.
+        devices: on how many weights, gradients and states are sharded.
     """
 
     parameters: dict[str, tuple[int, int]]
-    memory: dict[str, float]
-    phases: dict[str, float]
+    phases: dict[str, dict[str, int]]
+    gathered: int
     flops_per_token: float
-    devices: int
     settings: StepSettings
+    devices: int = 1
+
+    def on(self, devices: int) -> Estimate:
+        """Return the estimate for a number of devices, each with batches of its own."""
+        return replace(self, devices=devices)
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes on each device at the peak of a step, by kind and part."""
+        return max(map(self._on_each, self.phases.values()), key=lambda memory: sum(memory.values()))
 
     @property
     def peak(self) -> float:
         """Bytes on each device at the peak of a step."""
-        return max(self.phases.values())
+        return sum(self.memory.values())
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Bytes on each device at the peak of each phase."""
+        return {name: sum(self._on_each(memory).values()) for name, memory in self.phases.items()}
+
+    def _on_each(self, memory: dict[str, int]) -> dict[str, float]:
+        shards = {kind: self.devices if kind.startswith(_SHARDED) else 1 for kind in memory}
+        shards["optimizer.step"] = self.devices
+        each = {kind: size / shards[kind] for kind, size in memory.items()}
+        if self.devices > 1:
+            each["gathered"] = self.gathered * (self.devices - 1) / self.devices
+        return each
 
     def tokens_per_second(self, gpu: str) -> float:
         """Return the tokens a second of all devices that no training can exceed.
@@ -90,7 +115,7 @@ def _report(estimate: Estimate) -> str:
             f"Batches of {s.batch_size} rows of {s.seq_len:,} tokens, {s.images} images a row, "
             f"{s.supervised:.0%} of the tokens learned{sharded}.",
             table(("memory at the peak", "GiB", ""), rows),
-            "Peaks: " + ", ".join(f"{name} {gib(size)} GiB" for name, size in estimate.phases.items()),
+            "Peaks: " + ", ".join(f"{name} {gib(size)} GiB" for name, size in estimate.peaks.items()),
             f"{estimate.flops_per_token / 1e9:,.1f} GFLOP a token, forward and backward.",
             table(("GPU", "GiB", "fits", "tokens/s at most"), gpus),
         ]

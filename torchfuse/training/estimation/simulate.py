@@ -8,6 +8,7 @@ accounted for as they are.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchfuse.checkpoint.streaming import compute_buffers
 from torchfuse.naming import canonical_name, find_model, unwrap
 from torchfuse.params import partition
+from torchfuse.training.estimation.batch import example_batch
+from torchfuse.training.estimation.optimizer import optimizer_states
+from torchfuse.training.estimation.tracker import MemoryTracker
 from torchfuse.training.linear_loss import linear_next_token_loss
-from torchfuse.training.memory.batch import example_batch
-from torchfuse.training.memory.optimizer import optimizer_states
-from torchfuse.training.memory.tracker import MemoryTracker
 
 __all__ = ["Simulation", "StepSettings", "simulate_step"]
 
@@ -77,11 +78,6 @@ class Simulation:
     phases: dict[str, Counter[str]]
     flops: int
 
-    @property
-    def peak(self) -> Counter[str]:
-        """Bytes by kind, ``"weights.decoder"``, at the peak of the step."""
-        return max(self.phases.values(), key=Counter.total)
-
 
 def simulate_step(model: nn.Module, settings: StepSettings) -> Simulation:
     """Simulate a training step after the first one, when the optimizer has states.
@@ -102,7 +98,9 @@ def simulate_step(model: nn.Module, settings: StepSettings) -> Simulation:
         )
         rows = settings.batch_size * (batch["tokens"].shape[1] - 1)
         tracker = MemoryTracker(max(1, round(settings.supervised * rows)))
-        return _run(fused, batch, settings, tracker)
+        with warnings.catch_warnings():  # of the model's own code, which real training shows
+            warnings.simplefilter("ignore")
+            return _run(fused, batch, settings, tracker)
 
 
 def _copy_of_fakes(model: nn.Module, settings: StepSettings, mode: FakeTensorMode) -> nn.Module:

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from torchfuse.training.memory.estimate import estimate
-from torchfuse.training.memory.result import Estimate
+from torchfuse.training.estimation.estimate import estimate
+from torchfuse.training.estimation.result import Estimate
 
 __all__ = ["savings"]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from omegaconf import OmegaConf
 from torch import nn
@@ -13,14 +12,12 @@ from torch import nn
 from torchfuse.errors import ConfigError
 from torchfuse.params import partition
 from torchfuse.training.config import override, read_config
-from torchfuse.training.memory.result import Estimate
-from torchfuse.training.memory.settings import read_settings
-from torchfuse.training.memory.simulate import Simulation, StepSettings, simulate_step
+from torchfuse.training.estimation.result import Estimate
+from torchfuse.training.estimation.settings import read_settings
+from torchfuse.training.estimation.simulate import StepSettings, simulate_step
 from torchfuse.training.sharding import layers_of
 
 __all__ = ["estimate"]
-
-_SHARDED: Final = ("weights", "gradients", "optimizer")
 
 
 def estimate(
@@ -79,15 +76,14 @@ def estimate(
             config, where, seq_len=seq_len, images=images, supervised=supervised
         )
     simulation = simulate_step(model, settings)
-    phases = {name: _on_each(peak, model, devices) for name, peak in simulation.phases.items()}
-    largest = max(phases.values(), key=lambda memory: sum(memory.values()))
+    layers = [_nbytes(layer) for layer in layers_of(model)]
     return Estimate(
         parameters=_parameters(model, settings),
-        memory=largest,
-        phases={name: sum(memory.values()) for name, memory in phases.items()},
-        flops_per_token=_flops_per_token(simulation, settings),
-        devices=devices,
+        phases={name: dict(peak) for name, peak in simulation.phases.items()},
+        gathered=2 * max(layers, default=0) + _nbytes(model) - sum(layers),
+        flops_per_token=simulation.flops / (settings.batch_size * settings.seq_len),
         settings=settings,
+        devices=devices,
     )
 
 
@@ -114,28 +110,6 @@ def _parameters(model: nn.Module, settings: StepSettings) -> dict[str, tuple[int
         for part, parameters in partition(model).items()
         if parameters
     }
-
-
-def _flops_per_token(simulation: Simulation, settings: StepSettings) -> float:
-    return simulation.flops / (settings.batch_size * settings.seq_len)
-
-
-def _on_each(peak: Counter[str], model: nn.Module, devices: int) -> dict[str, float]:
-    """Return the memory of each device, if weights, gradients and states are sharded.
-
-    Two layers exist as a whole beside the shards, one that runs and one that is gathered ahead, and
-    everything outside of layers.
-    """
-    memory = {kind: float(size) for kind, size in peak.items()}
-    if devices == 1:
-        return memory
-    for kind in memory:
-        if kind.partition(".")[0] in _SHARDED and kind != "optimizer.step":
-            memory[kind] /= devices
-    layers = [_nbytes(layer) for layer in layers_of(model)]
-    whole = 2 * max(layers) + _nbytes(model) - sum(layers)
-    memory["gathered weights"] = whole * (devices - 1) / devices
-    return memory
 
 
 def _nbytes(module: nn.Module) -> int:

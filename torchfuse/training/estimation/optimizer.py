@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchfuse.components import resolve
 from torchfuse.options import call_with_options
-from torchfuse.training.memory.tracker import MemoryTracker
+from torchfuse.training.estimation.tracker import MemoryTracker
 
 __all__ = ["optimizer_states"]
 

@@ -13,8 +13,8 @@ from torchfuse.errors import ConfigError
 from torchfuse.models.strategy import features_per_image
 from torchfuse.naming import find_model, unwrap
 from torchfuse.params import FreezeSchedule, read_freeze_meta
-from torchfuse.training.memory.simulate import StepSettings
-from torchfuse.training.meta_model import model_on_meta
+from torchfuse.training.estimation.meta_model import model_on_meta
+from torchfuse.training.estimation.simulate import StepSettings
 
 __all__ = ["checkpoint_activations", "read_settings"]
 

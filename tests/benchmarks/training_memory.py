@@ -35,13 +35,13 @@ TINY |= {
 }
 TINY |= {"vision_embed_dim": 8, "vision_num_layers": 1}
 CASES: dict[str, dict[str, Any]] = {
-    "full": {"num_layers": 11, "arch": "joint_decoder", "decoder_trainable": True},
+    "full": {"num_layers": 11, "arch": "joint_decoder", "decoder_trainable": True, "seq_len": 1001},
     "checkpointing": {
-        "num_layers": 13,
+        "num_layers": 19,
         "arch": "cross_attention",
         "every": 3,
         "decoder_trainable": True,
-        "rows": 5,
+        "rows": 4,
         "seq_len": 907,
         "checkpointing": True,
     },
@@ -65,9 +65,9 @@ def build(case: dict[str, Any], sizes: dict[str, Any]) -> Any:
     if case.get("dtype") == "bf16":
         model = model.to(torch.bfloat16)
     if "rank" in case:
-        from torchfuse import add_lora
+        import torchfuse
 
-        add_lora(model, rank=case["rank"], alpha=2 * case["rank"])
+        torchfuse.add_lora(model, rank=case["rank"], alpha=2 * case["rank"])
     return model
 
 
@@ -75,8 +75,7 @@ def settings(case: dict[str, Any]) -> Any:
     """How the model of a case is trained."""
     import torch
 
-    from torchfuse.training.estimation.settings import checkpoint_activations
-    from torchfuse.training.estimation.simulate import StepSettings
+    from torchfuse.training import StepSettings
 
     return StepSettings(
         batch_size=case.get("rows", 2),
@@ -84,7 +83,7 @@ def settings(case: dict[str, Any]) -> Any:
         images=case.get("images", 2),
         supervised=0.3,
         dtype=torch.bfloat16 if case.get("dtype") == "bf16" else torch.float32,
-        prepare=checkpoint_activations if case.get("checkpointing") else None,
+        activation_checkpointing=case.get("checkpointing", False),
     )
 
 
@@ -94,7 +93,7 @@ def train(case: dict[str, Any], sizes: dict[str, Any]) -> None:
 
     from torchfuse.training import linear_next_token_loss
     from torchfuse.training.estimation.batch import example_batch
-    from torchfuse.training.estimation.settings import checkpoint_activations
+    from torchfuse.training.parallel import checkpoint_activations
 
     model, step = build(case, sizes), settings(case)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -102,7 +101,7 @@ def train(case: dict[str, Any], sizes: dict[str, Any]) -> None:
         parameter.data = parameter.data.float()
     model.train()
     if case.get("checkpointing"):
-        checkpoint_activations(model)
+        checkpoint_activations(model, [n for n, p in model.named_parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     length = 48 if sizes is TINY else step.seq_len
     batch = example_batch(model, rows=step.batch_size, length=length, images=step.images)
@@ -141,7 +140,7 @@ def estimated(name: str) -> Any:
     """The estimate of the peak, by kind."""
     import torch
 
-    from torchfuse.training.estimation.estimate import estimate
+    from torchfuse.training import estimate
 
     with torch.device("meta"):
         model = build(CASES[name], SIZES)

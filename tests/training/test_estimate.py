@@ -85,14 +85,12 @@ def test_a_frozen_model_keeps_less():
 
 
 def test_activations_grow_with_rows_and_shrink_with_checkpointing():
-    from torchfuse.training.estimation.settings import checkpoint_activations
-
     def activations(**changes):
         return estimate(model(), replace(SETTINGS, **changes)).phases["forward"]["activations.decoder"]
 
     one, two = activations(batch_size=1), activations(batch_size=2)
     assert two == pytest.approx(2 * one, rel=0.05)
-    assert activations(prepare=checkpoint_activations) < two / 2
+    assert activations(activation_checkpointing=True) < two / 2
 
 
 def test_fp32_weights_double_what_trains_in_bf16():

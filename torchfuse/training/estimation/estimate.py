@@ -15,7 +15,7 @@ from torchfuse.training.config import override, read_config
 from torchfuse.training.estimation.result import Estimate
 from torchfuse.training.estimation.settings import read_settings
 from torchfuse.training.estimation.simulate import StepSettings, simulate_step
-from torchfuse.training.sharding import layers_of
+from torchfuse.training.parallel.layers import layers_of
 
 __all__ = ["estimate"]
 

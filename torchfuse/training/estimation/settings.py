@@ -16,7 +16,7 @@ from torchfuse.params import FreezeSchedule, read_freeze_meta
 from torchfuse.training.estimation.meta_model import model_on_meta
 from torchfuse.training.estimation.simulate import StepSettings
 
-__all__ = ["checkpoint_activations", "read_settings"]
+__all__ = ["read_settings"]
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_OF_AN_IMAGE: Final = 256  # tokens, in packs
@@ -72,7 +72,7 @@ def read_settings(
         dtype=_DTYPES[name],
         trained=frozenset(trained),
         features_cached=data.get("cache_features") is not None,
-        prepare=checkpoint_activations if config.get("activation_checkpointing") else None,
+        activation_checkpointing=bool(config.get("activation_checkpointing")),
     )
 
 
@@ -90,11 +90,3 @@ def _as_on_cuda(optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
     if path.startswith("torch.optim.") and not {"fused", "foreach"} & component.keys():
         component["foreach"] = True
     return component
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Compute the activations of the decoder's layers again in the backward pass, as the recipe does."""
-    from torchtune.training import set_activation_checkpointing
-
-    layers: Any = model.layers
-    set_activation_checkpointing(model, auto_wrap_policy={type(layer) for layer in layers})

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchfuse.checkpoint.streaming import compute_buffers
-from torchfuse.naming import canonical_name, find_model, unwrap
+from torchfuse.naming import find_model, named_parameters, unwrap
 from torchfuse.params import partition
 from torchfuse.training.estimation.batch import example_batch
 from torchfuse.training.estimation.optimizer import optimizer_states
 from torchfuse.training.estimation.tracker import MemoryTracker
 from torchfuse.training.linear_loss import linear_next_token_loss
+from torchfuse.training.parallel.layers import checkpoint_activations
+from torchfuse.training.precision import computing_in
 
 __all__ = ["Simulation", "StepSettings", "simulate_step"]
 
@@ -47,8 +49,7 @@ class StepSettings:
         trained: canonical names of the parameters that train; None: those with ``requires_grad``.
         optimizer: the component and its keywords, as in a configuration.
         features_cached: whether encoders are replaced by features that were computed before.
-        prepare: called with the model before its optimizer is built, for example to checkpoint
-            activations.
+        activation_checkpointing: whether activations of layers are computed again in the backward pass.
         quantized: storage bytes of parameters that will be quantized, by canonical name.
     """
 
@@ -62,7 +63,7 @@ class StepSettings:
     trained: frozenset[str] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"_component_": "torch.optim.AdamW"})
     features_cached: bool = False
-    prepare: Callable[[nn.Module], None] | None = None
+    activation_checkpointing: bool = False
     quantized: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -109,8 +110,7 @@ def _copy_of_fakes(model: nn.Module, settings: StepSettings, mode: FakeTensorMod
     with mode:
         for buffer in model.buffers():
             fakes[id(buffer)] = _fake(buffer, buffer.dtype)
-        for name, parameter in model.named_parameters():
-            name = canonical_name(name)
+        for name, parameter in named_parameters(model):
             trains = parameter.requires_grad if settings.trained is None else name in settings.trained
             keep = trains and settings.fp32_weights and parameter.is_floating_point()
             data = _fake(parameter, torch.float32 if keep else parameter.dtype)
@@ -119,8 +119,8 @@ def _copy_of_fakes(model: nn.Module, settings: StepSettings, mode: FakeTensorMod
     copied = copy.deepcopy(model, fakes)
     compute_buffers(copied, _CPU)
     copied.train()
-    if settings.prepare is not None:
-        settings.prepare(copied)
+    if settings.activation_checkpointing:
+        checkpoint_activations(copied, [n for n, p in named_parameters(copied) if p.requires_grad])
     return copied
 
 
@@ -147,7 +147,7 @@ def _run(
         flops = 0
         for _ in range(min(2, settings.gradient_accumulation_steps)):  # gradients exist in the second
             tracker.begin()
-            with tracker.kind("loss"), _computing_in(settings.dtype):
+            with tracker.kind("loss"), computing_in(settings.dtype, _CPU):
                 total, count = linear_next_token_loss(model, **batch, labels=batch["tokens"])
             _keep_larger(phases, "forward", tracker.peak)
             flops = tracker.flops
@@ -201,7 +201,3 @@ def _count_by_module(model: Any, tracker: MemoryTracker) -> list[Any]:
         hooks.append(module.register_forward_pre_hook(enter))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     return hooks
-
-
-def _computing_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is torch.float32 else torch.autocast("cpu", dtype)

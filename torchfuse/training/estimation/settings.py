@@ -12,7 +12,7 @@ from torch import nn
 from torchfuse.errors import ConfigError
 from torchfuse.models.strategy import features_per_image
 from torchfuse.naming import find_model, unwrap
-from torchfuse.params import FreezeSchedule, read_freeze_meta
+from torchfuse.params import FreezeSchedule, partition, read_freeze_meta
 from torchfuse.training.estimation.meta_model import model_on_meta
 from torchfuse.training.estimation.simulate import StepSettings
 
@@ -20,6 +20,8 @@ __all__ = ["read_settings"]
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_OF_AN_IMAGE: Final = 256  # tokens, in packs
+_NF4_BLOCK: Final = 64  # values to a scale of one byte; 256 scales have one in fp32
+_NF4_NBYTES: Final = 1 / 2 + 1 / _NF4_BLOCK + 4 / (256 * _NF4_BLOCK)
 
 
 def read_settings(
@@ -73,7 +75,27 @@ def read_settings(
         trained=frozenset(trained),
         features_cached=data.get("cache_features") is not None,
         activation_checkpointing=bool(config.get("activation_checkpointing")),
+        quantized=_nf4_nbytes(owner, config.get("lora") or {}),
     )
+
+
+def _nf4_nbytes(model: Any, lora: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes of the weights that a section ``lora`` quantizes, by canonical name."""
+    parts = [part for part, section in lora.items() if (section or {}).get("quantize_base")]
+    head = getattr(getattr(model, "decoder", model), "output", None)
+    linear = {
+        id(module.weight)
+        for module in model.modules()
+        if hasattr(module, "in_features") or hasattr(module, "in_dim")
+        if module is not head
+    }
+    return {
+        name: round(parameter.numel() * _NF4_NBYTES)
+        for part, parameters in partition(model).items()
+        for name, parameter in parameters.items()
+        if part.partition(".")[0] in parts
+        if id(parameter) in linear and parameter.numel() % _NF4_BLOCK == 0
+    }
 
 
 def _images_in_pack(owner: Any, length: int) -> int:

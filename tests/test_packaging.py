@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import true_sizes
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -84,6 +85,21 @@ def test_a_wheel_holds_the_package_and_recipes_and_runs(tree, tmp_path):
     options = ["torchfuse/recipes/finetune.py", "--config", "none.yaml"]
     done = run("-m", "torchtune._cli.tune", "run", *options, cwd=tmp_path)
     assert "error: none.yaml cannot be read" in done.stderr
+
+    done = run("-m", "torchfuse", "ls", cwd=tmp_path)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == sorted(
+        file.relative_to(ROOT / "recipes" / "configs").with_suffix("").as_posix()
+        for file in (ROOT / "recipes" / "configs").rglob("*.yaml")
+    )
+    done = run("-m", "torchfuse", "cp", "llava/stage1", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    copied = (tmp_path / "mine.yaml").read_text()
+    assert copied == (tree / "recipes" / "configs" / "llava" / "stage1.yaml").read_text()
+    folder, name = true_sizes.make_folder(tmp_path / "true_sizes"), "smollm2_siglip2/joint_decoder"
+    options = ["torchfuse/recipes/finetune.py", "--config", name, *true_sizes.shrink(name)]
+    done = run("-m", "torchtune._cli.tune", "run", *options, cwd=folder)
+    assert f"saved runs/{name}/fusion" in done.stdout, done.stderr
 
 
 @pytest.mark.long

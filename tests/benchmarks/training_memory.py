@@ -25,7 +25,7 @@ SIZES = {
 }
 SIZES |= {"max_seq_len": 1024, "image_size": 112, "patch_size": 14, "vision_num_heads": 6}
 SIZES |= {"vision_embed_dim": 384, "vision_num_layers": 5, "vision_hidden_dim": 1536}
-TINY = {"vocab_size": 101, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16}
+TINY = {"vocab_size": 101, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16}
 TINY |= {
     "intermediate_dim": 32,
     "max_seq_len": 64,
@@ -37,7 +37,7 @@ TINY |= {"vision_embed_dim": 8, "vision_num_layers": 1}
 CASES: dict[str, dict[str, Any]] = {
     "full": {"num_layers": 11, "arch": "joint_decoder", "decoder_trainable": True, "seq_len": 1001},
     "checkpointing": {
-        "num_layers": 19,
+        "num_layers": 17,
         "arch": "cross_attention",
         "every": 3,
         "decoder_trainable": True,

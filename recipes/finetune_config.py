@@ -164,8 +164,8 @@ class Config:
     output_dir: str = MISSING
     model: dict[str, Any] = MISSING
     pretrained: Pretrained = field(default_factory=Pretrained)
-    init_from: str | None = None
     transform: dict[str, Any] | None = None
+    init_from: str | None = None
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)

@@ -19,7 +19,7 @@ from torchfuse.errors import ModelError
 from torchfuse.naming import named_parameters
 from torchfuse.params import FreezeSchedule, FreezeSpec, FreezeStage
 from torchfuse.training import keep_in_fp32, shard
-from torchfuse.training.parallel import Parallel, checkpoint_activations
+from torchfuse.training.parallel import Parallel, checkpoint_activations, compile_layers
 from torchfuse.training.progress import Progress, StepMetrics
 
 BATCHES = 4  # of a step, on all ranks together
@@ -152,6 +152,18 @@ def test_ddp_follows_what_trains(name):
 def test_two_replicas_of_two_shards():
     check("cross_attention", world_size=4, replicate=2, prepare=train_all)
     check("mot", world_size=4, shard=2, reduce_every_batch=True, reshard_after_forward=False)
+
+
+def checkpointed_and_compiled(model):
+    trained = [name for name, p in named_parameters(model) if p.requires_grad]
+    assert checkpoint_activations(model, trained) == {"decoder": 3, "encoder": 1}
+    compile_layers(model, backend="aot_eager")
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_layers_that_are_checkpointed_and_compiled_are_sharded():
+    check("cross_attention", prepare=checkpointed_and_compiled)
 
 
 def in_bf16(model):

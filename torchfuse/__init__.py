@@ -6,13 +6,16 @@ from torchfuse.checkpoint import (
     fusion_state_dict,
     load_fusion,
     load_fusion_state_dict,
+    load_lora,
     load_pretrained,
     save_fusion,
     seed_adapters,
+    set_lora,
 )
 from torchfuse.checkpoint.export import export, save_pretrained
 from torchfuse.errors import CheckpointError, ConfigError, DataError, FusionError, ModelError
 from torchfuse.generation import generate
+from torchfuse.lora import add_lora, merge_lora
 from torchfuse.models import DeepFusionModel, EarlyFusionModel, MixtureFusionModel
 from torchfuse.models.fuse import fuse
 from torchfuse.modules import FusionEmbedding, FusionLayer, FusionLinear, TiedFusionLinear
@@ -50,11 +53,15 @@ __all__ = [
     "save_fusion",
     "load_fusion",
     "seed_adapters",
+    "load_lora",
+    "set_lora",
     # run
     "generate",
     "quantize",
     # train
     "set_trainable",
+    "add_lora",
+    "merge_lora",
     "param_groups",
     "describe",
     # errors

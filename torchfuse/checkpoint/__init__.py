@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torchfuse._lazy import lazy_exports
 from torchfuse.checkpoint.artifact.fusion import load_fusion, save_fusion
+from torchfuse.checkpoint.artifact.lora import load_lora, set_lora
 from torchfuse.checkpoint.artifact.seeding import seed_adapters
 from torchfuse.checkpoint.artifact.state_dict import fusion_state_dict, load_fusion_state_dict
 from torchfuse.checkpoint.artifact.trained import load_trained, save_trained
@@ -29,6 +30,7 @@ __all__ = [
     "load_checkpoint",
     "load_fusion",
     "load_fusion_state_dict",
+    "load_lora",
     "load_pretrained",
     "load_trained",
     "read_checkpoint",
@@ -38,6 +40,7 @@ __all__ = [
     "save_pretrained",
     "save_trained",
     "seed_adapters",
+    "set_lora",
 ]
 
 __getattr__ = lazy_exports(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torchfuse.checkpoint.formats.key_table import Layout
 from torchfuse.checkpoint.formats.spec import Spec
 from torchfuse.checkpoint.tensors import gather_full, module_tensors
+from torchfuse.lora.merge import merged_parameters
 from torchfuse.naming import canonical_name
 from torchfuse.params import is_sharded
 
@@ -25,12 +27,14 @@ class Output:
         parts: the module's tensors that it is made of, one after the other along the first axis.
         layout: how values are laid out in the checkpoint.
         rows: the number of rows that it is padded to; None: as many as the parts have.
+        merged: returns the values of the one part, where LoRA is merged into it.
     """
 
     key: str
     parts: list[Tensor]
     layout: Layout | None
     rows: int | None
+    merged: Callable[[], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +52,12 @@ class Output:
         Raises:
             ValueError: if the checkpoint's layout cannot represent the values.
         """
-        parts = [gather_full(part.detach()).cpu() for part in self.parts]
+        values = (
+            [gather_full(part.detach()) for part in self.parts]
+            if self.merged is None
+            else [self.merged()]
+        )
+        parts = [part.cpu() for part in values]
         if self.layout is not None:
             parts = [self.layout.to_source(part) for part in parts]
         missing = 0 if self.rows is None else self.rows - sum(part.shape[0] for part in parts)
@@ -67,7 +76,12 @@ def plan_outputs(module: nn.Module, spec: Spec) -> tuple[list[Output], list[str]
         spec: the settings of the checkpoint.
     """
     table, rows = spec.key_table(), spec.padded_rows()
-    tensors = {canonical_name(n): t for n, t in module_tensors(module).items()}
+    merged = {} if spec.holds_lora else merged_parameters(module, gather_full)
+    tensors = {
+        name: tensor
+        for name, tensor in ((canonical_name(n), t) for n, t in module_tensors(module).items())
+        if merged.get(name, tensor) is not None
+    }
     appended = {
         origin: name for name, origin in table.appended.items() if name in tensors and origin in tensors
     }
@@ -81,11 +95,15 @@ def plan_outputs(module: nn.Module, spec: Spec) -> tuple[list[Output], list[str]
             continue
         if tensor.is_meta:
             problems.append(f"{name} is on the meta device")
-        if type(tensor.detach()) is not Tensor and not is_sharded(tensor):
-            problems.append(f"{name} is quantized ({type(tensor.detach()).__name__})")
+        quantized = type(tensor.detach()) is not Tensor and not is_sharded(tensor)
+        if quantized and name not in merged:
+            kind = type(tensor.detach()).__name__
+            problems.append(
+                f"{name} is quantized ({kind}): call torchfuse.quantization.dequantize first"
+            )
         key, layout = translated
         parts = [tensor, tensors[appended[name]]] if name in appended else [tensor]
-        output = Output(key, parts, layout, rows.get(name))
+        output = Output(key, parts, layout, rows.get(name), merged.get(name))
         outputs.append(output)
         if layout is not None and not layout.always_representable:
             try:

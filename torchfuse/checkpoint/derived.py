@@ -1,7 +1,7 @@
 """Fusion parameters that are initialized from pretrained values, and again when those are loaded.
 
-These are new rows of embedding and head that are the mean of the pretrained rows, and experts that are
-copies of pretrained modules.
+These are new rows of embedding and head that are the mean of the pretrained rows, experts that are
+copies of pretrained modules, and the magnitudes of DoRA layers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchfuse.lora.layers import is_lora, settings_of
 from torchfuse.modules.fusion_embedding import FusionEmbedding
 from torchfuse.modules.fusion_linear import FusionLinear
 
@@ -36,4 +37,6 @@ def reinitializers(model: nn.Module, loaded: Iterable[Tensor]) -> list[Callable[
                 found.append(functools.partial(layer.reset_new_rows, "mean"))
         elif callable(getattr(type(module), "experts_are_fresh", None)) and layer.experts_are_fresh():
             found.append(layer.reset_experts)
+        elif is_lora(module) and settings_of(module).dora and not layer.lora_b.weight.any():
+            found.append(layer.initialize_dora_magnitude)
     return found

@@ -1,8 +1,8 @@
-"""A checkpointer for torchtune's own recipes.
+"""A checkpointer for torchtune's own recipes, those for LoRA too.
 
 torchtune's recipes load one state dict with every parameter of the model, and save one. This
 checkpointer makes the first from two pretrained directories; of the second it saves what was trained,
-usually the fusion-only artifact alone.
+usually the fusion-only artifact alone. Of a LoRA recipe it saves the layers as they are, not merged.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torchfuse.io.atomic import write_file
 __all__ = ["FusionCheckpointer"]
 
 _MODEL: Final = "model"  # torchtune.training.MODEL_KEY, without importing torchtune
+_ADAPTER: Final = "adapter"  # torchtune.training.ADAPTER_KEY
+_NOT_STATE: Final = (_MODEL, _ADAPTER, "adapter_config")
 _RECIPE_STATE: Final = "recipe_state.pt"
 
 
@@ -88,7 +90,10 @@ class FusionCheckpointer:
         """Return every parameter of the model, and the recipe's state if a run is resumed."""
         from torchtune import config
 
-        model: nn.Module = config.instantiate(self._model)
+        section = self._model.copy()
+        if section.get("quantize_base"):
+            section.quantize_base = False  # the recipe's model quantizes what it loads
+        model: nn.Module = config.instantiate(section)
         load_pretrained(model, decoder=self._decoder, encoder=self._encoder)
         self._fusion_names = list(fusion_state_dict(model))
         self._trained_names = trained_pretrained_names(model)
@@ -99,7 +104,10 @@ class FusionCheckpointer:
             load_trained(model, self._resume_from)
         elif self._fusion is not None:
             load_fusion(model, self._fusion)
-        return {_MODEL: model.state_dict(), **recipe_state}
+        state = model.state_dict()
+        if recipe_state and self._description["lora"]:
+            recipe_state[_ADAPTER] = {name: state[name] for name in self._fusion_names}
+        return {_MODEL: state, **recipe_state}
 
     def save_checkpoint(
         self,
@@ -111,20 +119,30 @@ class FusionCheckpointer:
         """Save an epoch.
 
         Args:
-            state_dict: the recipe's state; its model state has every parameter.
+            state_dict: the recipe's state; its model state has every parameter. Of a LoRA recipe it is
+                merged, and the LoRA layers' parameters are beside it.
             epoch: number of the epoch.
             intermediate_checkpoint: whether more epochs follow, so that the recipe's state is kept.
-            adapter_only: has no effect: only what was trained is saved in any case.
+            adapter_only: must be False: the recipe leaves out what fusion added. Only what was trained
+                is saved in any case.
+
+        Raises:
+            CheckpointError: if ``adapter_only``; nothing is written then.
         """
+        if adapter_only:
+            raise CheckpointError(
+                "save_adapter_weights_only=True leaves out what fusion added. Set it to False: only "
+                "what was trained is saved, not the merged model."
+            )
         folder = self._output_dir / f"epoch_{epoch}"
-        model_state: dict[str, Tensor] = state_dict[_MODEL]
+        model_state: dict[str, Tensor] = {**state_dict[_MODEL], **state_dict.get(_ADAPTER, {})}
         state_file = folder / _RECIPE_STATE
         state_file.unlink(missing_ok=True)  # an older run's does not go with these weights
         fusion = {name: model_state[name] for name in self._fusion_names}
         trained = {name: model_state[name] for name in self._trained_names}
         write_trained(folder, fusion, trained, self._description)
         if intermediate_checkpoint:
-            rest = {key: value for key, value in state_dict.items() if key != _MODEL}
+            rest = {key: value for key, value in state_dict.items() if key not in _NOT_STATE}
 
             def write(file: Path) -> None:
                 with file.open("wb") as stream:  # given a path, torch.save hides errors of the disk

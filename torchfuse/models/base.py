@@ -124,6 +124,10 @@ class FusedModel(DecoderSurface, EncoderOwner, ModelWithParts):
         """Return the pretrained parts: ``"decoder"``, and ``"encoder"`` or ``"encoder.<name>"``."""
         return {"decoder": self.decoder, **self.encoder_parts()}
 
+    def adapter_params(self) -> list[str]:
+        """Return the names of the parameters that train; torchtune's LoRA recipes freeze all others."""
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
     def image_format(self) -> ImageFormat:
         """Return how images and other media are represented in this model's sequences."""
         formats = {name: self._image_format(name) for name in self.encoder_names}

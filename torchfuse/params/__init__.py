@@ -2,7 +2,7 @@
 
 from torchfuse.params.freezing import FreezeSpec, apply_freeze_specs, freeze_params
 from torchfuse.params.groups import param_groups
-from torchfuse.params.parts import partition, parts_of
+from torchfuse.params.parts import LORA, partition, parts_of
 from torchfuse.params.schedule import FreezeSchedule
 from torchfuse.params.stages import (
     FreezeStage,
@@ -12,15 +12,22 @@ from torchfuse.params.stages import (
 )
 from torchfuse.params.storage import is_sharded, quantized_dtype, storage_nbytes
 from torchfuse.params.table import Description, PartSummary, describe
-from torchfuse.params.tagging import fusion_buffers, get_fusion_params, register_fusion_module
+from torchfuse.params.tagging import (
+    adapter_ids,
+    fusion_buffers,
+    get_fusion_params,
+    register_fusion_module,
+)
 from torchfuse.params.trainable import set_trainable
 
 __all__ = [
+    "LORA",
     "Description",
     "FreezeSchedule",
     "FreezeSpec",
     "FreezeStage",
     "PartSummary",
+    "adapter_ids",
     "apply_freeze_specs",
     "canonical_freeze_meta",
     "describe",

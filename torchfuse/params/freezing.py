@@ -18,14 +18,12 @@ from torch import nn
 
 from torchfuse.errors import ConfigError
 from torchfuse.naming import canonical_name, unwrap, unwrap_model
-from torchfuse.params.parts import parts_of
+from torchfuse.params.parts import partition, parts_of
 from torchfuse.params.storage import quantized_dtype
-from torchfuse.params.tagging import fusion_ids
 from torchfuse.params.trainable import set_requires_grad
 
 __all__ = ["FreezeSpec", "apply_freeze_specs", "freeze_mask", "freeze_params"]
 
-_FUSION: Final = "fusion"
 _WILDCARDS: Final = re.compile(r"[*?\[]")
 
 
@@ -35,10 +33,11 @@ class FreezeSpec:
 
     Args:
         module: a part (``"decoder"``, ``"encoder"``, ``"encoder.<name>"``, ``"adapter"``,
-            ``"adapter.<name>"``, ``"fusion"``), or the canonical name of a module or parameter
-            (``"encoder.layers.11"``, also ``"encoder.<name>.layers.11"``), or such a name with the
-            wildcards of ``fnmatch``: ``*`` for anything, dots too, ``?`` and ``[...]``. A module
-            includes everything in it, except what fusion added if it has pretrained parameters too.
+            ``"adapter.<name>"``, ``"fusion"``, ``"lora"``, ``"lora.<part>"``), or the canonical name of
+            a module or parameter (``"encoder.layers.11"``, also ``"encoder.<name>.layers.11"``), or such
+            a name with the wildcards of ``fnmatch``: ``*`` for anything, dots too, ``?`` and ``[...]``.
+            A module includes everything in it, except what was added if it has pretrained parameters
+            too.
         frozen: True freezes, False lets train.
 
     Raises:
@@ -167,8 +166,14 @@ class _Names:
             self.parameters[canonical_name(name)] = parameter
             by_id[id(parameter)] = canonical_name(name)
         self._paths: dict[str, list[list[str]]] = {name: [] for name in self.parameters}
-        self._fusion = {by_id[i] for i in fusion_ids(model)}
         self._parts = list(parts_of(model))
+        # What was added, with the names of its part.
+        self._added = {
+            name: _leading(part)
+            for part, parameters in partition(model).items()
+            if part not in self._parts
+            for name in parameters
+        }
         # One parameter may be registered in several places, and each place may have two names.
         for prefix, module in [("", inner), *((f"{p}.", m) for p, m in parts_of(model).items())]:
             for name, parameter in unwrap(module).named_parameters(remove_duplicate=False):
@@ -177,20 +182,19 @@ class _Names:
                 own.append(_leading(full))
                 if full.startswith("adapters."):
                     own.append(_leading(f"adapter.{full.removeprefix('adapters.')}"))
-        pretrained = self._paths.keys() - self._fusion
+        pretrained = self._paths.keys() - self._added.keys()
         self._pretrained = {path for n in pretrained for own in self._paths[n] for path in own}
         self._all = self._pretrained | {
-            path for n in self._fusion for own in self._paths[n] for path in own
+            path for n in self._added for own in self._paths[n] for path in own
         }
 
     def matched(self, pattern: str) -> list[str]:
         """Return the canonical names of the parameters that a pattern matches."""
         hits = {path for path in self._all if fnmatchcase(path, pattern)}
-        all_fusion = fnmatchcase(_FUSION, pattern)
         return [
             name
             for name, paths in self._paths.items()
-            if (all_fusion and name in self._fusion)
+            if any(fnmatchcase(part, pattern) for part in self._added.get(name, ()))
             or any(self._includes(hits, name, own) for own in paths)
         ]
 
@@ -198,7 +202,7 @@ class _Names:
         outermost = next((path for path in own if path in hits), None)
         if outermost is None:
             return False
-        return name not in self._fusion or outermost not in self._pretrained
+        return name not in self._added or outermost not in self._pretrained
 
     def near(self, pattern: str) -> str:
         """List the names that exist next to a pattern that matches nothing."""
@@ -209,7 +213,8 @@ class _Names:
         below = [path.removeprefix(where) for path in self._all if path.startswith(where)]
         children = sorted({path.split(".")[0] for path in below}, key=_by_number)
         if not above:
-            children = [*dict.fromkeys([*self._parts, *([_FUSION] if self._fusion else []), *children])]
+            added = [part for parts in self._added.values() for part in parts]
+            children = [*dict.fromkeys([*self._parts, *added, *children])]
         shown = ", ".join(children[:12]) + (f" and {len(children) - 12} more" if children[12:] else "")
         return f"{where.rstrip('.') or 'the model'} has {shown or 'nothing in it'}"
 

@@ -33,7 +33,7 @@ def param_groups(
     Args:
         model: a fused model.
         lr: one learning rate, or one for each trainable part by its name (``"decoder"``,
-            ``"encoder"``, ``"encoder.<name>"``, ``"fusion"``).
+            ``"encoder"``, ``"encoder.<name>"``, ``"fusion"``, ``"lora.decoder"``).
         weight_decay: likewise; a part left out of a mapping has none.
         layer_decay: what the learning rate of a layer of a pretrained part is multiplied by, compared to
             the layer above it (Clark et al., 2020). What is before the first layer counts as a layer

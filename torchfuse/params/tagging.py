@@ -1,22 +1,24 @@
-"""Which parameters fusion added.
+"""Which parameters were added to the pretrained ones.
 
 A module names the parameters that fusion added, relative to itself, by a method ``fusion_params()``;
-``register_fusion_module`` gives any module that method. Parameters are compared by identity and reported
-by canonical name, so that results are the same before and after ``torch.compile``, activation
-checkpointing and sharding.
+``register_fusion_module`` gives any module that method. LoRA layers name theirs by ``adapter_params()``,
+torchtune's protocol. Both are fusion parameters: they are trained and saved, and are in no pretrained
+checkpoint. Parameters are compared by identity and reported by canonical name, so that results are the
+same before and after ``torch.compile``, activation checkpointing and sharding.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from torchfuse.errors import ModelError
-from torchfuse.naming import canonical_name, named_parameters, unwrap, unwrap_model
+from torchfuse.naming import ModelWithParts, canonical_name, named_parameters, unwrap, unwrap_model
 
-__all__ = ["fusion_buffers", "fusion_ids", "get_fusion_params", "register_fusion_module"]
+__all__ = ["adapter_ids", "fusion_buffers", "fusion_ids", "get_fusion_params", "register_fusion_module"]
 
 
 def register_fusion_module(module: nn.Module) -> None:
@@ -45,7 +47,7 @@ def get_fusion_params(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that fusion added, by canonical name, in the order of ``named_parameters``.
 
     Args:
-        model: any module with parts that have ``fusion_params()``.
+        model: any module with parts that have ``fusion_params()``, or LoRA layers.
 
     Raises:
         ModelError: if a ``fusion_params()`` names a parameter that its module does not have.
@@ -55,34 +57,55 @@ def get_fusion_params(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fusion_ids(model: nn.Module) -> set[int]:
-    """Return the ``id`` of every parameter that fusion added.
+    """Return the ``id`` of every parameter that fusion added, those of LoRA layers included.
 
     Args:
-        model: any module with parts that have ``fusion_params()``.
+        model: as for ``get_fusion_params``.
 
     Raises:
         ModelError: as ``get_fusion_params``.
     """
+    return _named_ids(model, "fusion_params") | adapter_ids(model)
+
+
+def adapter_ids(model: nn.Module) -> set[int]:
+    """Return the ``id`` of every parameter of a LoRA layer, or another layer with ``adapter_params()``.
+
+    Args:
+        model: as for ``get_fusion_params``.
+
+    Raises:
+        ModelError: as ``get_fusion_params``.
+    """
+    return _named_ids(model, "adapter_params")
+
+
+def _named_ids(model: nn.Module, method: str) -> set[int]:
+    """Return the ``id`` of every parameter that a module inside names by a method."""
     found: set[int] = set()
     for name, module in unwrap_model(model).named_modules():
-        if not _owns_fusion_params(module):
+        names = _own_method(module, method)
+        if names is None:
             continue
         own = {canonical_name(n): p for n, p in unwrap(module).named_parameters()}
-        named = [canonical_name(n) for n in module.fusion_params()]
+        named = [canonical_name(n) for n in names()]
         unknown = [n for n in named if n not in own]
         if unknown:
             raise ModelError(
-                f"fusion_params() of {type(module).__name__} {canonical_name(name)!r} names "
+                f"{method}() of {type(module).__name__} {canonical_name(name)!r} names "
                 f"{', '.join(unknown)}, which it does not have; it has {', '.join(own) or 'none'}."
             )
         found.update(id(own[n]) for n in named)
     return found
 
 
-def _owns_fusion_params(module: nn.Module) -> bool:
-    # Wrappers forward attributes of what they wrap; only the module's own method counts.
-    own = vars(module).get("fusion_params") or getattr(type(module), "fusion_params", None)
-    return callable(own)
+def _own_method(module: nn.Module, name: str) -> Callable[[], list[str]] | None:
+    """Return a method that a module has itself: wrappers forward attributes of what they wrap."""
+    if isinstance(module, ModelWithParts):  # its methods collect what the modules inside name
+        return None
+    if name in vars(module):
+        return vars(module)[name]
+    return getattr(module, name) if callable(getattr(type(module), name, None)) else None
 
 
 def fusion_buffers(model: nn.Module) -> dict[str, Any]:

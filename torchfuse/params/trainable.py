@@ -7,13 +7,13 @@ norm of gradients. A module with only frozen parameters stays in evaluation mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import distributed, nn
 
 from torchfuse.errors import ConfigError
 from torchfuse.naming import ModelWithParts, named_parameters, unwrap_model
-from torchfuse.params.parts import partition
+from torchfuse.params.parts import LORA, partition
 from torchfuse.params.storage import quantized_dtype
 
 __all__ = ["reshard", "set_requires_grad", "set_trainable"]
@@ -25,6 +25,7 @@ def set_trainable(
     decoder: bool = False,
     encoder: bool | Mapping[str, bool] = False,
     fusion: bool = True,
+    lora: bool | None = None,
 ) -> None:
     """Choose what trains; everything else is frozen.
 
@@ -34,6 +35,7 @@ def set_trainable(
         encoder: whether the pretrained encoders train; for named encoders also ``{name: bool}``,
             where a name left out is frozen.
         fusion: whether what fusion added trains, inside pretrained parts too.
+        lora: whether LoRA layers train. None: as ``fusion``.
 
     Raises:
         ConfigError: if something is to train that the model does not have, or that is quantized; nothing
@@ -48,7 +50,7 @@ def set_trainable(
         ['0.fusion_embedding.weight']
     """
     groups = partition(model)
-    chosen = _chosen_parts(groups, decoder=decoder, encoder=encoder, fusion=fusion)
+    chosen = _chosen_parts(groups, decoder=decoder, encoder=encoder, fusion=fusion, lora=lora)
     quantized = [
         name
         for part, train in chosen.items()
@@ -110,10 +112,20 @@ def reshard(model: nn.Module) -> None:
 
 
 def _chosen_parts(
-    groups: Iterable[str], *, decoder: bool, encoder: bool | Mapping[str, bool], fusion: bool
+    groups: Mapping[str, Mapping[str, nn.Parameter]],
+    *,
+    decoder: bool,
+    encoder: bool | Mapping[str, bool],
+    fusion: bool,
+    lora: bool | None,
 ) -> dict[str, bool]:
     encoders = [part for part in groups if part.split(".")[0] == "encoder"]
-    chosen = {"decoder": decoder, "fusion": fusion}
+    adapted = [part for part in groups if part.split(".")[0] == LORA]
+    if lora and not adapted:
+        raise ConfigError("lora=True, but the model has no LoRA layers. Call add_lora first.")
+    # What fusion added may be LoRA alone.
+    chosen = {"decoder": decoder, "fusion": fusion and bool(groups["fusion"] or not adapted)}
+    chosen |= dict.fromkeys(adapted, fusion if lora is None else lora)
     if isinstance(encoder, Mapping):
         by_name = {
             part.removeprefix("encoder").removeprefix(".") or "encoder": part for part in encoders

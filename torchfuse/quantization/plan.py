@@ -10,7 +10,7 @@ from torch import nn
 
 from torchfuse.errors import ModelError
 from torchfuse.modules.fusion_linear import FusionLinear
-from torchfuse.naming import canonical_name, unwrap
+from torchfuse.naming import unwrap
 from torchfuse.params import is_sharded, parts_of, quantized_dtype
 from torchfuse.quantization.schemes import unsupported_shape
 
@@ -49,26 +49,34 @@ class Plan:
             raise ModelError("Nothing was quantized.\n  " + "\n  ".join(lines))
 
 
-def make_plan(model: nn.Module, scheme: str, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> Plan:
+def make_plan(
+    model: nn.Module,
+    scheme: str,
+    groups: Mapping[str, Mapping[str, nn.Parameter]],
+    *,
+    head: bool = True,
+) -> Plan:
     """Decide for each matrix of the given parts of a model; nothing is changed.
 
     Args:
         model: the model.
         scheme: how to quantize.
         groups: the parameters of each part, by name.
+        head: whether output heads are quantized too.
     """
     plan = Plan()
     owners = _owners(model)
-    heads = (getattr(unwrap(part), "output", None) for part in parts_of(model).values())
+    heads = [getattr(unwrap(part), "output", None) for part in parts_of(model).values()]
     tied = {id(getattr(head, "tied_module", None)) for head in heads}
-    adapters = _adapter_parameters(model)
     for part, parameters in groups.items():
         kept, found = {}, False
         for name, parameter in parameters.items():
             if parameter.dim() < 2:
                 continue
             modules = owners[id(parameter)]
-            reason = "of an adapter" if id(parameter) in adapters else _reason_to_keep(modules, tied)
+            reason = _reason_to_keep(modules, tied)
+            if not (head or reason) and any(module is output for module in modules for output in heads):
+                reason = "the output head"
             problem = None if reason else _problem(parameter)
             if problem:
                 plan.problems.setdefault(problem, []).append(name)
@@ -91,16 +99,6 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(module)
     return owners
-
-
-def _adapter_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters of LoRA and other adapters (torchtune's ``adapter_params``)."""
-    found = set()
-    for module in model.modules():
-        names = getattr(module, "adapter_params", None)
-        own = {canonical_name(name): p for name, p in module.named_parameters()} if names else {}
-        found |= {id(own[name]) for name in (names() if callable(names) else ()) if name in own}
-    return found
 
 
 def _reason_to_keep(modules: Iterable[nn.Module], tied: set[int]) -> str | None:

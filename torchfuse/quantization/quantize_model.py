@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ConfigError, ModelError
 from torchfuse.naming import unwrap_model
-from torchfuse.params import partition, storage_nbytes
+from torchfuse.params import LORA, partition, storage_nbytes
 from torchfuse.quantization.plan import first_names, make_plan
 from torchfuse.quantization.schemes import Scheme, convert, try_scheme
 
@@ -55,14 +55,15 @@ def quantize(
     *,
     parts: str | Sequence[str] = ("decoder",),
     fusion: bool = False,
+    head: bool = True,
 ) -> Quantization:
     """Quantize the weights of a model's pretrained linear layers in place.
 
     Names, modules and everything that fusion added stay the same, and fusion can be trained, saved and
     loaded over the quantized base. An output head with a weight of its own is quantized (of a
     ``FusionLinear`` the pretrained rows). Not quantized are embeddings, a head that is tied to one,
-    layers with a forward of their own, torchtune's LoRA layers (build those with ``quantize_base``) and
-    shapes that the scheme does not support; the result lists them. Rows of zeros stay zero.
+    layers with a forward of their own, LoRA layers (``add_lora`` quantizes their base) and shapes that
+    the scheme does not support; the result lists them. Rows of zeros stay zero.
 
     Without ``torch.compile`` a weight is dequantized at each call, which saves memory and costs time.
     Convert the model to its dtype and load its pretrained parts first: nothing can be loaded into
@@ -80,6 +81,7 @@ def quantize(
         parts: the parts whose layers are quantized: ``"decoder"``, ``"encoder"`` (all of them) or
             ``"encoder.<name>"``.
         fusion: whether linear layers that fusion added are quantized too.
+        head: whether output heads with weights of their own are quantized too.
 
     Returns:
         The weights that were quantized, those that were kept with the reason, and the sizes.
@@ -100,7 +102,7 @@ def quantize(
     model = unwrap_model(model)
     groups = partition(model)
     names = _selected_parts(scheme, (parts,) if isinstance(parts, str) else tuple(parts), fusion, groups)
-    plan = make_plan(model, scheme, {name: groups[name] for name in names})
+    plan = make_plan(model, scheme, {name: groups[name] for name in names}, head=head)
     plan.raise_problems(scheme)
     weights = [linears[0].weight for linears in plan.linears.values()]
     before, after = sum(weight.nbytes for weight in weights), 0
@@ -121,7 +123,7 @@ def _selected_parts(
     problems = []
     if scheme not in get_args(Scheme):
         problems.append(f"no scheme {scheme!r}; there are {', '.join(get_args(Scheme))}")
-    available = [part for part in groups if part != "fusion"]
+    available = [part for part in groups if part != "fusion" and part.split(".")[0] != LORA]
     selected = []
     for part in parts:
         found = [p for p in available if p == part or (part == "encoder" and p.startswith("encoder."))]

@@ -13,6 +13,7 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.artifact.fingerprint import fingerprint, pretrained_tensors
+from torchfuse.lora.add import describe_lora
 from torchfuse.modules.adapters.base import Adapter
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import unwrap, unwrap_model
@@ -38,9 +39,9 @@ def describe_fusion(
         stages: the freeze specs and stages by which the model was trained.
 
     Returns:
-        ``format``, ``architecture``, ``options``, ``adapters`` and ``fusion_head``, which a load
-        compares with the model's, as it does ``base``, the shape, dtype and hash of sampled values of
-        each pretrained tensor by name. For the record: ``trainable``, for each part whether it trains
+        ``format``, ``architecture``, ``options``, ``adapters``, ``fusion_head`` and ``lora``, which a
+        load compares with the model's, as it does ``base``, the shape, dtype and hash of sampled values
+        of each pretrained tensor by name. For the record: ``trainable``, for each part whether it trains
         or is saved beside the artifact, or the names of those of its parameters that do; ``freeze``,
         the stages in their order, for ``read_freeze_meta``.
     """
@@ -79,6 +80,12 @@ def description_problems(saved: Mapping[str, Any], model: nn.Module) -> list[str
     head = saved.get("fusion_head", own["fusion_head"])
     if head != own["fusion_head"]:
         problems.append(f"fusion_head {head!r}, the model's is {own['fusion_head']!r}")
+    lora = saved.get("lora", [])
+    if lora != own["lora"]:
+        problems.append(
+            f"LoRA {_lora_in_words(lora)}, the model's is {_lora_in_words(own['lora'])}; load_lora adds "
+            "the layers that an artifact describes"
+        )
     return problems + adapter_problems(saved, model)
 
 
@@ -99,6 +106,18 @@ def adapter_problems(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
         for key, value in described.items()
         if value != adapter.get(key) and None not in (value, adapter.get(key, ""))
     ]
+
+
+def _lora_in_words(described: Any) -> str:
+    try:
+        each = [
+            f"{'DoRA of ' if g['dora'] else ''}rank {g['rank']}, alpha {g['alpha']:g}, dropout "
+            f"{g['dropout']:g} in {len(g['layers'])} layers"
+            for g in described
+        ]
+    except (TypeError, KeyError, ValueError):
+        return repr(described)[:80]
+    return "; ".join(each) or "none"
 
 
 def _common(saved: Any, own: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -135,6 +154,7 @@ def _fusion_options(model: nn.Module) -> dict[str, Any]:
         "options": options,
         "adapters": _adapters(model),
         "fusion_head": isinstance(head, FusionLinear | TiedFusionLinear),
+        "lora": describe_lora(model),
     }
 
 

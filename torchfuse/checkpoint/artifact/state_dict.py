@@ -13,7 +13,13 @@ from torchfuse.checkpoint.tensors import copy_into
 from torchfuse.errors import CheckpointError, ModelError
 from torchfuse.params import fusion_buffers, get_fusion_params
 
-__all__ = ["FusionMismatch", "copy_fusion_tensors", "fusion_state_dict", "load_fusion_state_dict"]
+__all__ = [
+    "FusionMismatch",
+    "copy_fusion_tensors",
+    "fusion_state_dict",
+    "fusion_tensors",
+    "load_fusion_state_dict",
+]
 
 
 class FusionMismatch(NamedTuple):
@@ -42,7 +48,7 @@ def fusion_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ModelError: if fusion added nothing to this model.
     """
-    tensors = {name: tensor.detach() for name, tensor in _fusion_tensors(model).items()}
+    tensors = {name: tensor.detach() for name, tensor in fusion_tensors(model).items()}
     if not tensors:
         raise ModelError(
             "This model has no fusion parameters. What fusion added is found by fusion_params(); "
@@ -72,7 +78,8 @@ def load_fusion_state_dict(
     return copy_fusion_tensors(model, state_dict, strict, {}, [])
 
 
-def _fusion_tensors(model: nn.Module) -> dict[str, Tensor]:
+def fusion_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers that fusion added, by canonical name."""
     return {**get_fusion_params(model), **fusion_buffers(model)}
 
 
@@ -93,7 +100,7 @@ def copy_fusion_tensors(
         base: see ``FusionMismatch``.
         options: see ``FusionMismatch``.
     """
-    targets = _fusion_tensors(model)
+    targets = fusion_tensors(model)
     if any(tensor.is_meta for tensor in targets.values()):
         raise ModelError(
             "The model's fusion tensors are on the meta device: give them memory first (model.to_empty)."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from torchfuse.checkpoint.formats.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, ModelSpec, Spec
+from torchfuse.lora.add import add_described_lora, describe_lora
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
 from torchfuse.modules.adapters import Adapter, build_adapter
@@ -35,6 +36,7 @@ class Fused(ModelSpec):
 
     name = "torchfuse"
     model_types = frozenset({"torchfuse"})
+    holds_lora = True
 
     decoder: Spec
     encoders: Mapping[str, Spec] = field(compare=False)
@@ -44,6 +46,7 @@ class Fused(ModelSpec):
     fusion_vocab_size: int
     fusion_head: bool
     on_missing: str = field(default="skip", compare=False)
+    lora: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Fused:
@@ -65,6 +68,9 @@ class Fused(ModelSpec):
             )
         numbers = given.count("fusion_vocab_size", 0, least=0), given.flag("fusion_head", False)
         on_missing = given.choice("on_missing", {n: n for n in ("skip", "participate")}, "skip")
+        lora = config.get("lora", [])
+        if not isinstance(lora, list) or not all(isinstance(layers, dict) for layers in lora):
+            given.problems.append(f"lora must be a list of sections, got {lora!r:.80}")
         given.raise_problems()
         return cls(
             read_spec(decoder, formats_of("decoder")),
@@ -74,6 +80,7 @@ class Fused(ModelSpec):
             adapters,
             *numbers,
             on_missing,
+            lora,
         )
 
     @classmethod
@@ -115,6 +122,7 @@ class Fused(ModelSpec):
             embedding.fusion_vocab_size if isinstance(embedding, FusionEmbedding) else 0,
             isinstance(decoder.output, FusionLinear | TiedFusionLinear),
             model.on_missing,
+            describe_lora(model),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -130,6 +138,7 @@ class Fused(ModelSpec):
             "fusion_vocab_size": self.fusion_vocab_size,
             "fusion_head": self.fusion_head,
             "on_missing": self.on_missing,
+            **({"lora": list(self.lora)} if self.lora else {}),
         }
 
     def build(self) -> FusedModel:
@@ -138,7 +147,7 @@ class Fused(ModelSpec):
         adapters = {name: build_adapter(**values) for name, values in self.adapters.items()}
         encoders = {name: spec.build() for name, spec in self.encoders.items()}
         unnamed = list(encoders) == [UNNAMED_KEY]
-        return fuse(
+        model = fuse(
             self.decoder.build(),
             encoders[UNNAMED_KEY] if unnamed else encoders,
             arch=self.arch,
@@ -148,6 +157,8 @@ class Fused(ModelSpec):
             on_missing=self.on_missing,  # type: ignore[arg-type]
             **self.options,
         )
+        add_described_lora(model, self.lora)
+        return model
 
     def total_layers(self) -> int:
         return super().total_layers() + sum(spec.total_layers() for spec in self.encoders.values())

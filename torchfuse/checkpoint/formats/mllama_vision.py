@@ -114,7 +114,7 @@ class MllamaVision(Spec):
             embed_dim=tower.clip.conv.out_channels,
             num_layers=len(tower.clip.layers),
             num_global_layers=len(tower.projection.layers),
-            hidden_dim=first.mlp.w1.out_features,
+            hidden_dim=first.mlp.w1.weight.shape[0],
             decoder_dim=tower.feature_dim,
             max_num_tiles=tower.max_num_tiles,
             num_heads=first.attn.num_heads,

@@ -74,6 +74,9 @@ class Spec(ABC):
     may_be_sharded: ClassVar[bool] = True
     """Whether a checkpoint may be several files."""
 
+    holds_lora: ClassVar[bool] = False
+    """Whether a checkpoint keeps LoRA layers; if not, they are merged into what is written."""
+
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Spec:

@@ -7,7 +7,7 @@ has embeddings of tiles as a grid, torchfuse as one row per aspect ratio.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Torchtune(ModelSpec):
             }
         )
         try:
-            settings: Any = Fused.from_module(model)
+            settings: Any = replace(Fused.from_module(model), lora=())  # LoRA is merged
         except ValueError:  # parts that no configuration can describe
             settings = None
         return cls(settings, towers)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
 from torchfuse.naming import canonical_name, unwrap
+from torchfuse.params import adapter_ids
 
 __all__ = [
     "LAST_MAPS",
@@ -163,7 +164,10 @@ def first_values(
     """Yield each parameter of an expert and its first values."""
     named = unwrap(pretrained).named_parameters(remove_duplicate=False)
     source: dict[str, Any] = {canonical_name(name): parameter for name, parameter in named}
+    adapted = adapter_ids(expert)  # LoRA is no copy
     for name, parameter in expert.named_parameters():
+        if id(parameter) in adapted:
+            continue
         value = source[canonical_name(name)]
         if name.startswith(zeros):
             value = torch.zeros_like(parameter)

@@ -1,0 +1,140 @@
+"""LoRA layers in a model: added by part and name, described, added again from a description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from torchfuse.errors import ConfigError
+from torchfuse.lora.layers import LoraSettings, build_layer, lora_layers, settings_of
+from torchfuse.lora.targets import Place, find_layers, find_targets
+from torchfuse.quantization import quantize
+
+__all__ = ["add_described_lora", "add_lora", "describe_lora"]
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    parts: str | Sequence[str] = ("decoder",),
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    dora: bool = False,
+    quantize_base: bool = False,
+) -> list[str]:
+    """Add LoRA to linear layers of a model, in place, by torchtune's ``LoRALinear`` or ``DoRALinear``.
+
+    The layers keep their parameters, under their names; these are frozen. The new ones, beside them, are
+    fusion parameters: they train, ``describe`` and ``param_groups`` list them as ``"lora.<part>"``, and
+    everything that saves what fusion added saves them. The model's outputs do not change.
+
+    Load the pretrained parts first if ``dora`` or ``quantize_base``. Several calls with different
+    settings may follow each other, for different layers.
+
+    Args:
+        model: a fused model, or a decoder alone.
+        parts: ``"decoder"``, ``"encoder"`` (all of them), ``"encoder.<name>"``; ``"fusion"``: layers
+            that fusion added.
+        rank: rows of ``lora_a``.
+        alpha: what a layer adds is multiplied by ``alpha / rank``.
+        targets: names of layers with any number of the modules that they are in: ``"q_proj"``,
+            ``"attn.q_proj"``, ``"layers.3.mlp.w1"``, with the wildcards of ``fnmatch``. None: every
+            linear layer inside of the parts' transformer layers, which are the projections of attention
+            and the feed-forwards.
+        dropout: probability that a value of the input of ``lora_a`` is dropped in training.
+        dora: whether the norm of each row of the weight trains too (DoRA).
+        quantize_base: whether all linear layers of the parts, except the output head, are quantized to
+            NF4 first (QLoRA), see ``quantize``. Layers whose shapes NF4 does not support are kept.
+
+    Returns:
+        The canonical names of the layers that have LoRA now.
+
+    Raises:
+        ConfigError: for numbers out of range, a part that there is not, and targets without a match,
+            with the names that there are.
+        ModelError: naming the layers that cannot have LoRA: those that have it, are quantized other than
+            to NF4, are sharded, or share their weight. In both cases the model is unchanged.
+
+    Examples:
+        >>> from torchfuse.models.decoders.llama import llama_decoder
+        >>> sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 16}
+        >>> model = llama_decoder(vocab_size=11, num_layers=2, max_seq_len=16, **sizes)
+        >>> add_lora(model, rank=3, alpha=6, targets=["q_proj"])
+        ['layers.0.attn.q_proj', 'layers.1.attn.q_proj']
+        >>> [n for n, p in model.layers[0].attn.q_proj.named_parameters() if p.requires_grad]
+        ['lora_a.weight', 'lora_b.weight']
+    """
+    parts = [parts] if isinstance(parts, str) else list(parts)
+    if isinstance(targets, str):
+        targets = [targets]
+    settings = _checked_settings(rank, alpha, dropout, dora)
+    places = find_targets(model, parts, targets)
+    if quantize_base:
+        if "fusion" in parts:
+            raise ConfigError("LoRA: quantize_base is for pretrained parts, and parts has 'fusion'.")
+        quantize(model, "nf4", parts=parts, head=False)
+    return _replace(places, {place.name: settings for place in places})
+
+
+def describe_lora(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the LoRA layers of a model, in JSON's types, for ``add_described_lora``.
+
+    Returns:
+        ``rank``, ``alpha``, ``dropout``, ``dora`` and ``layers``, the canonical names of the layers that
+        have these settings; one for each settings.
+    """
+    by_settings: dict[LoraSettings, list[str]] = {}
+    for name, layer in lora_layers(model):
+        by_settings.setdefault(settings_of(layer), []).append(name)
+    return [{**asdict(settings), "layers": names} for settings, names in by_settings.items()]
+
+
+def add_described_lora(model: nn.Module, described: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Add the LoRA layers that a description names.
+
+    Args:
+        model: a model that has the layers, without LoRA.
+        described: what ``describe_lora`` returned, after a round trip through JSON.
+
+    Raises:
+        ConfigError: if it is none, or its numbers are out of range.
+        ModelError: naming the layers that there are not, or that cannot have LoRA.
+    """
+    settings: dict[str, LoraSettings] = {}
+    for group in described:
+        try:
+            numbers = {**group}
+            names = [str(name) for name in numbers.pop("layers")]
+            settings |= dict.fromkeys(names, _checked_settings(**numbers))
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"This does not describe LoRA layers: {group!r:.200}.") from error
+    return _replace(find_layers(model, settings), settings)
+
+
+def _checked_settings(rank: Any, alpha: Any, dropout: Any, dora: Any) -> LoraSettings:
+    problems = []
+    if type(rank) is not int or rank < 1:
+        problems.append(f"rank must be a whole number from 1 on, got {rank!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        problems.append(f"alpha must be a number above 0, got {alpha!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        problems.append(f"dropout must be a number from 0 to below 1, got {dropout!r}")
+    if not isinstance(dora, bool):
+        problems.append(f"dora must be true or false, got {dora!r}")
+    if problems:
+        raise ConfigError(f"LoRA: {'; '.join(problems)}.")
+    return LoraSettings(rank, alpha, dropout, dora)
+
+
+def _replace(places: Sequence[Place], settings: Mapping[str, LoraSettings]) -> list[str]:
+    for place in places:
+        linear: Any = place.layer
+        linear.requires_grad_(False)
+        linear.weight.grad = None
+        place.put(build_layer(linear, settings[place.name]))
+    return [place.name for place in places]

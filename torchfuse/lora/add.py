@@ -13,7 +13,7 @@ from torchfuse.lora.layers import LoraSettings, build_layer, lora_layers, settin
 from torchfuse.lora.targets import Place, find_layers, find_targets
 from torchfuse.quantization import quantize
 
-__all__ = ["add_described_lora", "add_lora", "describe_lora"]
+__all__ = ["add_described_lora", "add_lora", "describe_lora", "lora_in_words"]
 
 
 def add_lora(
@@ -114,6 +114,19 @@ def add_described_lora(model: nn.Module, described: Iterable[Mapping[str, Any]])
         except (TypeError, KeyError) as error:
             raise ConfigError(f"This does not describe LoRA layers: {group!r:.200}.") from error
     return _replace(find_layers(model, settings), settings)
+
+
+def lora_in_words(described: Any) -> str:
+    """Return a phrase for what ``describe_lora`` returned, for messages."""
+    try:
+        each = [
+            f"{'DoRA of ' if g['dora'] else ''}rank {g['rank']}, alpha {g['alpha']:g}, dropout "
+            f"{g['dropout']:g} in {len(g['layers'])} layers"
+            for g in described
+        ]
+    except (TypeError, KeyError, ValueError):
+        return repr(described)[:80]
+    return "; ".join(each) or "none"
 
 
 def _checked_settings(rank: Any, alpha: Any, dropout: Any, dora: Any) -> LoraSettings:

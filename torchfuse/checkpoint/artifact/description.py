@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 
 from torchfuse.checkpoint.artifact.fingerprint import fingerprint, pretrained_tensors
-from torchfuse.lora.add import describe_lora
+from torchfuse.lora.add import describe_lora, lora_in_words
 from torchfuse.modules.adapters.base import Adapter
 from torchfuse.modules.fusion_linear import FusionLinear, TiedFusionLinear
 from torchfuse.naming import unwrap, unwrap_model
@@ -83,7 +83,7 @@ def description_problems(saved: Mapping[str, Any], model: nn.Module) -> list[str
     lora = saved.get("lora", [])
     if lora != own["lora"]:
         problems.append(
-            f"LoRA {_lora_in_words(lora)}, the model's is {_lora_in_words(own['lora'])}; load_lora adds "
+            f"LoRA {lora_in_words(lora)}, the model's is {lora_in_words(own['lora'])}; load_lora adds "
             "the layers that an artifact describes"
         )
     return problems + adapter_problems(saved, model)
@@ -106,18 +106,6 @@ def adapter_problems(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
         for key, value in described.items()
         if value != adapter.get(key) and None not in (value, adapter.get(key, ""))
     ]
-
-
-def _lora_in_words(described: Any) -> str:
-    try:
-        each = [
-            f"{'DoRA of ' if g['dora'] else ''}rank {g['rank']}, alpha {g['alpha']:g}, dropout "
-            f"{g['dropout']:g} in {len(g['layers'])} layers"
-            for g in described
-        ]
-    except (TypeError, KeyError, ValueError):
-        return repr(described)[:80]
-    return "; ".join(each) or "none"
 
 
 def _common(saved: Any, own: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

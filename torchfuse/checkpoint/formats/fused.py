@@ -16,7 +16,7 @@ from torchfuse.checkpoint.formats.key_table import SAME_NAMES, KeyTable
 from torchfuse.checkpoint.formats.registry import formats_of, read_part, read_spec, register_format
 from torchfuse.checkpoint.formats.settings import Settings
 from torchfuse.checkpoint.formats.spec import UNNAMED_KEY, ModelSpec, Spec
-from torchfuse.lora.add import add_described_lora, describe_lora
+from torchfuse.lora.add import add_described_lora, describe_lora, lora_in_words
 from torchfuse.models.base import FusedModel
 from torchfuse.models.strategy import build_modality_strategy
 from torchfuse.modules.adapters import Adapter, build_adapter
@@ -46,7 +46,7 @@ class Fused(ModelSpec):
     fusion_vocab_size: int
     fusion_head: bool
     on_missing: str = field(default="skip", compare=False)
-    lora: Sequence[Mapping[str, Any]] = ()
+    lora: Sequence[Mapping[str, Any]] = field(default=(), compare=False)  # compared in words
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Fused:
@@ -173,6 +173,10 @@ class Fused(ModelSpec):
                 problems += self._option_differences(model)
             for name in self.encoders.keys() & model.encoders.keys():
                 problems += self.encoders[name].differences(model.encoders[name])
+            if list(self.lora) != list(model.lora):
+                problems.append(
+                    f"LoRA {lora_in_words(self.lora)}, the model has {lora_in_words(model.lora)}"
+                )
         return problems
 
     def _option_differences(self, model: Fused) -> list[str]:

@@ -84,7 +84,7 @@ class Torchtune(ModelSpec):
             }
         )
         try:
-            settings: Any = replace(Fused.from_module(model), lora=())  # LoRA is merged
+            settings: Any = replace(Fused.from_module(model), lora=[])  # LoRA is merged
         except ValueError:  # parts that no configuration can describe
             settings = None
         return cls(settings, towers)

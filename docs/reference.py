@@ -21,6 +21,7 @@ PUBLIC_MODULES = (
     "torchfuse.checkpoint",
     "torchfuse.params",
     "torchfuse.quantization",
+    "torchfuse.lora",
     "torchfuse.generation",
     "torchfuse.data",
     "torchfuse.training",

@@ -11,6 +11,7 @@ from torchfuse.recipes.finetune_config import Config
 from torchfuse.data import Mixture, Sample, Samples
 from torchfuse.data.readers import read_mixture
 from torchfuse.errors import ConfigError
+from torchfuse.lora.sections import section_problems
 
 __all__ = ["check_config", "default_signature", "flat", "read_data", "resume_signature"]
 
@@ -114,6 +115,7 @@ def check_config(config: Config) -> None:
     if train.optimizer_in_backward and config.parallel.strategy == "ddp":
         problems.append("train.optimizer_in_backward=true needs parallel.strategy=fsdp, got ddp")
     problems += config.parallel.problems(int(os.environ.get("WORLD_SIZE", "1")), config.device)
+    problems += section_problems(asdict(config.lora))
     if problems:
         raise ConfigError(f"{'; '.join(problems)}.")
 

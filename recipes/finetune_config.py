@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from torchfuse.training.parallel.options import Parallel
 
-__all__ = ["Config", "Data", "Pretrained", "Train"]
+__all__ = ["Config", "Data", "Lora", "LoraPart", "Pretrained", "Train"]
 
 
 @dataclass
@@ -23,6 +23,42 @@ class Pretrained:
     decoder: str | None = None
     encoder: Any = None
     path: str | None = None
+
+
+@dataclass
+class LoraPart:
+    """LoRA in the linear layers of a part, see ``torchfuse.add_lora``.
+
+    Attributes:
+        rank: rows of ``lora_a``; null: no LoRA in this part.
+        alpha: what a layer adds is multiplied by ``alpha / rank``; null: twice the rank.
+        targets: names of layers, or patterns; null: the projections of attention and the feed-forwards.
+        dropout: probability that a value of the input of ``lora_a`` is dropped.
+        dora: whether the norm of each row of the weight trains too.
+        quantize_base: whether the part's linear layers are quantized to NF4; for pretrained parts.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    targets: list[str] | None = None
+    dropout: float = 0.0
+    dora: bool = False
+    quantize_base: bool = False
+
+
+@dataclass
+class Lora:
+    """LoRA by part; what fusion added trains in full beside it.
+
+    Attributes:
+        decoder: the pretrained decoder.
+        encoder: the pretrained encoders.
+        fusion: layers that fusion added; the weights that have LoRA are frozen.
+    """
+
+    decoder: LoraPart = field(default_factory=LoraPart)
+    encoder: LoraPart = field(default_factory=LoraPart)
+    fusion: LoraPart = field(default_factory=LoraPart)
 
 
 @dataclass
@@ -137,7 +173,8 @@ class Config:
         transform: a component that returns a ``SampleTransform``, in place of the keys of ``data``
             that describe one.
         init_from: folder of an earlier run, or of what ``save_trained`` wrote, to start from what it
-            learned; null: start from the pretrained checkpoints alone.
+            learned, LoRA merged; null: start from the pretrained checkpoints alone.
+        lora: LoRA by part.
         data: files of samples, and how samples become batches.
         train: optimisation.
         parallel: several devices, with one rank on each, as ``tune run --nproc_per_node`` starts them.
@@ -166,6 +203,7 @@ class Config:
     pretrained: Pretrained = field(default_factory=Pretrained)
     transform: dict[str, Any] | None = None
     init_from: str | None = None
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)

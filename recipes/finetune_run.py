@@ -17,7 +17,7 @@ from torchtune import training
 from torchtune.utils import get_world_size_and_rank
 
 from torchfuse import describe
-from torchfuse.checkpoint import latest_checkpoint, load_trained, save_trained
+from torchfuse.checkpoint import latest_checkpoint, save_trained
 from torchfuse.data import LoaderOptions, Mixture, Sample, Samples, SampleTransform, StepLoader
 from torchfuse.data.readers.read_all import read_all
 from torchfuse.errors import ConfigError
@@ -36,7 +36,7 @@ from torchfuse.tasks.feature_cache import cache_features
 from torchfuse.tasks.prediction import Prediction, predict
 from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
-from torchfuse.tasks.runs import build_model, check_images, check_lengths
+from torchfuse.tasks.runs import build_run_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
 from torchfuse.training import build
 from torchfuse.training.config import check_output_dir
@@ -74,9 +74,7 @@ def run(
 
     test = read_all(test, config.data.test if isinstance(config.data.test, str) else "data.test")
     transform_of = read_transform(asdict(config))
-    model = build_model(config.model, vars(config.pretrained), device=config.device, dtype=config.dtype)
-    if config.init_from is not None:
-        load_trained(model, _learned(config.init_from))
+    model = build_run_model(asdict(config), device=config.device, dtype=config.dtype)
     transform = transform_of(model)
     settings = PromptSettings(transform, max_new_tokens=longest_answer(transform, test, "data.test"))
     validation = _validation_samples(test, config)
@@ -147,14 +145,6 @@ def _progress(trainer: Trainer, config: Config, log: Callable[[str], None]) -> P
         log_every=config.log_every,
         shown=trainer.rank == 0,
     )
-
-
-def _learned(init_from: str) -> Path:
-    """Return the folder of what an earlier run learned, or the folder itself."""
-    folder = Path(init_from)
-    if not folder.is_dir():
-        raise ConfigError(f"init_from={init_from}: there is no such folder.")
-    return folder / "fusion" if (folder / "fusion").is_dir() else folder
 
 
 def _output_dir(config: Config) -> Path:

@@ -221,7 +221,15 @@ def test_torchtunes_own_recipe_trains_and_continues(digits, tmp_path):
 
 
 def test_every_yaml_is_run_by_a_test():
-    run = {*ARCHS, "two_stages", "compare", "generate", "evaluate", "torchtune_full_finetune"}
+    run = {
+        *ARCHS,
+        "two_stages",
+        "compare",
+        "generate",
+        "evaluate",
+        "torchtune_full_finetune",
+        "torchtune_lora",
+    }
     assert {path.stem for path in CONFIGS.rglob("*.yaml")} == run
 
 

@@ -13,7 +13,7 @@ from torchfuse.lora.layers import LoraSettings, build_layer, lora_layers, settin
 from torchfuse.lora.targets import Place, find_layers, find_targets
 from torchfuse.quantization import quantize
 
-__all__ = ["add_described_lora", "add_lora", "describe_lora", "lora_in_words"]
+__all__ = ["add_described_lora", "add_lora", "checked_settings", "describe_lora", "lora_in_words"]
 
 
 def add_lora(
@@ -72,7 +72,7 @@ def add_lora(
     parts = [parts] if isinstance(parts, str) else list(parts)
     if isinstance(targets, str):
         targets = [targets]
-    settings = _checked_settings(rank, alpha, dropout, dora)
+    settings = checked_settings(rank, alpha, dropout, dora)
     places = find_targets(model, parts, targets)
     if quantize_base:
         if "fusion" in parts:
@@ -110,7 +110,7 @@ def add_described_lora(model: nn.Module, described: Iterable[Mapping[str, Any]])
         try:
             numbers = {**group}
             names = [str(name) for name in numbers.pop("layers")]
-            settings |= dict.fromkeys(names, _checked_settings(**numbers))
+            settings |= dict.fromkeys(names, checked_settings(**numbers))
         except (TypeError, KeyError) as error:
             raise ConfigError(f"This does not describe LoRA layers: {group!r:.200}.") from error
     return _replace(find_layers(model, settings), settings)
@@ -129,7 +129,21 @@ def lora_in_words(described: Any) -> str:
     return "; ".join(each) or "none"
 
 
-def _checked_settings(rank: Any, alpha: Any, dropout: Any, dora: Any) -> LoraSettings:
+def checked_settings(
+    rank: Any, alpha: Any, dropout: Any = 0.0, dora: Any = False, *, what: str = "LoRA"
+) -> LoraSettings:
+    """Return settings of LoRA layers.
+
+    Args:
+        rank: see ``add_lora``, as for the next three.
+        alpha: a number above 0.
+        dropout: a number from 0 to below 1.
+        dora: whether it is DoRA.
+        what: where they are from, for the message.
+
+    Raises:
+        ConfigError: naming every value that is out of range.
+    """
     problems = []
     if type(rank) is not int or rank < 1:
         problems.append(f"rank must be a whole number from 1 on, got {rank!r}")
@@ -140,7 +154,7 @@ def _checked_settings(rank: Any, alpha: Any, dropout: Any, dora: Any) -> LoraSet
     if not isinstance(dora, bool):
         problems.append(f"dora must be true or false, got {dora!r}")
     if problems:
-        raise ConfigError(f"LoRA: {'; '.join(problems)}.")
+        raise ConfigError(f"{what}: {'; '.join(problems)}.")
     return LoraSettings(rank, alpha, dropout, dora)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from torchfuse.errors import ConfigError
 from torchfuse.params.freezing import FreezeSpec
-from torchfuse.params.parts import partition
+from torchfuse.params.parts import LORA, partition
 from torchfuse.params.schedule import FreezeSchedule
 from torchfuse.params.stages import FreezeStage
 from torchfuse.params.trainable import reshard
@@ -37,7 +37,7 @@ def param_groups(
         weight_decay: likewise; a part left out of a mapping has none.
         layer_decay: what the learning rate of a layer of a pretrained part is multiplied by, compared to
             the layer above it (Clark et al., 2020). What is before the first layer counts as a layer
-            below it; what is after the last has the whole rate, and so has what fusion added.
+            below it; what is after the last has the whole rate, and so has what was added.
         stages: freeze stages, or a ``FreezeSchedule``. Parameters that any of them trains are in the
             groups too; while frozen they have no gradient, and an optimizer skips them.
 
@@ -84,7 +84,7 @@ def param_groups(
     groups = []
     for part, parameters in trainable.items():
         whole = {part: (parameters, 1.0)}
-        decayed = layer_decay < 1 and part != "fusion"
+        decayed = layer_decay < 1 and part.split(".")[0] not in ("fusion", LORA)
         split = _by_depth(part, partition(model)[part], parameters, layer_decay) if decayed else whole
         groups += [
             {

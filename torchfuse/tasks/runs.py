@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from omegaconf import OmegaConf
 from torch import nn
 
+from torchfuse.checkpoint.artifact.fusion import read_artifact
 from torchfuse.checkpoint.artifact.trained import load_trained
 from torchfuse.checkpoint.load import from_pretrained, load_pretrained
 from torchfuse.components import build
 from torchfuse.data.images import ImageTransform, find_processor
 from torchfuse.data.samples import Sample
 from torchfuse.data.transform import SampleTransform
-from torchfuse.errors import CheckpointError, DataError, name_problems
-from torchfuse.naming import unwrap
+from torchfuse.errors import CheckpointError, ConfigError, DataError, name_problems
+from torchfuse.lora.add import add_described_lora
+from torchfuse.lora.merge import merge_lora
+from torchfuse.lora.sections import add_lora_sections
+from torchfuse.naming import named_parameters, unwrap
 from torchfuse.options import call_with_options
 from torchfuse.tasks.transforms import find_folder, is_from_pretrained, read_transform
 from torchfuse.training.config import read_config
@@ -25,12 +29,15 @@ from torchfuse.training.device import device_and_dtype
 __all__ = [
     "LoadModel",
     "build_model",
+    "build_run_model",
     "check_images",
     "check_lengths",
     "load_run",
     "read_model",
     "read_run",
 ]
+
+_CONFIG: Final = "config.yaml"
 
 LoadModel = Callable[[str, str], tuple[nn.Module, SampleTransform]]
 """Load a model on a device in a dtype, and make its transform."""
@@ -64,6 +71,48 @@ def build_model(
     if not is_loaded or any(folder is not None for folder in pretrained.values()):
         call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
     return built
+
+
+def build_run_model(config: Mapping[str, Any], *, device: str, dtype: str, where: str = "") -> nn.Module:
+    """Build the model that a finetuning run starts from.
+
+    Args:
+        config: the configuration, of which ``model``, ``pretrained``, ``init_from`` and ``lora`` count.
+        device: the model's device.
+        dtype: ``"fp32"`` or ``"bf16"``.
+        where: prefix of the sections' names in messages.
+
+    Raises:
+        ConfigError: if a section is wrong.
+        CheckpointError: if a directory is wrong, or does not fit the model.
+    """
+    pretrained = config.get("pretrained") or {}
+    model = build_model(config["model"], pretrained, device=device, dtype=dtype, where=where)
+    if config.get("init_from") is not None:
+        _load_learned(model, config["init_from"], where)
+    add_lora_sections(model, config.get("lora"), where=where)
+    return model
+
+
+def _load_learned(model: nn.Module, init_from: str, where: str) -> None:
+    """Load what an earlier run learned, and what that one started from; LoRA is merged."""
+    folder = Path(init_from)
+    if not folder.is_dir():
+        raise ConfigError(f"{where}init_from={init_from}: there is no such folder.")
+    trained = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
+    if (folder / "fusion").is_dir():
+        config, where = _run_config(folder), f"{folder / _CONFIG}, "
+        if config.get("init_from") is not None:
+            _load_learned(model, config["init_from"], where)
+        adapted = add_lora_sections(model, config.get("lora"), where=where)
+        folder = folder / "fusion"
+    else:
+        adapted = add_described_lora(model, read_artifact(folder).description.get("lora", []))
+    load_trained(model, folder)
+    if adapted:
+        merge_lora(model)
+        for name, parameter in named_parameters(model):
+            parameter.requires_grad_(name in trained)
 
 
 def check_images(
@@ -135,23 +184,27 @@ def read_run(path: str | Path) -> LoadModel:
         ConfigError: if the configuration is wrong.
         CheckpointError: on loading, if a checkpoint is wrong or does not fit.
     """
-    file = Path(path) / "config.yaml"
-    given = read_config(file, "every finetuning run writes one")
-    config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
-    if not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{file} lacks the section model.")
-    where = f"{file}, "
+    config, where = _run_config(Path(path)), f"{Path(path) / _CONFIG}, "
     transform_for = read_transform(config, where=where)
 
     def load(device: str, dtype: str) -> tuple[nn.Module, SampleTransform]:
-        pretrained = config.get("pretrained") or {}
-        model = build_model(config["model"], pretrained, device=device, dtype=dtype, where=where)
+        model = build_run_model(config, device=device, dtype=dtype, where=where)
         transform = transform_for(model)
         check_images(model, transform.image_transform, find_folder(config, "encoder"))
         load_trained(model, Path(path) / "fusion")
         return model, transform
 
     return load
+
+
+def _run_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration that a finetuning run wrote."""
+    file = folder / _CONFIG
+    given = read_config(file, "every finetuning run writes one")
+    config: dict[str, Any] = OmegaConf.to_container(given, resolve=False)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{file} lacks the section model.")
+    return config
 
 
 def read_model(path: str | Path, transform: Mapping[str, Any] | None = None) -> LoadModel:

@@ -14,6 +14,7 @@ from torch import nn
 from torchfuse.checkpoint.load import from_pretrained
 from torchfuse.components import build, resolve
 from torchfuse.errors import ConfigError
+from torchfuse.lora.sections import add_lora_sections
 
 __all__ = ["model_on_meta"]
 
@@ -21,7 +22,7 @@ __all__ = ["model_on_meta"]
 def model_on_meta(
     config: Mapping[str, Any], where: str | Path, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Build the model of a configuration on the meta device.
+    """Build the model of a configuration on the meta device, with its LoRA layers.
 
     Args:
         config: the content of the file.
@@ -45,4 +46,5 @@ def model_on_meta(
             model: nn.Module = build(section, what=what, kind=nn.Module)
     finally:
         torch.set_default_dtype(before)
+    add_lora_sections(model, config.get("lora"), where=f"{where}, ", quantize=False)
     return model

@@ -43,6 +43,7 @@ def test_a_run_trains_resumes_to_the_same_bits_and_is_read(folder, tmp_path, cap
     assert run(folder, tmp_path / "two", **short) == whole[:2]
     assert run(folder, tmp_path / "two", train=STEPS, save_every=2, lora=LORA, resume=True) == whole
     assert same(learned(tmp_path / "two" / "run"), trained)
+    other = LORA | {"decoder": {"rank": 3}}
     with pytest.raises(SystemExit, match="^1$"):
         run(
             folder,
@@ -145,3 +146,17 @@ def test_torchtunes_lora_recipe_trains_and_saves(digits, tmp_path, changes):
     gate = "decoder.layers.0.fusion_layer.ca_scale.scale"
     assert saved[gate].abs() > 0 and saved["decoder.layers.0.attn.q_proj.lora_b.weight"].any()
     assert not any(name.endswith("attn.q_proj.weight") and "fusion" not in name for name in saved)
+
+
+def test_a_run_over_a_quantized_base_is_read(digits, tmp_path, monkeypatch):
+    lora = ["lora.decoder.rank=3", "lora.decoder.quantize_base=true"]
+    changes = [f"output_dir={tmp_path}", "train.max_steps=2", "train.batch_size=16"]
+    tune(
+        digits.parent, "torchfuse/recipes/finetune.py", *digits_config("joint_decoder", *changes, *lora)
+    )
+    monkeypatch.chdir(digits.parent)
+    model, _ = load_run(tmp_path, device="cpu", dtype="fp32")
+    assert "nf4" in describe(model)["decoder"].dtype
+    state, trained = model.state_dict(), learned(tmp_path)
+    assert all(torch.equal(state[name], value) for name, value in trained.items())
+    assert trained["decoder.layers.0.attn.q_proj.lora_b.weight"].any()

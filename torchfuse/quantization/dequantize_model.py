@@ -52,9 +52,9 @@ def dequantize(model: nn.Module, *, dtypes: Collection[str] | None = None) -> li
             for key, (_, parameter) in found.items()
         }
     for module in unwrap_model(model).modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in plain:
-                module._parameters[name] = plain[id(parameter)]
+        for name, present in module._parameters.items():
+            if id(present) in plain:
+                module._parameters[name] = plain[id(present)]
     return [name for name, _ in found.values()]
 
 

@@ -79,8 +79,6 @@ def test_layers_that_are_not_plain_are_kept():
         "halved.weight": "Halved, which has a forward of its own",
         "conv.weight": "Conv2d, not an nn.Linear",
         "lora.weight": "LoRALinear, not an nn.Linear",
-        "lora.lora_a.weight": "of an adapter",
-        "lora.lora_b.weight": "of an adapter",
         "attention.in_proj_weight": "MultiheadAttention, not an nn.Linear",
         "attention.out_proj.weight": "NonDynamicallyQuantizableLinear, which has a forward of its own",
     }

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from hf import VISION
 from models.architectures import ARCHS, every_arch, make, prompt
 from support import FEATURE_DIM, TinyEncoder, inputs, open_gates, state, text, tiny_decoder
 from torch import nn
 from torchtune.modules.peft import DoRALinear, LoRALinear
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from torchfuse import (
     ConfigError,
@@ -21,6 +23,7 @@ from torchfuse import (
     quantize,
     set_trainable,
 )
+from torchfuse.encoders import HfEncoder
 from torchfuse.params import FreezeSpec, apply_freeze_specs, partition
 from torchfuse.quantization import dequantize
 
@@ -222,3 +225,21 @@ def test_a_decoder_of_torchtunes_builder_is_the_same():
     expected = outputs(model)
     assert merge_lora(model) == [f"decoder.layers.{i}.attn.q_proj" for i in range(3)]
     torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-4)
+
+
+def test_a_tower_of_transformers():
+    torch.manual_seed(5)
+    tower = HfEncoder(CLIPVisionModel(CLIPVisionConfig(**VISION)), keep_cls=True)
+    model = open_gates(fuse(tiny_decoder(), tower, every=2)).eval()
+    side = VISION["image_size"]
+    call = {"encoder_input": {"pixel_values": torch.randn(2, 3, side, side)}}
+    with torch.no_grad():
+        expected = model(text(), **call)
+        names = add_lora(model, parts="encoder", rank=3, alpha=6)
+        assert torch.equal(model(text(), **call), expected)
+        assert len(names) == 6 * VISION["num_hidden_layers"]
+        move_lora(model)
+        adapted = model(text(), **call)
+        assert not torch.allclose(adapted, expected, atol=1e-3)
+        merge_lora(model)
+        torch.testing.assert_close(model(text(), **call), adapted, rtol=0, atol=1e-4)

@@ -11,6 +11,8 @@ A head that is tied to the embedding has no parameters: ``TiedFusionLinear`` rea
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +58,9 @@ class FusionLinear(nn.Linear):
         >>> list(head.state_dict())
         ['weight', 'fusion_linear.weight']
     """
+
+    extends_linear: ClassVar[bool] = True
+    """Whether ``weight`` is used by the forward of ``nn.Linear`` alone, and so can be quantized."""
 
     def __init__(
         self,

@@ -9,14 +9,12 @@ from typing import Final
 from torch import nn
 
 from torchfuse.errors import ModelError
-from torchfuse.modules.fusion_linear import FusionLinear
 from torchfuse.naming import unwrap
 from torchfuse.params import is_sharded, parts_of, quantized_dtype
 from torchfuse.quantization.schemes import unsupported_shape
 
 __all__ = ["Plan", "first_names", "make_plan"]
 
-_PLAIN_FORWARDS: Final = (nn.Linear.forward, FusionLinear.forward)
 _MAX_LISTED: Final = 8
 
 
@@ -110,10 +108,15 @@ def _reason_to_keep(modules: Iterable[nn.Module], tied: set[int]) -> str | None:
             return f"{kind}, not an nn.Linear"
         # nn.MultiheadAttention does not call its out_proj: it passes the weight on.
         bypassed = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if bypassed or type(module).forward not in _PLAIN_FORWARDS:
+        if bypassed or not _has_plain_forward(type(module)):
             # A weight that such a layer has quantized itself is an error, as any quantized weight is.
             return None if quantized_dtype(module.weight) else f"{kind}, which has a forward of its own"
     return None
+
+
+def _has_plain_forward(kind: type[nn.Module]) -> bool:
+    # A FusionLinear has new rows of its own beside the plain forward.
+    return kind.forward is nn.Linear.forward or "extends_linear" in vars(kind)
 
 
 def _problem(weight: nn.Parameter) -> str | None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchfuse.recipes.finetune_config import Config, Train
 from torchfuse.recipes.finetune_trainer import Trainer
 
-from torchfuse import set_trainable
+from torchfuse import add_lora, set_trainable
 from torchfuse.data.loading import Cursor
 from torchfuse.errors import ModelError
 from torchfuse.naming import named_parameters
@@ -117,6 +117,16 @@ def check(name, num_steps=3, world_size=2, *, prepare=None, stages=(), **paralle
     run_on_ranks(on_each_rank, name, num_steps, one, options, world_size=world_size)
 
 
+def with_lora(model):
+    """LoRA with dropout in the decoder, with values of a training, so that all of it has gradients."""
+    assert add_lora(model, rank=2, alpha=4, dropout=0.1)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in named_parameters(model):
+            if "lora_b" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
 def train_all(model):
     set_trainable(model, decoder=True, encoder=True)
 
@@ -129,7 +139,7 @@ def test_two_ranks_equal_one_process(name):
 
 @pytest.mark.long
 @pytest.mark.distributed
-@pytest.mark.parametrize("prepare", [None, train_all], ids=["fusion", "all"])
+@pytest.mark.parametrize("prepare", [None, train_all, with_lora], ids=["fusion", "all", "lora"])
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", ARCHS)
 def test_two_ranks_equal_one_process_for_many_steps(name, strategy, prepare):
@@ -152,6 +162,13 @@ def test_ddp_follows_what_trains(name):
 def test_two_replicas_of_two_shards():
     check("cross_attention", world_size=4, replicate=2, prepare=train_all)
     check("mot", world_size=4, shard=2, reduce_every_batch=True, reshard_after_forward=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("name", ["cross_attention", "placeholder"])
+def test_lora_on_two_ranks(name, strategy):
+    check(name, prepare=with_lora, strategy=strategy)
 
 
 def checkpointed_and_compiled(model):

@@ -61,7 +61,8 @@ def make_folder(folder):
     SiglipVisionModel(SiglipVisionConfig(**hf.VISION)).save_pretrained(siglip)
     SiglipImageProcessor(size=side).save_pretrained(siglip)
     vision = checkpoints / "Llama-3.2-11B-Vision-Instruct"
-    hf.mllama(vision, text={**TEXT, "bos_token_id": 256})
+    # 24 x 2048 values are blocks of NF4.
+    hf.mllama(vision, text={**TEXT, "bos_token_id": 256, "intermediate_size": 2048})
     save_tokenizer(vision)
     MllamaImageProcessor(size=side, max_image_tiles=4).save_pretrained(vision)
     _write_samples(folder / "datasets")

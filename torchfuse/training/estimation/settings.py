@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchfuse.errors import ConfigError
+from torchfuse.lora.layers import is_lora
 from torchfuse.models.strategy import features_per_image
 from torchfuse.naming import find_model, unwrap
 from torchfuse.params import FreezeSchedule, partition, read_freeze_meta
@@ -86,8 +87,7 @@ def _nf4_nbytes(model: Any, lora: Mapping[str, Any]) -> dict[str, int]:
     linear = {
         id(module.weight)
         for module in model.modules()
-        if hasattr(module, "in_features") or hasattr(module, "in_dim")
-        if module is not head
+        if (isinstance(module, nn.Linear) or is_lora(module)) and module is not head
     }
     return {
         name: round(parameter.numel() * _NF4_NBYTES)

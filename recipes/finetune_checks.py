@@ -8,12 +8,13 @@ from typing import Any, Final
 from omegaconf import MISSING
 from torchfuse.recipes.finetune_config import Config
 
+from torchfuse.checkpoint.run import LoadedCheckpoint
 from torchfuse.data import Mixture, Sample, Samples
 from torchfuse.data.readers import read_mixture
-from torchfuse.errors import ConfigError
+from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.lora.sections import section_problems
 
-__all__ = ["check_config", "default_signature", "flat", "read_data", "resume_signature"]
+__all__ = ["check_config", "check_resumed", "flat", "read_data", "resume_signature"]
 
 # Keys that a resumed run may change: they do not affect the trained weights.
 _FREE_ON_RESUME: Final = frozenset(
@@ -154,9 +155,46 @@ def resume_signature(config: Config, world_size: int) -> dict[str, Any]:
     return {**kept, "questions a step": size}
 
 
-def default_signature() -> dict[str, Any]:
-    """Return the part of a signature that a configuration has without any key."""
-    return {name: value for name, value in flat(asdict(Config())) if value != MISSING}
+def check_resumed(
+    found: LoadedCheckpoint, config: Config, world_size: int, num_steps: int, digest: str
+) -> None:
+    """Raise an error if a run cannot be resumed from a checkpoint.
+
+    Args:
+        found: the checkpoint.
+        config: the run's configuration.
+        world_size: the run's number of ranks.
+        num_steps: how many steps the run is to have.
+        digest: of the rows of the run's samples.
+
+    Raises:
+        CheckpointError: if another recipe made it.
+        ConfigError: if it was made with another configuration or other data, or has more steps.
+    """
+    saved = found.extra.get("course")
+    if saved is None:
+        raise CheckpointError(f"{found.path} is not a checkpoint of this recipe.")
+    # Of keys that there were not when it was saved.
+    defaults = {name: value for name, value in flat(asdict(Config())) if value != MISSING}
+    current, saved = resume_signature(config, world_size), {**defaults, **saved}
+    differ = [
+        f"{name} was {saved.get(name)!r} and is {value!r}"
+        for name, value in current.items()
+        if saved.get(name) != value
+    ]
+    if differ:
+        raise ConfigError(f"{found.path} was made with a different configuration: {'; '.join(differ)}.")
+    if num_steps < found.step:
+        raise ConfigError(
+            f"{found.path} has more steps than the run is to have: {found.step} of {num_steps}; raise "
+            "train.max_steps or train.epochs."
+        )
+    data = found.extra.get("data")  # not saved by earlier versions
+    if data is not None and data["digest"] != digest:
+        raise ConfigError(
+            f"{found.path} was trained on other data: the rows of data.train={config.data.train} have "
+            "changed since. Restore them, or start a new run in another output_dir."
+        )
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torchfuse.recipes.finetune_checks import default_signature, resume_signature
+from torchfuse.recipes.finetune_checks import check_resumed, resume_signature
 from torchfuse.recipes.finetune_config import Config
 from torchtune.utils import batch_to_device, get_world_size_and_rank
 
@@ -21,9 +21,9 @@ from torchfuse.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
-from torchfuse.checkpoint.run import LoadedCheckpoint, checkpoint_steps
+from torchfuse.checkpoint.run import checkpoint_steps
 from torchfuse.data.loading import Cursor, StepLoader, count_tokens
-from torchfuse.errors import CheckpointError, ConfigError, DataError, ModelError
+from torchfuse.errors import ConfigError, DataError, ModelError
 from torchfuse.params import FreezeSchedule
 from torchfuse.tasks.image_inputs import fit_to_encoder
 from torchfuse.training import TrainingRecord, build, device_and_dtype, linear_next_token_loss
@@ -97,10 +97,11 @@ class Trainer:
         if not self.config.resume or latest_checkpoint(folder) is None:
             return False
         found = read_checkpoint(folder)
-        self._check_signature(found)
-        self.cursor = self._restored_cursor(found.extra.get("data"), found)
+        check_resumed(found, self.config, self.world_size, self.num_steps, self.loader.samples.digest)
+        data = found.extra.get("data")  # a version that saved none read the samples in order
+        cursor = self.loader.cursor_of_step(found.step) if data is None else Cursor(**data["cursor"])
         loaded = load_checkpoint(found.path, self.model, self.optimizer)
-        self.step = loaded.step
+        self.step, self.cursor = loaded.step, cursor
         self.record = TrainingRecord.restored(loaded.extra["record"], self.rank)
         self.lr_schedule = self._lr_schedule()
         return True
@@ -114,40 +115,6 @@ class Trainer:
             self.num_steps,
             steps_taken=self.step,
         )
-
-    def _check_signature(self, found: LoadedCheckpoint) -> None:
-        """Raise an error if a checkpoint is of another recipe, configuration or a longer run."""
-        saved = found.extra.get("course")
-        if saved is None:
-            raise CheckpointError(f"{found.path} is not a checkpoint of this recipe.")
-        defaults = default_signature()  # of keys that there were not when it was saved
-        current, saved = resume_signature(self.config, self.world_size), {**defaults, **saved}
-        differ = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
-            for name, value in current.items()
-            if saved.get(name) != value
-        ]
-        if differ:
-            raise ConfigError(
-                f"{found.path} was made with a different configuration: {'; '.join(differ)}."
-            )
-        if self.num_steps < found.step:
-            raise ConfigError(
-                f"{found.path} has more steps than the run is to have: {found.step} of "
-                f"{self.num_steps}; raise train.max_steps or train.epochs."
-            )
-
-    def _restored_cursor(self, saved: dict[str, Any] | None, found: LoadedCheckpoint) -> Cursor:
-        """Return the cursor of a checkpoint, after comparing the data that it was trained on."""
-        if saved is None:  # of a version that saved none
-            return self.loader.cursor_of_step(found.step)
-        if saved["digest"] != self.loader.samples.digest:
-            raise ConfigError(
-                f"{found.path} was trained on other data: the rows of "
-                f"data.train={self.config.data.train} have changed since. Restore "
-                "them, or start a new run in another output_dir."
-            )
-        return Cursor(**saved["cursor"])
 
     def save(self) -> None:
         """Write a checkpoint of the run; every rank calls this."""

@@ -124,7 +124,7 @@ def test_two_ranks_one_without_an_image_equal_one_process():
 
 
 def refuse(rank):
-    with pytest.raises(ValueError, match='needs on_missing="participate"'):
+    with pytest.raises(ValueError, match='need a model with on_missing="participate"'):
         shard(make("cross_attention"))
     with pytest.raises(ValueError, match="no layer to shard"):
         shard(torch.nn.Linear(3, 3))

@@ -1,5 +1,7 @@
 """Training: the loss, sharding, the estimate of its memory, and configurations of recipes."""
 
+from typing import TYPE_CHECKING
+
 from torchfuse._lazy import lazy_exports
 from torchfuse.components import build
 from torchfuse.training.config import recipe
@@ -10,6 +12,11 @@ from torchfuse.training.memory import offload_activations, step_in_backward
 from torchfuse.training.parallel.sharding import shard
 from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.record import TrainingRecord
+
+if TYPE_CHECKING:
+    from torchfuse.training.estimation.estimate import estimate
+    from torchfuse.training.estimation.result import Estimate
+    from torchfuse.training.estimation.simulate import StepSettings
 
 __all__ = [
     "Estimate",

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 RECIPES = ("finetune", "evaluate", "generate", "compare")
 INTRODUCTION = """
-A recipe takes a YAML file, `--config FILE`, and keys that replace those of the file: `train.lr=1e-3`
-sets a key, `~train.max_steps` removes one. An unknown key, a missing one and a value of the wrong type
-are errors that name the key. `python -m torchfuse.recipes.finetune --help` prints the same list. A
-*component* is a section with `_component_`, the dotted path of a function or class, and its keywords.
+A recipe takes a YAML file or the name of an [installed one](configs.md), `--config NAME_OR_FILE`,
+and keys that replace those of the file: `train.lr=1e-3` sets a key, `~train.max_steps` removes one. An
+unknown key, a missing one and a value of the wrong type are errors that name the key.
+`python -m torchfuse.recipes.finetune --help` prints the same list. A *component* is a section with
+`_component_`, the dotted path of a function or class, and its keywords.
 """
 
 

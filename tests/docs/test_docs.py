@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 from test_layers import LAYERS
 from test_public_surface import reference
+from torchfuse.recipes.finetune_config import Config
+
+from torchfuse.training.config import typed
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +46,16 @@ def test_python_blocks_run_in_order_and_print_what_the_page_shows(page, tmp_path
                 printed += output.getvalue()
             elif kind == "text" and printed:
                 assert text in printed
+
+
+@pytest.mark.parametrize("page", ["devices.md", "finetuning.md", "lora.md", "runs.md"])
+def test_yaml_blocks_have_keys_of_the_finetune_recipe(page):
+    given = [yaml.safe_load(text) for text in blocks(ROOT / "docs" / page, "yaml")]
+    sections = [content for content in given if isinstance(content, dict)]
+    assert sections
+    required = {"output_dir": "run", "model": {}, "data": {"train": "train.jsonl"}}
+    for section in sections:
+        typed(OmegaConf.merge(required, section), Config)
 
 
 def test_the_table_of_layers_is_complete():

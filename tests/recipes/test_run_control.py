@@ -172,6 +172,7 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(finetune_trainer.Trainer, "_backward", broken)
     losses = run(folder, tmp_path, train=STEPS)
     assert [step for step, _ in json.loads((tmp_path / "run/losses.json").read_text())] == [1, 3, 4]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["skipped_steps"] == 1
     assert len(losses) == 3
     assert all(tensor.isfinite().all() for tensor in learned(tmp_path / "run").values())
 

@@ -1,4 +1,6 @@
-"""Training: the loss, sharding, the estimate of its memory, and configurations of recipes."""
+"""Training: losses, precision, memory and its estimate, sharding, and configurations of recipes."""
+
+from typing import TYPE_CHECKING
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ from torchfuse.training.device import device_and_dtype
 from torchfuse.training.linear_loss import linear_next_token_loss
 from torchfuse.training.loss import next_token_loss
 from torchfuse.training.memory import offload_activations, step_in_backward
+from torchfuse.training.parallel.layers import checkpoint_activations, compile_layers
 from torchfuse.training.parallel.sharding import shard
 from torchfuse.training.precision import computing_in, keep_in_fp32
 from torchfuse.training.record import TrainingRecord
@@ -23,6 +26,8 @@ __all__ = [
     "StepSettings",
     "TrainingRecord",
     "build",
+    "checkpoint_activations",
+    "compile_layers",
     "computing_in",
     "device_and_dtype",
     "estimate",

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from typing import TYPE_CHECKING
-
 from torchfuse._lazy import lazy_exports
 from torchfuse.components import build
 from torchfuse.training.config import recipe

@@ -38,8 +38,9 @@ from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_run_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
-from torchfuse.training import build
+from torchfuse.training import build, device_and_dtype
 from torchfuse.training.config import check_output_dir
+from torchfuse.training.estimation.utilization import Utilization, utilization
 from torchfuse.training.interruption import EXIT_CODE
 from torchfuse.training.memory import offload_activations
 from torchfuse.training.parallel import (
@@ -83,6 +84,7 @@ def run(
     check_images(model, transform.image_transform, pretrained.encoder or pretrained.path)
     check_lengths(model, transform, test, "data.test")
     loader = _loader(train, _with_features(model, stages, train, transform, config), config)
+    used = _utilization(model, stages, config, log)
     _prepare(model, stages, config, log)
     trainer = Trainer(model, stages, loader, config)
     log(f"\n{describe(model)}\n")
@@ -97,7 +99,7 @@ def run(
         log(f"resumes after step {trainer.step} of {trainer.num_steps}")
     elif text:
         trainer.record.before = accuracy_by_kind(answer(text))
-    progress = _progress(trainer, config, log)
+    progress = _progress(trainer, config, log, used)
     try:
         record = trainer.train(progress, lambda: accuracy(answer(validation))["all"])
     except RunInterruptedError as interrupted:
@@ -126,7 +128,25 @@ def run(
 def _silent(*_: Any) -> None: ...
 
 
-def _progress(trainer: Trainer, config: Config, log: Callable[[str], None]) -> Progress:
+def _utilization(
+    model: nn.Module, stages: FreezeSchedule, config: Config, log: Callable[[str], None]
+) -> Utilization | None:
+    """Return what computes the MFU, on the rank that shows it, where the device's peak is known."""
+    device, _ = device_and_dtype(config.device, config.dtype)
+    if config.dtype != "bf16" or get_world_size_and_rank()[1] != 0:
+        return None
+    cached = config.data.cache_features is not None
+    try:
+        trained = stages.trained_ever(model)
+        return utilization(model, device, trained=trained, features_cached=cached)
+    except Exception as error:  # modules of the user's own are simulated, and a run needs no MFU
+        log(f"MFU is not shown: {error}")
+        return None
+
+
+def _progress(
+    trainer: Trainer, config: Config, log: Callable[[str], None], used: Utilization | None
+) -> Progress:
     """Return the bar, and the logger of rank zero."""
     logger = None
     if config.logger is not None and trainer.rank == 0:
@@ -144,6 +164,7 @@ def _progress(trainer: Trainer, config: Config, log: Callable[[str], None]) -> P
         logger=logger,
         log_every=config.log_every,
         shown=trainer.rank == 0,
+        utilization=used,
     )
 
 

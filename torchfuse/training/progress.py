@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from torchfuse.training.estimation.utilization import Utilization
+
 __all__ = ["Progress", "StepMetrics"]
 
 
@@ -40,8 +42,14 @@ class StepMetrics:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
-    def payload(self, device: torch.device) -> dict[str, float]:
+    def payload(
+        self, device: torch.device, utilization: Utilization | None = None
+    ) -> dict[str, float]:
         """Return everything as numbers by name, for a metric logger.
+
+        Args:
+            device: where the model is.
+            utilization: computes ``"mfu"``; None: it is left out.
 
         Examples:
             >>> metrics = StepMetrics(loss=2.5, lr={"fusion": 1e-3}, tokens={"text": 30})
@@ -57,6 +65,8 @@ class StepMetrics:
         payload |= {f"seconds/{part}": seconds for part, seconds in self.seconds.items()}
         if device.type == "cuda":
             payload["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        if utilization is not None:
+            payload["mfu"] = utilization.of(self.tokens, total)
         return payload
 
 
@@ -71,6 +81,7 @@ class Progress:
         logger: torchtune's interface for metric loggers, ``log_dict(payload, step)`` and ``close()``.
         log_every: steps between what the logger gets.
         shown: whether this rank shows a bar.
+        utilization: computes the MFU of each step; None: it is not shown.
     """
 
     def __init__(
@@ -83,9 +94,10 @@ class Progress:
         logger: Any = None,
         log_every: int = 1,
         shown: bool = True,
+        utilization: Utilization | None = None,
     ) -> None:
         self._num_steps, self._device, self._log = num_steps, device, log
-        self._logger, self._every = logger, log_every
+        self._logger, self._every, self._utilization = logger, log_every, utilization
         self._bar = tqdm(desc="finetune", total=num_steps, initial=step, disable=None if shown else True)
 
     def __enter__(self) -> Progress:
@@ -107,7 +119,7 @@ class Progress:
 
     def update(self, step: int, metrics: StepMetrics) -> None:
         """Show a step that was taken."""
-        payload = metrics.payload(self._device)
+        payload = metrics.payload(self._device, self._utilization)
         self._bar.update()
         self._bar.set_postfix_str(_short(metrics, payload))
         if self._bar.disable and step % max(1, self._num_steps // 10) == 0:
@@ -117,8 +129,9 @@ class Progress:
 
 
 def _short(metrics: StepMetrics, payload: Mapping[str, float]) -> str:
-    """Return what fits beside a bar: the loss, tokens a second, milliseconds by part, memory."""
+    """Return what fits beside a bar: loss, tokens a second, milliseconds by part, memory, MFU."""
     rates = "/".join(f"{payload[f'tokens_per_second/{name}']:.0f} {name}" for name in metrics.tokens)
     times = "/".join(f"{1000 * seconds:.0f}" for seconds in metrics.seconds.values())
     memory = f", {payload['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in payload else ""
-    return f"loss {metrics.loss:.3f}, tokens/s {rates}, ms {'/'.join(metrics.seconds)} {times}{memory}"
+    mfu = f", MFU {payload['mfu']:.1%}" if "mfu" in payload else ""
+    return f"loss {metrics.loss:.3f}, tokens/s {rates}, ms {'/'.join(metrics.seconds)} {times}{memory}{mfu}"

@@ -26,9 +26,8 @@ def model(arch="joint_decoder", **options):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("decoder_trainable", [False, True])
-def test_tokens_times_their_operations_are_those_of_a_batch(arch, decoder_trainable):
-    fused = model(arch, decoder_trainable=decoder_trainable)
+def test_tokens_times_their_operations_are_those_of_a_batch(arch):
+    fused = model(arch, decoder_trainable=True)
     operations = operations_per_token(fused)
     features = features_per_image(fused, "encoder")
     in_sequence = fused.strategy.num_image_tokens(fused)
@@ -48,7 +47,7 @@ def test_a_supervised_token_costs_a_head_and_a_feature_its_encoder():
     cached = operations_per_token(fused, features_cached=True)
     assert cached["text"] == operations["text"]
     encoder = sum(p.numel() for p in fused.encoder.parameters() if p.dim() == 2)
-    assert operations["image"] - cached["image"] > 2 * encoder
+    assert operations["image"] - cached["image"] > 4 / 3 * encoder  # two layers of three run
 
 
 def test_what_trains_is_what_the_caller_says_and_nothing_is_changed():
@@ -61,16 +60,22 @@ def test_what_trains_is_what_the_caller_says_and_nothing_is_changed():
 
 
 def test_a_model_with_lora_on_four_bits_has_the_operations_of_its_matrices():
-    fused = hf.fused_model(
-        arch="joint_decoder", placement="prefix", every=None, **WIDE | {"embed_dim": 384}
-    )
-    add_lora(fused, parts=("decoder",), rank=2, alpha=4)
-    expected = operations_per_token(fused)
-    quantized = hf.fused_model(
-        arch="joint_decoder", placement="prefix", every=None, **WIDE | {"embed_dim": 384}
-    )
-    add_lora(quantized, parts=("decoder",), rank=2, alpha=4, quantize_base=True)
-    assert operations_per_token(quantized) == expected
+    sizes = {
+        "embed_dim": 128,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "intermediate_dim": 384,
+        "num_layers": 1,
+    }
+
+    def operations(quantize_base):
+        fused = hf.fused_model(
+            arch="joint_decoder", placement="prefix", **WIDE | sizes | {"every": None}
+        )
+        add_lora(fused, parts=("decoder",), rank=2, alpha=4, quantize_base=quantize_base)
+        return operations_per_token(fused)
+
+    assert operations(True) == operations(False)
 
 
 def test_only_a_device_whose_peak_is_known_has_a_utilization(monkeypatch):

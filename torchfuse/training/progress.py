@@ -42,9 +42,7 @@ class StepMetrics:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
-    def payload(
-        self, device: torch.device, utilization: Utilization | None = None
-    ) -> dict[str, float]:
+    def payload(self, device: torch.device, utilization: Utilization | None = None) -> dict[str, float]:
         """Return everything as numbers by name, for a metric logger.
 
         Args:
@@ -134,4 +132,5 @@ def _short(metrics: StepMetrics, payload: Mapping[str, float]) -> str:
     times = "/".join(f"{1000 * seconds:.0f}" for seconds in metrics.seconds.values())
     memory = f", {payload['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in payload else ""
     mfu = f", MFU {payload['mfu']:.1%}" if "mfu" in payload else ""
-    return f"loss {metrics.loss:.3f}, tokens/s {rates}, ms {'/'.join(metrics.seconds)} {times}{memory}{mfu}"
+    parts = "/".join(metrics.seconds)
+    return f"loss {metrics.loss:.3f}, tokens/s {rates}, ms {parts} {times}{memory}{mfu}"

@@ -29,7 +29,8 @@ class Utilization:
         peak: operations a second that the device can do.
 
     Examples:
-        >>> Utilization({"text": 6e9, "image": 2e9}, peak=1e12).of({"text": 100, "image": 50}, seconds=2.0)
+        >>> utilization = Utilization({"text": 6e9, "image": 2e9}, peak=1e12)
+        >>> utilization.of({"text": 100, "image": 50}, seconds=2.0)
         0.35
     """
 
@@ -76,8 +77,9 @@ def operations_per_token(
     attention is counted at short distances, and nothing is computed twice in the backward pass.
 
     Args:
-        model: see ``utilization``, as for ``features_cached``.
+        model: see ``utilization``.
         trained: canonical names of the parameters that train; None: those with ``requires_grad``.
+        features_cached: see ``utilization``.
 
     Returns:
         The kinds of ``StepMetrics.tokens``: ``"text"`` for a position of the decoder; ``"image"``, or

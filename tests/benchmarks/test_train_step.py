@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from benchmarks import train_step
+from benchmarks import linear_loss, train_step
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 
@@ -31,3 +31,23 @@ def test_processes_and_everything_trained(capsys):
     ratios = train_step.main([*TINY, "--full", "--length", "37", "--supervised", "30"])
     assert set(ratios) == {("cross_attention", 30)}
     assert "everything trains" in capsys.readouterr().out
+
+
+def test_the_loss_alone(capsys):
+    sizes = [
+        "--width",
+        "11",
+        "--vocab",
+        "37",
+        "--length",
+        "23",
+        "--chunk",
+        "5",
+        "--rounds",
+        "1",
+        "--full",
+    ]
+    ratios = linear_loss.main([*sizes, "--supervised", "30"])
+    assert ratios[30].keys() >= {"torchfuse", "all logits"}
+    assert ratios[30]["torchfuse"] == 1
+    assert "30 % supervised: 14 of 46 positions" in capsys.readouterr().out

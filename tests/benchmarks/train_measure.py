@@ -80,17 +80,7 @@ class Step:
         batch = self.batch(kind)
         self.model.zero_grad(set_to_none=True)
         gc.collect()
-        if self.options.device == "cuda":
-            synchronize("cuda")
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.run(batch)
-            return torch.cuda.max_memory_allocated() - before
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = resident("VmRSS")
-        self.run(batch)
-        return resident("VmHWM") - before
+        return peak_memory(self.options.device, lambda: self.run(batch))
 
     def flops(self, kind):
         """What the samples of a batch need one by one."""
@@ -98,6 +88,21 @@ class Step:
             for sample in samples(self.options, self.arch, kind):
                 self.run(to_device(padded_collate_images([sample]), self.options))
         return counter.get_total_flops()
+
+
+def peak_memory(device, step):
+    """The peak of a step over what was allocated before, in bytes."""
+    if device == "cuda":
+        synchronize("cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
 
 
 def resident(field):

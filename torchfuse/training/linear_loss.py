@@ -23,7 +23,8 @@ from torchfuse.training.loss import LossOptions, next_token_loss, shifted_target
 
 __all__ = ["linear_next_token_loss"]
 
-_LOGITS: Final = 2**24  # of a chunk: 64 MiB in fp32
+# Scores of a chunk, in fp32. GPUs read the head in each chunk and need more rows to hide it.
+_SCORES: Final = {"cpu": 2**24, "cuda": 2**26}
 
 
 def linear_next_token_loss(
@@ -109,8 +110,11 @@ class _LinearLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         hidden = hidden.detach()
-        rows = max(1, _LOGITS // head(hidden[:0]).shape[-1])
         trained = [index for index, p in enumerate(parameters) if p.requires_grad]
+        vocab_size = head(hidden[:0]).shape[-1]
+        rows = _rows_of_a_chunk(vocab_size, [parameters[index] for index in trained], hidden.device)
+        shape = (min(rows, len(hidden)), vocab_size)
+        buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         with_gradients = any(ctx.needs_input_grad)
         total, of_hidden = torch.zeros((), device=hidden.device), []
         sums: list[Tensor] = []  # in fp32: many small terms are added
@@ -121,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
                 total += summed_loss(head(hidden[chunk]).float(), *scored, **options)
                 continue
             loss, of_h, *others = _loss_and_gradients(
-                head, hidden[chunk], *scored, [parameters[index] for index in trained], **options
+                head, hidden[chunk], *scored, [parameters[i] for i in trained], buffer, **options
             )
             total += loss
             of_hidden.append(of_h)
@@ -152,22 +156,23 @@ def _loss_and_gradients(
     targets: Tensor,
     weights: Tensor | None,
     parameters: Sequence[Tensor],
+    buffer: Tensor,
     *,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> list[Tensor]:
     """Return the loss of a chunk, and the gradients of its hidden states and of parameters.
 
-    The gradient of the scores is written in place of their log-probabilities, and the scores themselves
-    are freed before: autograd would hold four tensors of this size.
+    The scores' log-probabilities are written into the buffer, and their gradient in place of these:
+    autograd would hold four tensors of this size, and a new one for each chunk costs time.
     """
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         scores = head(hidden.view_as(hidden))  # FlopCounterMode's hooks fail on a leaf
     edge, dtype, index = get_gradient_edge(scores), scores.dtype, targets[:, None]
-    scores = scores.detach().float()
-    at_target = scores.gather(1, index)  # [n, 1]
-    log_p = scores.log_softmax(dim=-1)
+    scores = scores.detach()
+    at_target = scores.gather(1, index).float()  # [n, 1]
+    log_p = torch.log_softmax(scores, dim=-1, dtype=torch.float32, out=buffer[: len(scores)])
     del scores
     log_p_target = log_p.gather(1, index)
     losses = (label_smoothing - 1) * log_p_target
@@ -187,6 +192,15 @@ def _loss_and_gradients(
     wanted = [hidden, *parameters]
     gradients = torch.autograd.grad([edge], wanted, [gradient.to(dtype)], materialize_grads=True)
     return [losses.sum(), *gradients]
+
+
+def _rows_of_a_chunk(vocab_size: int, trained: Sequence[Tensor], device: torch.device) -> int:
+    """Return the number of positions whose scores exist at a time.
+
+    A head that trains gets a gradient of its own size in each chunk: the scores may be as large.
+    """
+    scores = max(_SCORES.get(device.type, _SCORES["cuda"]), sum(p.numel() for p in trained))
+    return max(1, scores // vocab_size)
 
 
 @contextmanager

@@ -121,8 +121,8 @@ class Train:
 
     Attributes:
         lr (number or section): the learning rate, or one for each part that trains, by its name.
-        lr_layer_decay: what the rate of a layer of a pretrained part is multiplied by, compared to the
-            layer above it.
+        lr_layer_decay: factor between the rates of neighbouring layers of a pretrained part; the last
+            layer has the rate of its part.
         weight_decay (number or section): the weight decay, or one for each part that trains.
         epochs: passes over ``data.train``.
         max_steps: the most optimizer steps; null: all of the epochs.
@@ -130,8 +130,8 @@ class Train:
         gradient_accumulation_steps: batches of an optimizer step.
         optimizer: a component that takes groups of parameters, such as ``torchao.optim.AdamW8bit``, and
             its keywords.
-        optimizer_in_backward: whether each parameter is updated as soon as its gradient is there, which
-            is never clipped or accumulated then.
+        optimizer_in_backward: whether each parameter is updated as soon as its gradient is complete;
+            gradients are neither clipped nor accumulated then.
         warmup_steps: steps in which the learning rate rises to ``lr``.
         lr_schedule: what it does then: ``cosine`` and ``linear`` fall to 0, ``constant`` stays.
         clip_grad_norm: the largest norm of the gradient; null: not clipped.
@@ -172,8 +172,8 @@ class Config:
             where the model loads its own.
         transform: a component that returns a ``SampleTransform``, in place of the keys of ``data``
             that describe one.
-        init_from: folder of an earlier run, or of what ``save_trained`` wrote, to start from what it
-            learned, LoRA merged; null: start from the pretrained checkpoints alone.
+        init_from: folder of an earlier run, or of an artifact of ``save_trained``, whose trained weights
+            the run starts from, with LoRA merged; null: only from the pretrained checkpoints.
         lora: LoRA by part.
         data: files of samples, and how samples become batches.
         train: optimisation.
@@ -194,7 +194,7 @@ class Config:
         keep_last: how many of the newest checkpoints are kept; null: all.
         keep_best: whether the one with the highest accuracy of an evaluation is kept too.
         logger: one of ``torchtune.training.metric_logging``, and its keywords; null: none.
-        log_every: steps between what it gets.
+        log_every: steps between two calls of the logger.
         resume: whether to continue from the newest checkpoint, if there is one.
     """
 

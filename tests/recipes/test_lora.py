@@ -98,7 +98,7 @@ def test_bf16_trains_in_fp32(folder, tmp_path):
 @pytest.mark.parametrize(
     ("lora", "problem"),
     [
-        ({"decoder": {"rank": 0}}, "lora.decoder: rank must be a whole number from 1 on, got 0"),
+        ({"decoder": {"rank": 0}}, "lora.decoder: rank must be a whole number of at least 1, got 0"),
         ({"decoder": {"alpha": 3.0}}, "lora.decoder.rank must be given with lora.decoder.alpha"),
         ({"eye": {"rank": 3}}, "'lora.eye': unknown; there are decoder, encoder, fusion"),
         (

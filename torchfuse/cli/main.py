@@ -112,7 +112,7 @@ def _add_estimate(commands: Any) -> None:
         help="images of a row; by default 1, in packs as many as fit with 256 tokens of text each",
     )
     parser.add_argument(
-        "--supervised", type=float, default=1.0, help="share of the positions that are learned"
+        "--supervised", type=float, default=1.0, help="share of the positions that are supervised"
     )
     parser.set_defaults(run=_estimate)
 

@@ -55,8 +55,8 @@ def add_lora(
         The canonical names of the layers that have LoRA now.
 
     Raises:
-        ConfigError: for numbers out of range, a part that there is not, and targets without a match,
-            with the names that there are.
+        ConfigError: for numbers out of range, an unknown part, and targets without a match, with the
+            names of the parts' layers.
         ModelError: naming the layers that cannot have LoRA: those that have it, are quantized other than
             to NF4, are sharded, or share their weight. In both cases the model is unchanged.
 
@@ -86,7 +86,7 @@ def describe_lora(model: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         ``rank``, ``alpha``, ``dropout``, ``dora`` and ``layers``, the canonical names of the layers that
-        have these settings; one for each settings.
+        have these settings; one entry for each combination of settings.
     """
     by_settings: dict[LoraSettings, list[str]] = {}
     for name, layer in lora_layers(model):
@@ -102,8 +102,8 @@ def add_described_lora(model: nn.Module, described: Iterable[Mapping[str, Any]])
         described: what ``describe_lora`` returned, after a round trip through JSON.
 
     Raises:
-        ConfigError: if it is none, or its numbers are out of range.
-        ModelError: naming the layers that there are not, or that cannot have LoRA.
+        ConfigError: if it is not such a description, or its numbers are out of range.
+        ModelError: naming the layers that do not exist or cannot have LoRA.
     """
     settings: dict[str, LoraSettings] = {}
     for group in described:
@@ -137,7 +137,7 @@ def checked_settings(
     Args:
         rank: see ``add_lora``, as for the next three.
         alpha: a number above 0.
-        dropout: a number from 0 to below 1.
+        dropout: a number of at least 0 and below 1.
         dora: whether it is DoRA.
         what: where they are from, for the message.
 
@@ -146,11 +146,11 @@ def checked_settings(
     """
     problems = []
     if type(rank) is not int or rank < 1:
-        problems.append(f"rank must be a whole number from 1 on, got {rank!r}")
+        problems.append(f"rank must be a whole number of at least 1, got {rank!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
         problems.append(f"alpha must be a number above 0, got {alpha!r}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        problems.append(f"dropout must be a number from 0 to below 1, got {dropout!r}")
+        problems.append(f"dropout must be a number of at least 0 and below 1, got {dropout!r}")
     if not isinstance(dora, bool):
         problems.append(f"dora must be true or false, got {dora!r}")
     if problems:

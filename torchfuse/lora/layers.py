@@ -47,7 +47,7 @@ class LoraSettings:
 
 
 def build_layer(linear: nn.Linear, settings: LoraSettings) -> nn.Module:
-    """Return a LoRA layer with the parameters of a linear layer, whose outputs it has at first."""
+    """Return a LoRA layer with the parameters and, at first, the outputs of a linear layer."""
     from torchtune.modules.peft import DoRALinear, LoRALinear
 
     kind = DoRALinear if settings.dora else LoRALinear
@@ -63,7 +63,7 @@ def build_layer(linear: nn.Linear, settings: LoraSettings) -> nn.Module:
         )
     layer.to(linear.weight.dtype).to_empty(device=linear.weight.device)
     layer.weight, layer.bias = linear.weight, linear.bias
-    layer.rank, layer.alpha = settings.rank, settings.alpha  # DoRALinear has their quotient alone
+    layer.rank, layer.alpha = settings.rank, settings.alpha  # DoRALinear keeps their quotient alone
     layer.initialize_parameters()
     if settings.dora and not linear.weight.is_meta:
         layer.initialize_dora_magnitude()
@@ -80,7 +80,7 @@ def linear_of(layer: Any) -> nn.Linear:
 
 def is_lora(module: nn.Module) -> bool:
     """Return whether a module is one of torchtune's LoRA or DoRA layers."""
-    peft: Any = sys.modules.get("torchtune.modules.peft")  # without it there are none
+    peft: Any = sys.modules.get("torchtune.modules.peft")  # not imported: there are none
     return peft is not None and isinstance(module, peft.LoRALinear | peft.DoRALinear)
 
 

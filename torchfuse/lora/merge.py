@@ -1,4 +1,4 @@
-"""Merging LoRA layers into the weights beside them, in a model and in what is written of one."""
+"""Merging of LoRA layers into the weights beside them, in a model and in an export."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["merge_lora", "merged_parameters"]
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> list[str]:
-    """Merge the LoRA layers of a model into its weights, in place; plain ``nn.Linear`` layers are left.
+    """Merge the LoRA layers of a model into its weights, in place, which leaves ``nn.Linear`` layers.
 
-    The model computes what it computed, with the names that it had before ``add_lora``, and every
-    format takes it. NF4 weights, of other layers too, become plain ones. The merged weights are frozen.
+    Outputs stay the same, names are those from before ``add_lora``, and every format can be exported.
+    NF4 weights, of other layers too, become plain ones. The merged weights are frozen.
 
     Args:
         model: a model with LoRA layers, not sharded.
@@ -65,7 +65,7 @@ def merge_lora(model: nn.Module) -> list[str]:
 def merged_parameters(
     model: nn.Module, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, Callable[[], Tensor] | None]:
-    """Return what becomes of each parameter of the LoRA layers of a model when they are merged.
+    """Return functions that compute the merged parameters of a model's LoRA layers.
 
     Args:
         model: a model, which is not changed.

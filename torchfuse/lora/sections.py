@@ -16,7 +16,7 @@ _PARTS: Final = ("decoder", "encoder", "fusion")
 
 
 def section_problems(lora: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the numbers of a section ``lora``."""
+    """Yield a phrase for each problem of a section ``lora``."""
     for part, section in lora.items():
         given = [f"lora.{part}.{name}" for name, value in section.items() if value and name != "rank"]
         if section.get("rank") is not None:

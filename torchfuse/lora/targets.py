@@ -1,4 +1,4 @@
-"""Which linear layers of a model get LoRA: by part, by name, and the reasons why one cannot."""
+"""Selection of the linear layers that get LoRA, by part and name, and why a layer cannot have it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find_targets(model: nn.Module, parts: Sequence[str], targets: Sequence[str] 
             transformer layers.
 
     Raises:
-        ConfigError: naming every part that there is not, and every target that matches nothing.
+        ConfigError: naming every unknown part, and every target that matches nothing.
         ModelError: naming every chosen layer that cannot have LoRA.
     """
     model = unwrap_model(model)
@@ -71,7 +71,7 @@ def find_layers(model: nn.Module, names: Collection[str]) -> list[Place]:
     """Return the linear layers of a model by canonical name, in the model's order.
 
     Raises:
-        ModelError: naming the layers that there are not, and those that cannot have LoRA.
+        ModelError: naming the layers that do not exist, and those that cannot have LoRA.
     """
     model = unwrap_model(model)
     places = [place for place in linear_places(model) if place.name in names]
@@ -113,11 +113,12 @@ def linear_places(model: nn.Module) -> Iterator[Place]:
 def _by_name(places: dict[str, list[Place]], targets: Sequence[str]) -> tuple[list[Place], list[str]]:
     every = [place for of_part in places.values() for place in of_part]
     chosen = [p for p in every if any(_matches(p.name, target) for target in targets)]
-    idle = [t for t in targets if not any(_matches(p.name, t) for p in every)]
-    if not idle and targets:
+    unmatched = [t for t in targets if not any(_matches(p.name, t) for p in every)]
+    if not unmatched and targets:
         return chosen, []
     there = "; ".join(f"{part} has {_last_names(of_part)}" for part, of_part in places.items())
-    what = f"{', '.join(map(repr, idle))} {'matches' if len(idle) == 1 else 'match'} no linear layer"
+    verb = "matches" if len(unmatched) == 1 else "match"
+    what = f"{', '.join(map(repr, unmatched))} {verb} no linear layer"
     return chosen, [f"{what if targets else 'targets is empty'}; {there}"]
 
 

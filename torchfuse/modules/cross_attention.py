@@ -290,7 +290,7 @@ class GatedCrossAttentionLayer(nn.Module):
         return torch.where(attends, fused, x)
 
     def _fuse(self, x: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor:
-        # Gates may be of a wider dtype than the hidden states, which keep theirs.
+        # Gates may have a wider dtype than the hidden states, whose dtype does not change.
         x = x + self.ca_scale(self.attn(self.ca_norm(x), features, mask=mask)).to(x.dtype)
         return x + self.mlp_scale(self.mlp(self.mlp_norm(x))).to(x.dtype)
 

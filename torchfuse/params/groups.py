@@ -35,9 +35,10 @@ def param_groups(
         lr: one learning rate, or one for each trainable part by its name (``"decoder"``,
             ``"encoder"``, ``"encoder.<name>"``, ``"fusion"``, ``"lora.decoder"``).
         weight_decay: likewise; a part left out of a mapping has none.
-        layer_decay: what the learning rate of a layer of a pretrained part is multiplied by, compared to
-            the layer above it (Clark et al., 2020). What is before the first layer counts as a layer
-            below it; what is after the last has the whole rate, and so has what was added.
+        layer_decay: factor between the learning rates of neighbouring layers of a pretrained part: the
+            last layer has the rate of its part, each layer before it the next one's times the factor
+            (Clark et al., 2020). Parameters before the first layer count as one more layer; those after
+            the last, and those that fusion or LoRA added, have the rate of their part.
         stages: freeze stages, or a ``FreezeSchedule``. Parameters that any of them trains are in the
             groups too; while frozen they have no gradient, and an optimizer skips them.
 

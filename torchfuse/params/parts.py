@@ -12,7 +12,7 @@ from torchfuse.params.tagging import adapter_ids, fusion_ids
 __all__ = ["LORA", "partition", "parts_of"]
 
 LORA: Final = "lora"
-"""What the names of parts of LoRA begin with."""
+"""The first component of the names of LoRA parts, such as ``"lora.decoder"``."""
 
 
 def parts_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Quantized weights of a model made plain again, in place."""
+"""Dequantization of a model's weights, in place."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def dequantize(model: nn.Module, *, dtypes: Collection[str] | None = None) -> li
 
 
 def plain_weight(weight: Tensor) -> Tensor:
-    """Return the values of a weight as a plain tensor of its dtype; one that is not quantized itself."""
+    """Return the values of a weight as a plain tensor; a weight that is not quantized, as it is."""
     values = weight.detach()
     if quantized_dtype(weight) is None:
         return values

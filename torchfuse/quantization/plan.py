@@ -115,7 +115,7 @@ def _reason_to_keep(modules: Iterable[nn.Module], tied: set[int]) -> str | None:
 
 
 def _has_plain_forward(kind: type[nn.Module]) -> bool:
-    # A FusionLinear has new rows of its own beside the plain forward.
+    # A FusionLinear computes its new rows beside the plain forward.
     return kind.forward is nn.Linear.forward or "extends_linear" in vars(kind)
 
 

@@ -95,7 +95,7 @@ def build_run_model(config: Mapping[str, Any], *, device: str, dtype: str, where
 
 
 def _load_learned(model: nn.Module, init_from: str, where: str) -> None:
-    """Load what an earlier run learned, and what that one started from; LoRA is merged."""
+    """Load the weights that an earlier run trained over those that it started from; LoRA is merged."""
     folder = Path(init_from)
     if not folder.is_dir():
         raise ConfigError(f"{where}init_from={init_from}: there is no such folder.")

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: skipped, named, and an error if they go on."""
+"""Steps whose loss or gradients are not finite: skipped and reported; too many in a row are an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["NonFiniteSteps", "clip_gradients"]
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> float:
-    """Scale gradients down to a norm, and return the norm that they had.
+    """Scale gradients down to a largest norm, and return their norm before.
 
     Args:
         parameters: with gradients or without, sharded or not.
@@ -35,7 +35,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> floa
 
 
 class NonFiniteSteps:
-    """Count steps in a row that cannot be taken.
+    """Count consecutive steps whose loss or gradients are not finite.
 
     Args:
         most: how many in a row are skipped; one more is an error.
@@ -45,7 +45,7 @@ class NonFiniteSteps:
         self.most, self.in_a_row = most, 0
 
     def check(self, step: int, loss: float, norm: float, optimizer: torch.optim.Optimizer) -> str | None:
-        """Return None if a step can be taken, else what it is skipped for.
+        """Return None if a step can be taken, else the reason for skipping it.
 
         On a sharded model every rank calls this, with the same numbers.
 

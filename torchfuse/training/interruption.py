@@ -1,4 +1,4 @@
-"""Ending a run when the system asks for it, after its current step."""
+"""The end of a run on SIGTERM, after its current step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_CODE: Final = 75
 
 
 class Interruption:
-    """Remember SIGTERM while the ``with`` statement runs, instead of ending the process.
+    """Record SIGTERM inside of a ``with`` statement, in place of ending the process.
 
     Examples:
         >>> import os

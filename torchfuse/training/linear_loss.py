@@ -1,8 +1,8 @@
 """The loss of next-token prediction without the logits of all positions.
 
-The output head is the widest layer of a model, and most positions of multimodal data are not learned:
-questions, images, padding. Here hidden states are gathered where there is something to learn, and head
-and cross-entropy run on a few of them at a time. Each chunk's gradients are computed together with its
+The output head is the widest layer of a model, and most positions of multimodal data are not supervised:
+questions, images, padding. Here hidden states are gathered at supervised positions, and head and
+cross-entropy run on a few of them at a time. Each chunk's gradients are computed together with its
 loss, so that neither logits nor anything of their size is kept for the backward pass.
 """
 

@@ -83,7 +83,7 @@ def next_token_loss(
 def shifted_targets(
     labels: Tensor, ignore_index: int, loss_weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what the positions ``0 .. s - 2`` are to predict, and the weights of that, ``[b, s - 1]``.
+    """Return the labels that positions ``0 .. s - 2`` predict, and their weights, each ``[b, s - 1]``.
 
     Labels of weight 0 become ``ignore_index``, and the weights of those that do not count are 0.
 

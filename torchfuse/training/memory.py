@@ -12,7 +12,7 @@ __all__ = ["offload_activations", "step_in_backward"]
 
 
 def offload_activations(model: nn.Module) -> None:
-    """Keep what the backward pass needs of a model on the CPU, from its forward pass on.
+    """Keep the activations of a model in the CPU's memory until its backward pass.
 
     Args:
         model: a model on CUDA, as it is called: compiled, sharded or not. Elsewhere nothing changes.
@@ -32,7 +32,7 @@ def offload_activations(model: nn.Module) -> None:
 
 
 def step_in_backward(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Step each parameter as soon as its gradient is there, and free the gradient.
+    """Update each parameter as soon as its gradient is complete, and free the gradient.
 
     So gradients of all parameters never exist at once. They cannot be clipped or accumulated.
 

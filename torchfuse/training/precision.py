@@ -1,8 +1,8 @@
 """Training in bf16 with weights in fp32.
 
-An update of a training step is smaller than the distance between neighbouring bf16 numbers: a weight in
-bf16 does not move. So what trains is kept in fp32, and with it gradients and the optimizer's states,
-while matrices are multiplied in bf16 and frozen weights stay in bf16.
+The update of a training step is often smaller than half the distance between neighbouring bf16 numbers:
+then a weight in bf16 does not change. So what trains is kept in fp32, and with it gradients and the
+optimizer's states, while matrices are multiplied in bf16 and frozen weights stay in bf16.
 """
 
 from __future__ import annotations

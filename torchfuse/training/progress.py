@@ -1,4 +1,4 @@
-"""What a training run shows and writes while it runs."""
+"""Progress bar and metrics of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Progress", "StepMetrics"]
 
 @dataclass
 class StepMetrics:
-    """What one optimizer step did, on this rank.
+    """Metrics of one optimizer step, on this rank.
 
     Attributes:
         loss: mean loss of the supervised tokens of all ranks.
@@ -77,7 +77,7 @@ class Progress:
         device: where the model is.
         log: takes lines of text where there is no bar; on one rank.
         logger: torchtune's interface for metric loggers, ``log_dict(payload, step)`` and ``close()``.
-        log_every: steps between what the logger gets.
+        log_every: steps between two calls of the logger.
         shown: whether this rank shows a bar.
         utilization: computes the MFU of each step; None: it is not shown.
     """
@@ -116,7 +116,7 @@ class Progress:
         self._bar.write(text)
 
     def update(self, step: int, metrics: StepMetrics) -> None:
-        """Show a step that was taken."""
+        """Display and log a step."""
         payload = metrics.payload(self._device, self._utilization)
         self._bar.update()
         self._bar.set_postfix_str(_short(metrics, payload))
@@ -127,7 +127,7 @@ class Progress:
 
 
 def _short(metrics: StepMetrics, payload: Mapping[str, float]) -> str:
-    """Return what fits beside a bar: loss, tokens a second, milliseconds by part, memory, MFU."""
+    """Return the text beside the bar: loss, tokens a second, milliseconds by part, memory, MFU."""
     rates = "/".join(f"{payload[f'tokens_per_second/{name}']:.0f} {name}" for name in metrics.tokens)
     times = "/".join(f"{1000 * seconds:.0f}" for seconds in metrics.seconds.values())
     memory = f", {payload['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in payload else ""

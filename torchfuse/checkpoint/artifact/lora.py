@@ -1,8 +1,8 @@
-"""What several runs with LoRA learned over one base, by name, switched in place.
+"""LoRA adapters over one base model, loaded by name and switched in place.
 
-An adapter is the LoRA layers of an artifact, around the base's own parameters, and those of its other
-fusion tensors whose values are not the base's. One adapter of a model is active: its layers are the
-model's. The others are kept beside the model and are in no state dict.
+An adapter consists of the LoRA layers of an artifact, which share the base's parameters, and of those
+other fusion tensors of the artifact whose values differ from the base's. One adapter of a model is
+active: its layers are the model's. The others are kept beside the model and are in no state dict.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Adapters:
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str) -> list[str]:
-    """Add the LoRA layers of an artifact to a model as an adapter with a name, which is active then.
+    """Add the LoRA layers of an artifact to a model as a named adapter, and make it active.
 
     Layers, rank and alpha are the artifact's, and may differ from other adapters'. Where fusion trained
     beside LoRA, its values are the adapter's too. LoRA layers that the model has already are the adapter

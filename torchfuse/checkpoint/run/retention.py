@@ -15,7 +15,7 @@ __all__ = ["remove_checkpoints"]
 def remove_checkpoints(folder: str | Path, *, keep_last: int, keep: Collection[int] = ()) -> list[Path]:
     """Remove the older checkpoints of a run; one process calls this, between saves.
 
-    A checkpoint gets another name before its files go, so that what is found under its name is whole.
+    A checkpoint is renamed before its files are removed, so that a directory with its name is complete.
 
     Args:
         folder: what was given to ``save_checkpoint``.

@@ -164,7 +164,7 @@ def first_values(
     """Yield each parameter of an expert and its first values."""
     named = unwrap(pretrained).named_parameters(remove_duplicate=False)
     source: dict[str, Any] = {canonical_name(name): parameter for name, parameter in named}
-    adapted = adapter_ids(expert)  # LoRA is no copy
+    adapted = adapter_ids(expert)  # LoRA parameters are not copies
     for name, parameter in expert.named_parameters():
         if id(parameter) in adapted:
             continue

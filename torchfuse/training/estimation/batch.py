@@ -19,7 +19,7 @@ def example_batch(
 ) -> dict[str, Any]:
     """Return arguments of a fused model's ``forward``.
 
-    Call it inside of a ``FakeTensorMode``: the values mean nothing.
+    Call it inside of a ``FakeTensorMode``: the tensors have no defined values.
 
     Args:
         model: a fused model.
@@ -33,7 +33,7 @@ def example_batch(
         ``encoder_mask`` ``[b, s, n]``.
 
     Raises:
-        ConfigError: if the features leave no place for text.
+        ConfigError: if the features leave no space for text.
     """
     owner: Any = unwrap(find_model(model))
     names = owner.encoder_names

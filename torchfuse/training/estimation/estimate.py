@@ -1,4 +1,4 @@
-"""How much memory and computation a training needs, known before any weight is loaded."""
+"""Estimate of the memory and the operations of a training, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def estimate(
     """Estimate the memory and the operations of a training, without weights.
 
     A training step of the model's own code is simulated on tensors without memory. What the allocator of
-    a device adds (fragmentation, its context: about 1 GiB on CUDA) is not in it.
+    a device adds (fragmentation, its context: about 1 GiB on CUDA) is not included.
 
     Args:
         model_or_config: a fused model, best on the meta device; or a configuration of the finetune
@@ -46,7 +46,7 @@ def estimate(
         seq_len: for a configuration: positions of each row. None: ``data.max_seq_len``.
         images: for a configuration: images of each row. None: 1, or in packs as many as there is space
             for with 256 tokens of text each.
-        supervised: for a configuration: share of the positions that are learned.
+        supervised: for a configuration: share of the positions that are supervised.
 
     Raises:
         ConfigError: for a configuration that is wrong, or numbers out of range.

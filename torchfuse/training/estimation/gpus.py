@@ -1,4 +1,4 @@
-"""Named GPUs: what they compute at most, and how much memory they have."""
+"""Peak operations per second and memory of GPUs by name."""
 
 from __future__ import annotations
 

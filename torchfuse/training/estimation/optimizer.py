@@ -15,7 +15,7 @@ from torchfuse.training.estimation.tracker import MemoryTracker
 __all__ = ["optimizer_states"]
 
 # Quantized states of torchao's optimizers: bytes of a value, and how many values share a scale in fp32.
-# They are compiled for real tensors, so that they cannot run on these.
+# Their compiled steps cannot run on fake tensors.
 _QUANTIZED: Final = {"8bit": (1.0, 256), "4bit": (0.5, 128), "Fp8": (1.0, 256)}
 _LEAST_VALUES: Final = 4096  # smaller parameters have states in their own dtype
 

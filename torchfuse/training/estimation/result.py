@@ -31,7 +31,7 @@ class Estimate:
         parameters: by part, all and those that train.
         phases: bytes by kind and part, ``"weights.decoder"``, ``"gradients.fusion"``, ``"optimizer"``,
             ``"activations.decoder"``, ``"features"``, ``"loss"``, at the peaks of ``"forward"``,
-            ``"backward"`` and ``"optimizer"``, as one device has them.
+            ``"backward"`` and ``"optimizer"``, of a single device.
         gathered: bytes of weights that exist as a whole beside shards: two layers, one that runs and one
             that is gathered ahead, and everything outside of layers.
         flops_per_token: operations of forward and backward pass for each position of a row.
@@ -86,7 +86,7 @@ class Estimate:
 
 
 def _report(estimate: Estimate) -> str:
-    """Return parameters, memory by part and phase, and what named GPUs do at most."""
+    """Return parameters, memory by part and phase, and bounds for named GPUs."""
     s, peak = estimate.settings, estimate.peak
     parts = [
         (part, f"{total:,}", f"{trained:,}") for part, (total, trained) in estimate.parameters.items()
@@ -113,7 +113,7 @@ def _report(estimate: Estimate) -> str:
         [
             table(("part", "parameters", "trained"), parts),
             f"Batches of {s.batch_size} rows of {s.seq_len:,} tokens, {s.images} images a row, "
-            f"{s.supervised:.0%} of the tokens learned{sharded}.",
+            f"{s.supervised:.0%} of the tokens supervised{sharded}.",
             table(("memory at the peak", "GiB", ""), rows),
             "Peaks: " + ", ".join(f"{name} {gib(size)} GiB" for name, size in estimate.peaks.items()),
             f"{estimate.flops_per_token / 1e9:,.1f} GFLOP a token, forward and backward.",

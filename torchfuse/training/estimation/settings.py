@@ -1,4 +1,4 @@
-"""What a configuration of the finetune recipe determines about the memory of its training."""
+"""Settings of a simulated training step, read from a configuration of the finetune recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_settings(
         seq_len: positions of each row; None: ``data.max_seq_len``, or else the model's.
         images: images of each row; None: 1, or in packs as many as there is space for with 256 tokens
             of text each.
-        supervised: share of the positions that are learned.
+        supervised: share of the positions that are supervised.
 
     Raises:
         ConfigError: for a section that is wrong.

@@ -1,8 +1,8 @@
-"""A training step on tensors without memory, which are counted as if they had some.
+"""Simulation of a training step on fake tensors, whose sizes are counted.
 
-The model's own code runs, and autograd keeps for the backward pass what it always keeps. So no formula
-of an architecture is needed, and activation checkpointing, LoRA or another attention kernel are
-accounted for as they are.
+The model's own code runs, and autograd saves for the backward pass what it saves in training. So no
+formula of an architecture is needed, and activation checkpointing, LoRA or another attention kernel are
+accounted for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StepSettings:
         batch_size: rows of a batch.
         seq_len: positions of the decoder's sequence, with the features that are in it.
         images: images of each row, for each encoder.
-        supervised: share of the positions that are learned.
+        supervised: share of the positions that are supervised.
         gradient_accumulation_steps: batches of an optimizer step.
         dtype: in which matrices are multiplied.
         fp32_weights: whether what trains is kept in fp32 where ``dtype`` is another.
@@ -85,7 +85,7 @@ def simulate_step(model: nn.Module, settings: StepSettings) -> Simulation:
 
     Args:
         model: a fused model, of which nothing but names and shapes is used; best on the meta device.
-        settings: see there.
+        settings: everything else that determines the step.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fused: Any = _copy_of_fakes(model, settings, mode)
@@ -99,7 +99,7 @@ def simulate_step(model: nn.Module, settings: StepSettings) -> Simulation:
         )
         rows = settings.batch_size * (batch["tokens"].shape[1] - 1)
         tracker = MemoryTracker(max(1, round(settings.supervised * rows)))
-        with warnings.catch_warnings():  # of the model's own code, which real training shows
+        with warnings.catch_warnings():  # of the model's own code; training shows them
             warnings.simplefilter("ignore")
             return _run(fused, batch, settings, tracker)
 
@@ -180,7 +180,7 @@ def _count_gradient(parameter: Tensor, kind: str, tracker: MemoryTracker) -> Non
 
 
 def _count_by_module(model: Any, tracker: MemoryTracker) -> list[Any]:
-    """Count what comes to exist in the forward passes of parts as theirs."""
+    """Count tensors that the forward pass of a part creates as that part's."""
     owner: Any = unwrap(find_model(model))
     kinds = {owner: "activations.decoder"}
     for name in owner.encoder_names:

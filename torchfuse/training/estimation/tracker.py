@@ -22,9 +22,9 @@ _ATEN: Final = torch.ops.aten
 class MemoryTracker(TorchDispatchMode):
     """Sum up the bytes of all tensors that exist, at every moment of a computation.
 
-    Inside of a ``FakeTensorMode`` nothing is computed and nothing allocated, but tensors come to exist
-    and cease to when they would: the computation's own code decides what is kept for the backward
-    pass. Tensors that share memory count once.
+    Inside of a ``FakeTensorMode`` nothing is computed or allocated, but tensors are created and freed as
+    in a real computation, those that autograd saves for the backward pass too. Tensors that share memory
+    count once.
 
     Args:
         supervised: how many positions are supervised. Fake labels have no values, so that the number of
@@ -53,7 +53,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def kind(self, name: str) -> Iterator[None]:
-        """Count what comes to exist in the context as of a kind."""
+        """Count tensors that are created in the context as of a kind."""
         before, self._kind = self._kind, name
         try:
             yield

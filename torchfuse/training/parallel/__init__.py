@@ -1,4 +1,4 @@
-"""Training on several devices: how the ranks share a model, and what they wait for."""
+"""Training on several devices: sharded or replicated models, and a report of ranks that wait."""
 
 from torchfuse.training.parallel.data_parallel import DataParallel
 from torchfuse.training.parallel.layers import checkpoint_activations, compile_layers, layers_of

@@ -21,13 +21,13 @@ __all__ = ["DataParallel"]
 class DataParallel:
     """A model that all ranks train together, by FSDP2, HSDP or DDP; on one rank, the model as it is.
 
-    The model itself stays what it was, with its names and methods; under FSDP2 its parameters are
+    The model keeps its names and methods; under FSDP2 its parameters are
     sharded in place. Build the optimizer afterwards.
 
     Args:
         model: a fused model, the same on every rank but for what fusion added, which becomes rank
             zero's.
-        options: a section of the configuration without ``problems``.
+        options: a section of a configuration, which has no ``problems``.
         device: where the model is.
         dtype: in which matrices are multiplied; FSDP2 gathers the weights of a layer in it.
 

@@ -33,10 +33,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: nn.Module, trained: Collection[str]) -> dict[str, int]:
-    """Let layers compute their activations again in the backward pass, in place of keeping them.
+    """Wrap layers in place so that their activations are computed again in the backward pass.
 
-    Layers of the decoder do, with their fusion layers, and those of each encoder in which something
-    trains: no gradient flows through another one, which keeps no activations.
+    The layers of the decoder are wrapped, with their fusion layers, and those of each encoder in which
+    something trains. Other encoders keep no activations, as no gradient flows through them.
 
     Args:
         model: a fused model that is neither sharded nor compiled yet.

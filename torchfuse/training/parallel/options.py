@@ -27,8 +27,8 @@ class Parallel:
             pass; false needs more memory and less communication.
         reduce_every_batch: whether gradients are reduced after each batch of a step, not once a step:
             more communication, and no whole gradients on any rank with ``fsdp``.
-        timeout_minutes: how long one part of a step may take; a run in which ranks wait for longer ends,
-            and each rank is named with what it waits for.
+        timeout_minutes: how long one part of a step may take; a run in which a rank waits for longer
+            ends, and what every rank does is printed.
         tensor: ranks of tensor parallelism, which is not implemented: 1.
         context: ranks of context parallelism, which is not implemented: 1.
     """

@@ -1,9 +1,9 @@
-"""The end of a run whose ranks wait for each other, with what each of them waits for.
+"""The end of a run whose ranks wait for each other, with a report of what each rank does.
 
-A rank that waits in a collective operation is not the one that something is wrong with, and the time-out
-of a process group names neither. So a thread of each rank puts what the rank does into the store that
-the ranks started with, and the first rank that has waited for too long prints what all of them do. This
-is the same with NCCL and gloo, and the steps themselves wait for nothing.
+The rank that waits in a collective operation is not the one that causes the hang, and the time-out of
+a process group names neither. So a thread of each rank writes what the rank does to the store of the
+process group, and the first rank that exceeds the time-out prints the entries of all ranks. This is the
+same with NCCL and gloo, and adds no communication to a step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Watchdog:
 
     Args:
         timeout_minutes: how long a part of a step may take.
-        end: is given the report, and ends the process.
+        end: called with the report, to end the process.
 
     Examples:
         >>> with Watchdog(30.0) as watchdog:
@@ -82,7 +82,7 @@ class Watchdog:
         rank = distributed.get_rank()
         while not self._stopped.wait(self._interval):
             seconds = time.monotonic() - self._since
-            with suppress(RuntimeError):  # the store is gone with the process that kept it
+            with suppress(RuntimeError):  # the process that holds the store has ended
                 self._store.set(key(rank), json.dumps([self._part, seconds, self._innermost_call()]))
             if self._limited and seconds >= self._timeout:
                 self._end(self._report(rank, seconds))
@@ -111,7 +111,7 @@ class Watchdog:
             f"  rank {', '.join(map(str, same))}: {part}, for {_minutes(waited[part, call])}, in {call}"
             for (part, call), same in ranks.items()
         ]
-        lines.append("  A rank that does something else than the others is what they wait for.")
+        lines.append("  The others wait for the rank that does something else.")
         return "\n".join(lines)
 
 

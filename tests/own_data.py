@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import datasets
 import hf
+import pytest
 import torch
 import yaml
 from PIL import Image
 from programs import tune
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torchfuse.recipes import finetune
 
 from torchfuse.data import padded_collate_images
 from torchfuse.training import next_token_loss
@@ -110,6 +114,28 @@ def run(folder, tmp_path, **changes):
     )
     assert f"saved {output}" in printed
     return [loss for _, loss in json.loads((tmp_path / "run" / "losses.json").read_text())]
+
+
+def learned(output):
+    """The tensors of a run's artifact, by name."""
+    return load_file(output / "fusion" / "fusion.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def error_of_run(folder, monkeypatch, capfd, **changes):
+    """The one error that a run prints, by changes of a configuration that is right."""
+    file = configuration(folder, **changes)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(file)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="^1$"):
+        finetune.main()
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
 
 
 @torch.no_grad()

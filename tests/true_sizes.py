@@ -79,11 +79,14 @@ def _write_samples(datasets):
             picture(number).save(folder / f"{number}.png")
     captions, conversations = [], []
     for number in range(ROWS):
-        asked = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": f"Number {number}."}]
-        captions.append({"id": str(number), "image": f"{number}.png", "conversations": asked})
-        said = [{"from": role, "value": text} for role, text in turns(number) if number % 4 != 1]
-        if said:
-            shown = {} if number % 4 == 2 else {"image": f"{number}.png"}
-            conversations.append({"id": str(number), **shown, "conversations": said})
+        caption = [
+            {"from": "human", "value": "<image>\n"},
+            {"from": "gpt", "value": f"Number {number}."},
+        ]
+        captions.append({"id": str(number), "image": f"{number}.png", "conversations": caption})
+        messages = [{"from": role, "value": text} for role, text in turns(number) if number % 4 != 1]
+        if messages:
+            image = {} if number % 4 == 2 else {"image": f"{number}.png"}
+            conversations.append({"id": str(number), **image, "conversations": messages})
     (pretrain / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(captions))
     (instruct / "llava_instruct_150k.json").write_text(json.dumps(conversations))

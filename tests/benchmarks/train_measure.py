@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import re
 import time
 import warnings
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,9 +15,11 @@ from torchfuse.data import padded_collate_images
 
 if __package__:
     from .bandwidth import synchronize
+    from .resident import reset_peak, resident
     from .train_models import IMPLEMENTATIONS, make_batch, samples, to_device
 else:
     from bandwidth import synchronize
+    from resident import reset_peak, resident
     from train_models import IMPLEMENTATIONS, make_batch, samples, to_device
 
 
@@ -99,14 +99,10 @@ def peak_memory(device, step):
         step()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    reset_peak()
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
-
-
-def resident(field):
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 class Alone:

@@ -32,6 +32,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from torchfuse.training.estimation.gpus import gpu_named
+
 if __package__:
     from .decoders import DTYPES, SIZES
     from .train_measure import Alone, Step
@@ -44,8 +46,6 @@ else:
 PEERS = ("torchtune", "transformers")
 # Time and peak memory, at most, as multiples of the better peer's, by per cent supervised.
 TARGETS = {10: (0.45, 0.55), 100: (1.0, 0.6)}
-# Dense bf16 operations per second, by what a device's name contains.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def spread(values, digits=2):
@@ -99,14 +99,14 @@ def report(options, arch, kind, seconds, memory, flops):
     learned = int((batch["labels"] != -100).sum())
     what = kind if flops else f"{kind} % supervised"
     print(f"\n{arch}, {what}: {rows} x {length} tokens, {learned} labels")
-    peak = next((f for n, f in PEAK_FLOPS.items() if flops and n in device_name(options)), None)
+    gpu = gpu_named(device_name(options)) if flops else None
     head = ("seconds", "of all cores", "tokens/s", "MFU", "memory, GB")
     print(f"{'':<22} {head[0]:<24} {head[1]:<13} {head[2]:<9} {head[3]:<5} {head[4]}")
     wall = {name: [taken for taken, _ in values] for name, values in seconds.items()}
     cores = {name: [taken for _, taken in values] for name, values in seconds.items()}
     for name, values in wall.items():
         middle = statistics.median(values)
-        share = f"{flops / middle / peak:.0%}" if peak else ""
+        share = f"{flops / middle / gpu.flops:.0%}" if gpu else ""
         print(
             f"{name:<22} {spread(values, 3):<24} {statistics.median(cores[name]):<13.3f} "
             f"{real / middle:<9,.0f} {share:<5} {spread([value / 1e9 for value in memory[name]])}"

@@ -13,8 +13,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+if __package__:
+    from .resident import reset_peak, resident
+else:
+    from resident import reset_peak, resident
 
 SIZES = {
     "vocab_size": 16_001,
@@ -120,18 +124,12 @@ def train(case: dict[str, Any], sizes: dict[str, Any]) -> None:
         optimizer.zero_grad()
 
 
-def resident(key: str) -> int:
-    """A size of this process in bytes: ``VmRSS``, or its peak ``VmHWM``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def measure(name: str) -> int:
     """The peak over the memory before, in this process."""
     case = CASES[name]
     train(case, TINY)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    reset_peak()
     train(case, SIZES)
     return resident("VmHWM") - before
 

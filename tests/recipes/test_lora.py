@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from own_data import configuration, make_folder, run
+from own_data import configuration, learned, make_folder, run, same
 from programs import digits_config, run_program, run_program_on_ranks, tune
 from safetensors.torch import load_file
 from torchfuse.recipes import finetune
@@ -24,14 +24,6 @@ LORA = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("lora"))
-
-
-def learned(output):
-    return load_file(output / "fusion" / "fusion.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_trains_resumes_to_the_same_bits_and_is_read(folder, tmp_path, capfd):

@@ -1,11 +1,9 @@
 """Mistakes in data and configuration: each ends the run with one sentence, and nothing is written."""
 
 import json
-import sys
 
 import pytest
-from own_data import configuration, make_folder
-from torchfuse.recipes import finetune
+from own_data import error_of_run, make_folder
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
 
@@ -25,16 +23,10 @@ def message(folder, tmp_path, monkeypatch, capfd):
     """What a run prints as its error, by changes of a configuration that is right."""
 
     def message(**changes):
-        file = configuration(folder, **{"output_dir": str(tmp_path / "run")} | changes)
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(file)])
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        with pytest.raises(SystemExit, match="^1$"):
-            finetune.main()
-        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
+        options = {"output_dir": str(tmp_path / "run")} | changes
+        error = error_of_run(folder, monkeypatch, capfd, **options)
         assert not (tmp_path / "run").exists()
-        return errors[0]
+        return error
 
     return message
 

@@ -7,9 +7,8 @@ import signal
 
 import pytest
 import torch
-from own_data import configuration, make_folder, run
+from own_data import configuration, learned, make_folder, run, same
 from programs import run_program
-from safetensors.torch import load_file
 from torch import nn
 from torchfuse.recipes import finetune, finetune_trainer
 
@@ -21,14 +20,6 @@ from torchfuse.training.interruption import EXIT_CODE
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("runs"))
-
-
-def learned(output):
-    return load_file(output / "fusion" / "fusion.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def saved_steps(output):

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
-from own_data import configuration, make_folder, run
-from torchfuse.recipes import finetune
+from own_data import error_of_run, make_folder, run
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +21,10 @@ def message(folder, tmp_path, monkeypatch, capfd):
 
     def message(output=tmp_path / "run", **changes):
         before = _content(output)
-        file = configuration(folder, **{"output_dir": str(output)} | changes)
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(file)])
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        with pytest.raises(SystemExit, match="^1$"):
-            finetune.main()
-        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
+        options = {"output_dir": str(output)} | changes
+        error = error_of_run(folder, monkeypatch, capfd, **options)
         assert _content(output) == before
-        return errors[0]
+        return error
 
     return message
 

@@ -96,7 +96,9 @@ def test_heads(new, scored, tied, trained):
     compare(model, tokens, labels, call={"encoder_input": inputs(2)})
 
 
-@pytest.mark.parametrize("build", [tiny_decoder, lambda: llama3_2(**_SIZES)], ids=["ours", "torchtune"])
+@pytest.mark.parametrize(
+    "build", [tiny_decoder, lambda: llama3_2(**_SIZES)], ids=["torchfuse", "torchtune"]
+)
 def test_a_decoder_that_is_not_fused(build):
     tokens = text(2, 13)
     compare(build(), tokens, labels_of(tokens))

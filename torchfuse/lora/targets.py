@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +14,9 @@ from torchfuse.lora.layers import is_lora
 from torchfuse.modules.experts.expert_choice import ExpertChoiceRouter
 from torchfuse.naming import canonical_name, unwrap_model
 from torchfuse.params import is_sharded, partition, quantized_dtype
+from torchfuse.quantization.plan import first_names
 
 __all__ = ["Place", "find_layers", "find_targets", "linear_places"]
-
-_MAX_LISTED: Final = 8
 
 
 @dataclass
@@ -77,7 +76,7 @@ def find_layers(model: nn.Module, names: Collection[str]) -> list[Place]:
     places = [place for place in linear_places(model) if place.name in names]
     missing = [name for name in names if name not in {place.name for place in places}]
     if missing:
-        raise ModelError(f"The model has no linear layer {_first(missing)}; nothing has changed.")
+        raise ModelError(f"The model has no linear layer {first_names(missing)}; nothing has changed.")
     _raise_refused(model, places)
     return places
 
@@ -155,7 +154,7 @@ def _raise_refused(model: nn.Module, chosen: Sequence[Place]) -> None:
         for why in _reasons(place, owners):
             refused.setdefault(why, []).append(place.name)
     if refused:
-        listing = "\n  ".join(f"{why}: {_first(names)}" for why, names in refused.items())
+        listing = "\n  ".join(f"{why}: {first_names(names)}" for why, names in refused.items())
         raise ModelError(f"These layers cannot have LoRA; nothing has changed.\n  {listing}")
 
 
@@ -181,9 +180,4 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _last_names(places: Sequence[Place]) -> str:
-    return _first(list(dict.fromkeys(place.name.rpartition(".")[2] for place in places))) or "none"
-
-
-def _first(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_LISTED
-    return ", ".join([*names[:_MAX_LISTED], *([f"and {more} more"] if more > 0 else [])])
+    return first_names(list(dict.fromkeys(place.name.rpartition(".")[2] for place in places))) or "none"

@@ -76,6 +76,13 @@ def adapter_ids(model: nn.Module) -> set[int]:
 
     Raises:
         ModelError: as ``get_fusion_params``.
+
+    Examples:
+        >>> from torchfuse import add_lora
+        >>> model = nn.Sequential(nn.Linear(3, 5))
+        >>> _ = add_lora(model, rank=2, alpha=4, targets=["0"])
+        >>> [name for name, p in model.named_parameters() if id(p) in adapter_ids(model)]
+        ['0.lora_a.weight', '0.lora_b.weight']
     """
     return _named_ids(model, "adapter_params")
 

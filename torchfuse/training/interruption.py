@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -38,12 +38,7 @@ class Interruption:
             self._earlier = None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._earlier is not None:
             signal.signal(signal.SIGTERM, self._earlier)
 

@@ -65,6 +65,21 @@ def load_lora(model: nn.Module, path: str | Path, name: str) -> list[str]:
         ConfigError: if there is an adapter of this name.
         CheckpointError: if there is no such artifact, it has no LoRA layers, or it is not for this
             model; the model is unchanged then.
+
+    Examples:
+        >>> import copy
+        >>> from tempfile import TemporaryDirectory
+        >>> from torchfuse import add_lora, fuse, save_fusion
+        >>> from torchfuse.models.decoders.llama import llama_decoder
+        >>> sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 16}
+        >>> decoder = llama_decoder(vocab_size=11, num_layers=2, max_seq_len=16, **sizes)
+        >>> model = fuse(decoder, nn.Linear(3, 5), encoder_dim=5, every=2)
+        >>> adapted = copy.deepcopy(model)
+        >>> _ = add_lora(adapted, rank=2, alpha=4, targets=["q_proj"])
+        >>> with TemporaryDirectory() as path:
+        ...     save_fusion(adapted, path)
+        ...     load_lora(model, path, "charts")
+        ['decoder.layers.0.attn.q_proj', 'decoder.layers.1.attn.q_proj']
     """
     owner = unwrap_model(model)
     adapters = _adapters_of(owner)
@@ -106,6 +121,17 @@ def set_lora(model: nn.Module, name: str | None) -> None:
 
     Raises:
         ConfigError: if there is no such adapter.
+
+    Examples:
+        >>> from torchfuse import add_lora
+        >>> model = nn.Sequential(nn.Linear(3, 5))
+        >>> _ = add_lora(model, rank=2, alpha=4, targets=["0"])
+        >>> set_lora(model, None)
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias']
+        >>> set_lora(model, "default")  # the layers that it had
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias', '0.lora_a.weight', '0.lora_b.weight']
     """
     owner = unwrap_model(model)
     adapters = _adapters_of(owner)

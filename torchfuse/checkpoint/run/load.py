@@ -78,6 +78,15 @@ def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
 
     Raises:
         CheckpointError: if there is no checkpoint, or it is damaged.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from torchfuse.checkpoint import save_checkpoint
+        >>> with TemporaryDirectory() as folder:
+        ...     save = save_checkpoint(folder, nn.Linear(3, 5), step=7, extra={"epoch": 2})
+        ...     found = read_checkpoint(folder)
+        >>> found.step, found.extra
+        (7, {'epoch': 2})
     """
     path = Path(path) / _find(Path(path))
     description = read_description(path / DESCRIPTION)

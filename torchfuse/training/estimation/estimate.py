@@ -58,6 +58,8 @@ def estimate(
         (596096, 0)
         >>> result.memory["weights.decoder"] >= 4 * 596096
         True
+        >>> result.on(8).peak < result.peak
+        True
     """
     ranges = {"devices": devices, "seq_len": seq_len, "images": images}
     wrong = [f"{name}={n}" for name, n in ranges.items() if n is not None and n < (name != "images")]

@@ -76,6 +76,12 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     Args:
         model: a fused model that is not sharded yet.
         **options: for ``torch.compile``, such as ``backend``.
+
+    Examples:
+        >>> from torchfuse.models.decoders.llama import llama_decoder
+        >>> sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 16}
+        >>> decoder = llama_decoder(vocab_size=11, num_layers=2, max_seq_len=16, **sizes)
+        >>> compile_layers(decoder, backend="eager")  # at their first call
     """
     for layer in layers_of(model):
         layer.compile(**options)

@@ -247,6 +247,13 @@ def test_a_value_may_hold_an_equals_sign():
     assert _override(OmegaConf.create({"name": "x"}), "name=a=b").name == "a=b"
 
 
+def test_a_name_with_dots_is_overridden():
+    config = OmegaConf.create({"train": {"lr": {"lora.decoder": 2.0, "lora": 3.0}}})
+    assert _override(config, "train.lr.lora.decoder=5.0").train.lr == {"lora.decoder": 5.0, "lora": 3.0}
+    assert _override(config, "train.lr.lora=5.0").train.lr == {"lora.decoder": 2.0, "lora": 5.0}
+    assert _override(config, "train.lr={lora.decoder: 5.0}").train.lr["lora.decoder"] == 5.0
+
+
 @pytest.mark.parametrize("path", ["~model", "~model._component_"])
 def test_a_component_cannot_be_removed(path):
     config = OmegaConf.create({"model": {"_component_": "some.component", "width": 5}})

@@ -210,7 +210,7 @@ def _parse_arguments(description: str | None, schema: type, flags: Mapping[str, 
 def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a configuration with the overrides of a command line, by torchtune's rules.
 
-    ``key=value`` sets a key; ``section=path`` sets the ``_component_`` of a section that has one;
+    ``key=value`` sets a key, also one whose name has dots; ``section=path`` sets the ``_component_`` of a section that has one;
     ``None`` is null; ``~key`` removes a key, and the sections that become empty by it.
 
     Args:
@@ -238,10 +238,24 @@ def _override(config: DictConfig, text: str) -> DictConfig:
         return _remove(config, key[1:].split("."))
     if not equals or not key:
         raise ConfigError("expected key=value, or ~key to remove a key")
+    key = _in_brackets(config, key)
     if _is_component(OmegaConf.select(config, key)):
         key += "._component_"
     text = "null" if value == "None" else value
     return OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={text}"]))
+
+
+def _in_brackets(section: Any, key: str) -> str:
+    """Return a key with names of the section that have dots in brackets: ``train.lr[lora.decoder]``."""
+    names = [name for name in section if isinstance(name, str)] if isinstance(section, DictConfig) else []
+    for name in names:
+        if "." in name and f"{key}.".startswith(f"{name}."):
+            return f"[{name}]{key.removeprefix(name)}"
+    first, dot, rest = key.partition(".")
+    if first not in names or not dot:
+        return key
+    inner = _in_brackets(section.get(first), rest)
+    return f"{first}{inner}" if inner.startswith("[") else f"{first}.{inner}"
 
 
 def _remove(section: DictConfig, path: list[str]) -> DictConfig:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="torchfuse", description=torchfuse.__doc__)
     parser.add_argument("--version", action="version", version=f"torchfuse {torchfuse.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_ls, _add_cp, _add_describe, _add_estimate, _add_check_data):
+    for add in (_add_ls, _add_cp, _add_describe, _add_estimate, _add_check_data, _add_export):
         add(commands)
     given = parser.parse_args(arguments)
     try:
@@ -158,3 +158,32 @@ def _check_data(given: Namespace) -> int:
     encoding = sys.stdout.encoding or "utf-8"  # not all of them have every character of a path
     print(str(report).encode(encoding, "backslashreplace").decode(encoding))
     return 0 if report.ok else 1
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a finetuned model as a directory that another library loads",
+        description="Write the model of a finetuning run as a directory in the format of another "
+        "library, LoRA merged. The directory appears complete or not at all.",
+    )
+    parser.add_argument(
+        "path", help="the output directory of a finetuning run, or a whole model's directory"
+    )
+    parser.add_argument("destination", help="the directory to write")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("llava", "mllama", "torchfuse", "torchtune"),
+        help="llava and mllama are loaded by transformers, torchtune by its checkpointers",
+    )
+    parser.add_argument("--dtype", help="fp32 or bf16; by default the one that it was trained in")
+    parser.set_defaults(run=_export)
+
+
+def _export(given: Namespace) -> int:
+    from torchfuse.cli.export import export_path
+
+    export_path(given.path, given.destination, format=given.format, dtype=given.dtype)
+    print(f"wrote {given.destination}")
+    return 0

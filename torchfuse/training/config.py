@@ -210,8 +210,9 @@ def _parse_arguments(description: str | None, schema: type, flags: Mapping[str, 
 def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a configuration with the overrides of a command line, by torchtune's rules.
 
-    ``key=value`` sets a key, also one whose name has dots; ``section=path`` sets the ``_component_`` of a section that has one;
-    ``None`` is null; ``~key`` removes a key, and the sections that become empty by it.
+    ``key=value`` sets a key, also one whose name has dots; ``section=path`` sets the ``_component_`` of
+    a section that has one; ``None`` is null; ``~key`` removes a key, and the sections that become empty
+    by it.
 
     Args:
         config: the configuration.
@@ -247,7 +248,9 @@ def _override(config: DictConfig, text: str) -> DictConfig:
 
 def _in_brackets(section: Any, key: str) -> str:
     """Return a key with names of the section that have dots in brackets: ``train.lr[lora.decoder]``."""
-    names = [name for name in section if isinstance(name, str)] if isinstance(section, DictConfig) else []
+    names = (
+        [name for name in section if isinstance(name, str)] if isinstance(section, DictConfig) else []
+    )
     for name in names:
         if "." in name and f"{key}.".startswith(f"{name}."):
             return f"[{name}]{key.removeprefix(name)}"

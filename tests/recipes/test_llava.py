@@ -19,9 +19,10 @@ from torchfuse.data import padded_collate_images, read_samples
 from torchfuse.tasks import load_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "configs.md"
-# Sizes, and rates at which 24 steps of so small a model can be told from none.
+# Sizes, and rates at which so small a model learns in a few steps.
+STEPS = 13
 SMALL = "device=cpu dtype=fp32 data.max_seq_len=120 data.num_workers=0 train.warmup_steps=0"
-SMALL += " train.gradient_accumulation_steps=1 train.max_steps=24 train.epochs=9"
+SMALL += f" train.gradient_accumulation_steps=1 train.max_steps={STEPS} train.epochs=9"
 RATES = {
     "stage1": "train.batch_size=8 train.lr=0.3",
     "stage2": "train.lr=3e-3",
@@ -100,8 +101,8 @@ def changed(before, after):
 def test_the_loss_falls(folder):
     for name in RATES:
         run = losses(folder / "runs" / name)
-        assert len(run) == 24
-        assert sum(run[-5:]) < 0.97 * sum(run[:5]), name
+        assert len(run) == STEPS
+        assert sum(run[-4:]) < 0.97 * sum(run[:4]), name
 
 
 def test_what_llava_trains_is_trained(models, folder):

@@ -28,7 +28,7 @@ RATES = {
     "stage2": "train.lr=3e-3",
     "lora": "train.lr.lora.decoder=1e-2",
 }
-PROJECTOR = {f"adapter.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+ADAPTER = {f"adapter.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 
 
 def page_commands():
@@ -110,15 +110,15 @@ def test_what_llava_trains_is_trained(models, folder):
     pretrained = load_file(folder / "llama" / "model.safetensors")
     base = {name for name in first if name.startswith("decoder.")}
     encoder = {name for name in first if name.startswith("encoder.")}
-    assert base | encoder | PROJECTOR == first.keys()
+    assert base | encoder | ADAPTER == first.keys()
     embedding = "decoder.tok_embeddings.weight"
     assert torch.equal(first[embedding], pretrained["model.embed_tokens.weight"])
-    assert changed(first, second) == base | PROJECTOR
-    adapters = lora.keys() - second.keys()
-    assert all(name.endswith(("lora_a.weight", "lora_b.weight")) for name in adapters)
-    assert len(adapters) == 2 * 7 * true_sizes.TEXT["num_hidden_layers"]
-    assert all(lora[name].any() for name in adapters)
-    assert changed(second, lora) == PROJECTOR
+    assert changed(first, second) == base | ADAPTER
+    lora_names = lora.keys() - second.keys()
+    assert all(name.endswith(("lora_a.weight", "lora_b.weight")) for name in lora_names)
+    assert len(lora_names) == 2 * 7 * true_sizes.TEXT["num_hidden_layers"]
+    assert all(lora[name].any() for name in lora_names)
+    assert changed(second, lora) == ADAPTER
 
 
 @pytest.mark.parametrize(("name", "earlier"), [("stage2", "stage1"), ("lora", "stage2")])
@@ -133,7 +133,7 @@ def test_a_stage_starts_from_the_one_before_it(models, folder, name, earlier):
     trained = folder / output / "fusion" / "trained.safetensors"
     saved |= load_file(trained) if trained.exists() else {}
     before = state_of(models, earlier)
-    assert saved.keys() & before.keys() >= PROJECTOR
+    assert saved.keys() & before.keys() >= ADAPTER
     assert all(torch.equal(saved[key], before[key]) for key in saved.keys() & before.keys())
     assert not any(saved[key].any() for key in saved if key.endswith("lora_b.weight"))
 

@@ -186,7 +186,7 @@ def check_resumed(
         raise ConfigError(f"{found.path} was made with a different configuration: {'; '.join(differ)}.")
     if num_steps < found.step:
         raise ConfigError(
-            f"{found.path} has more steps than the run is to have: {found.step} of {num_steps}; raise "
+            f"{found.path} is of step {found.step}, and the run has {num_steps} steps; raise "
             "train.max_steps or train.epochs."
         )
     data = found.extra.get("data")  # not saved by earlier versions

@@ -64,7 +64,7 @@ def test_a_run_that_is_extended_equals_one_that_was_longer(folder, tmp_path, cap
     assert same(learned(tmp_path / "two" / "run"), expected)
     with pytest.raises(SystemExit, match="^1$"):
         run(folder, tmp_path / "two", **short, resume=True)
-    assert "has more steps than the run is to have: 4 of 2" in capfd.readouterr().err
+    assert "is of step 4, and the run has 2 steps" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "torchao.optim.AdamW8bit"])

@@ -64,7 +64,7 @@ MISTAKES = {
     "no_logger": ({"logger": {"_component_": "torchtune.DiskLoger"}}, "no component"),
     "offloading": ({"activation_offloading": True}, "needs device=cuda, got device=cpu"),
     "tensor_parallel": ({"parallel": {"tensor": 2}}, "is not implemented; use parallel.strategy=fsdp"),
-    "ranks": ({"parallel": {"shard": 4}}, "parallel.shard=4 does not divide the 1 ranks of this run"),
+    "ranks": ({"parallel": {"shard": 4}}, "parallel.shard=4 must divide the number of ranks, 1"),
     "device": ({"device": "gpu"}, "'gpu' is not a device"),
     "dtype": ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
     "model_dtype": ({"model": {"dtype": "half"}}, "dtype"),
@@ -94,7 +94,7 @@ RESUMED = {
     "learning_rate": ({"train": {"lr": 0.5}}, "train.lr was 0.001 and is 0.5"),
     "optimizer": (_optimizer(_component_="torch.optim.SGD"), "train.optimizer._component_ was"),
     "batch_size": ({"train": {"batch_size": 4}}, "questions a step was 3 and is 4"),
-    "shorter": ({"train": {"max_steps": 1}}, "has more steps than the run is to have: 2 of 1"),
+    "shorter": ({"train": {"max_steps": 1}}, "is of step 2, and the run has 1 steps"),
     "without_resume": ({"resume": False}, "is of an earlier run: resume it with resume=true"),
     "architecture": (
         {"arch": "joint_decoder"},

@@ -167,7 +167,7 @@ def test_a_configuration_with_and_without_its_directories(tmp_path, capsys):
         (["llava/stage9"], "llava/stage9 is neither a file nor the name of an installed configuration"),
         (
             ["llava/stage1", "model.decoder=checkpoints/Llama-9"],
-            "Llama-9 does not exist. Without the directory",
+            "Llama-9 does not exist, and its name is not",
         ),
         (["llava/stage1", "--seq-len", "100"], "no space for text beside the features of 1 images"),
         (["llava/stage1", "--devices", "0"], "devices=0"),

@@ -37,7 +37,7 @@ from torchfuse.training.parallel.watchdog import key
             {"shard": 4},
             1,
             "cpu",
-            "parallel.shard=4 does not divide the 1 ranks of this run; launch with",
+            "parallel.shard=4 must divide the number of ranks, 1; launch with",
         ),
         ({"shard": 2, "replicate": 2}, 8, "cuda", "must be the number of ranks, 8"),
         ({"replicate": 0}, 2, "cpu", "parallel.replicate=0 must be at least 1"),

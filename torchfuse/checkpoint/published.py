@@ -42,8 +42,8 @@ class CheckpointConfig(Checkpoint):
         published = published_config(self.path)
         if self.is_published and published is None:
             raise CheckpointError(
-                f"{self.path} does not exist. Without the directory, only the sizes of these are known, "
-                f"by its name: {', '.join(_published())}."
+                f"{self.path} does not exist, and its name is not that of a checkpoint whose sizes are "
+                f"known: {', '.join(_published())}."
             )
         self.config = (published if self.is_published else None) or read_json(self.path / "config.json")
 

@@ -51,7 +51,7 @@ class Parallel:
 
         Examples:
             >>> list(Parallel(shard=4).problems(2, "cuda"))[0].partition(";")[0]
-            'parallel.shard=4 does not divide the 2 ranks of this run'
+            'parallel.shard=4 must divide the number of ranks, 2'
         """
         if self.strategy not in _STRATEGIES:
             yield f"parallel.strategy={self.strategy} must be one of {', '.join(_STRATEGIES)}"
@@ -97,7 +97,7 @@ class Parallel:
             return
         for name, size in sizes.items():
             if world_size % size:
-                yield f"{name}={size} does not divide the {world_size} ranks of this run; {_LAUNCH}"
+                yield f"{name}={size} must divide the number of ranks, {world_size}; {_LAUNCH}"
                 return
         if self.shard and self.replicate and self.shard * self.replicate != world_size:
             yield (

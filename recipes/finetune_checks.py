@@ -1,6 +1,5 @@
 """Checks of the finetune recipe's configuration, its files, and what a resumed run must share."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -13,6 +12,7 @@ from torchfuse.data import Mixture, Sample, Samples
 from torchfuse.data.readers import read_mixture
 from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.lora.sections import section_problems
+from torchfuse.training.parallel.process_group import launched_world_size
 
 __all__ = ["check_config", "check_resumed", "flat", "read_data", "resume_signature"]
 
@@ -115,7 +115,7 @@ def check_config(config: Config) -> None:
             )
     if train.optimizer_in_backward and config.parallel.strategy == "ddp":
         problems.append("train.optimizer_in_backward=true needs parallel.strategy=fsdp, got ddp")
-    problems += config.parallel.problems(int(os.environ.get("WORLD_SIZE", "1")), config.device)
+    problems += config.parallel.problems(launched_world_size(), config.device)
     problems += section_problems(asdict(config.lora))
     if problems:
         raise ConfigError(f"{'; '.join(problems)}.")

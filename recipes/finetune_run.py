@@ -1,7 +1,6 @@
 """The finetuning run: build, train, save, evaluate."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_run_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
-from torchfuse.training import build, device_and_dtype
+from torchfuse.training import device_and_dtype
 from torchfuse.training.config import check_output_dir
 from torchfuse.training.estimation.utilization import Utilization, utilization
 from torchfuse.training.interruption import EXIT_CODE
@@ -48,9 +47,10 @@ from torchfuse.training.parallel import (
     checkpoint_activations,
     compile_layers,
     init_process_group,
+    launched_world_size,
 )
 from torchfuse.training.precision import computing_in, keep_in_fp32
-from torchfuse.training.progress import Progress
+from torchfuse.training.progress import Progress, build_logger
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
     """
     started = time.perf_counter()
     training.set_seed(config.seed)  # the same on every rank, so that all of them build the same model
-    distributed_run = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed_run = launched_world_size() > 1
     if distributed_run:
         init_process_group(config.device, config.parallel.timeout_minutes)
     log, write_file = (print, write_text) if get_world_size_and_rank()[1] == 0 else (_silent, _silent)
@@ -97,9 +97,19 @@ def run(
     text = [sample for sample in test if not sample.media]
     if trainer.resume():
         log(f"resumes after step {trainer.step} of {trainer.num_steps}")
-    elif text:
+    logger = None if config.logger is None else build_logger(config.logger)
+    if trainer.step == 0 and text:
         trainer.record.before = accuracy_by_kind(answer(text))
-    progress = _progress(trainer, config, log, used)
+    progress = Progress(
+        trainer.num_steps,
+        trainer.step,
+        device=trainer.device,
+        log=log,
+        logger=logger,
+        log_every=config.log_every,
+        shown=trainer.rank == 0,
+        utilization=used,
+    )
     try:
         record = trainer.train(progress, lambda: accuracy(answer(validation))["all"])
     except RunInterruptedError as interrupted:
@@ -142,30 +152,6 @@ def _utilization(
     except Exception as error:  # modules of the user's own are simulated, and a run needs no MFU
         log(f"MFU is not shown: {error}")
         return None
-
-
-def _progress(
-    trainer: Trainer, config: Config, log: Callable[[str], None], used: Utilization | None
-) -> Progress:
-    """Return the bar, and the logger of rank zero."""
-    logger = None
-    if config.logger is not None and trainer.rank == 0:
-        logger = build(config.logger, what="logger")
-        if not hasattr(logger, "log_dict"):
-            raise ConfigError(
-                "logger must be a metric logger of torchtune, with log_dict; got a "
-                f"{type(logger).__name__}."
-            )
-    return Progress(
-        trainer.num_steps,
-        trainer.step,
-        device=trainer.device,
-        log=log,
-        logger=logger,
-        log_every=config.log_every,
-        shown=trainer.rank == 0,
-        utilization=used,
-    )
 
 
 def _output_dir(config: Config) -> Path:

@@ -125,11 +125,11 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def error_of_run(folder, monkeypatch, capfd, **changes):
-    """The one error that a run prints, by changes of a configuration that is right."""
+def error_of_run(folder, monkeypatch, capfd, *arguments, **changes):
+    """The one error that a run prints, by changes of a configuration that is right, and of its command line."""
     file = configuration(folder, **changes)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(file)])
+    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(file), *arguments])
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit, match="^1$"):
         finetune.main()

@@ -1,6 +1,8 @@
 """Trainings that get a signal at a random moment and are started again, for ``test_run_kills.py``.
 
-What is imported is imported once; each training is a fork. The result of each is printed as JSON.
+What is imported is imported once; each training is a fork. A moment is a random number of steps and a random
+part of the time that a few more of them take, as long as they took until then: on a busy machine it is during
+training too. The result of each is printed as JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -20,11 +23,17 @@ from own_data import configuration, make_folder
 from programs import run_program
 from torchfuse.recipes import finetune, finetune_run  # noqa: F401  # imported before the forks
 
-TRAIN = {"batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 2, "max_steps": 40, "lr": 0.01}
+from torchfuse.training.progress import Progress
+
+STEPS, SAVE_EVERY = 24, 3
+TRAIN = {"batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 2, "max_steps": STEPS, "lr": 0.01}
 
 
-def start(folder: Path, output: Path) -> int:
-    """Start a training that resumes if there is a checkpoint; return the id of its process."""
+def start(folder: Path, output: Path, chance: random.Random | None = None, kind: int = 0) -> int:
+    """Start a training that resumes if there is a checkpoint; return the id of its process.
+
+    With ``chance`` it gets the signal ``kind`` at a random moment.
+    """
     child = os.fork()
     if child:
         return child
@@ -33,6 +42,8 @@ def start(folder: Path, output: Path) -> int:
         log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        if chance is not None:
+            send_during_training(kind, chance)
         arguments = ["--config", folder / "config.yaml", f"output_dir={output}", "resume=true"]
         run_program(finetune, folder, *arguments)
         code = 0
@@ -42,6 +53,25 @@ def start(folder: Path, output: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def send_during_training(kind: int, chance: random.Random) -> None:
+    """Let this process get a signal after a random number of steps, saves included."""
+    moment, part = chance.randint(2, STEPS // 2), chance.uniform(0, SAVE_EVERY)
+    began, update = time.monotonic(), Progress.update
+
+    def count(self: Progress, step: int, metrics: object) -> None:
+        nonlocal began
+        update(self, step, metrics)
+        if step == 1:
+            began = time.monotonic()
+        if step == moment:
+            seconds = part * (time.monotonic() - began) / (step - 1)
+            timer = threading.Timer(seconds, os.kill, (os.getpid(), kind))
+            timer.daemon = True
+            timer.start()
+
+    Progress.update = count
 
 
 def wait(child: int) -> int:
@@ -56,19 +86,13 @@ def result(output: Path) -> str:
 
 def main(folder: Path, num_kills: int, num_terminations: int, seed: int) -> None:
     make_folder(folder)
-    configuration(folder, "moma", train=TRAIN, save_every=3)
-    began = time.perf_counter()
+    configuration(folder, "moma", train=TRAIN, save_every=SAVE_EVERY)
     assert wait(start(folder, folder / "whole")) == 0, (folder / "whole.log").read_text()[-2000:]
-    duration = time.perf_counter() - began
     expected = result(folder / "whole")
-    chance = random.Random(seed)
     signals = [signal.SIGKILL] * num_kills + [signal.SIGTERM] * num_terminations
     for number, kind in enumerate(signals):
         output = folder / str(number)
-        child = start(folder, output)
-        time.sleep(chance.uniform(0, duration))
-        os.kill(child, kind)
-        code = wait(child)
+        code = wait(start(folder, output, random.Random(f"{seed} {number}"), kind))
         saved = [int(path.name[5:]) for path in output.glob("checkpoints/step_*")]
         again = wait(start(folder, output))
         moment = {

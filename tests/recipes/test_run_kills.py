@@ -30,6 +30,5 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     print(*moments, sep="\n")
     assert [moment["signal"] for moment in moments] == ["SIGKILL"] * 20 + ["SIGTERM"] * 5
     assert all(moment["same"] for moment in moments)
-    assert {moment["code"] for moment in moments if moment["signal"] == "SIGKILL"} <= {-9, 0}
-    assert {moment["code"] for moment in moments if moment["signal"] == "SIGTERM"} <= {-15, EXIT_CODE, 0}
-    assert sum(0 < moment["saved"] < 40 for moment in moments) > 2  # during training
+    assert [moment["code"] for moment in moments] == [-9] * 20 + [EXIT_CODE] * 5
+    assert sum(moment["saved"] > 0 for moment in moments) > 10

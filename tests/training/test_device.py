@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from torchfuse.errors import ConfigError
 from torchfuse.training.device import device_and_dtype
 
 
@@ -21,3 +22,17 @@ def test_devices_and_dtypes():
 def test_devices_and_dtypes_that_are_refused(device, dtype, message):
     with pytest.raises(ValueError, match=message):
         device_and_dtype(device, dtype)
+
+
+def test_a_rank_without_a_device_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ConfigError, match=r"local rank 2 has no device .* launch with --nproc_per_node 2"
+    ):
+        device_and_dtype("cuda", "fp32")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(ConfigError, match=r"'cuda:1' cannot be used: You can't specify a device index"):
+        device_and_dtype("cuda:1", "fp32")

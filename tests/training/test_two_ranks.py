@@ -23,6 +23,7 @@ from torchfuse.training.parallel import Parallel, checkpoint_activations, compil
 from torchfuse.training.progress import Progress, StepMetrics
 
 BATCHES = 4  # of a step, on all ranks together
+STRATEGIES = [{"strategy": "fsdp"}, {"strategy": "ddp"}]
 
 
 class Batches:
@@ -102,19 +103,22 @@ def difference(found, expected):
     return float(apart / torch.stack([expected[n].double().norm() for n in expected]).norm())
 
 
-def on_each_rank(rank, name, num_steps, expected, options):
-    gradients, losses, weights = train(name, num_steps, **options)
-    assert difference(gradients, expected[0]) < 1e-6
-    assert losses == pytest.approx(expected[1], rel=1e-4)
-    assert difference(weights, expected[2]) < 1e-3
+def on_each_rank(rank, name, num_steps, expected, runs):
+    for options in runs:
+        gradients, losses, weights = train(name, num_steps, **options)
+        assert difference(gradients, expected[0]) < 1e-6, options
+        assert losses == pytest.approx(expected[1], rel=1e-4), options
+        assert difference(weights, expected[2]) < 1e-3, options
 
 
-def check(name, num_steps=3, world_size=2, *, prepare=None, stages=(), **parallel):
-    one = train(name, num_steps, prepare=prepare, stages=stages)
+def check(name, num_steps=3, world_size=2, *, prepare=None, stages=(), parallel=({},)):
+    """Compare one process with ranks that are started once, for each of several ``parallel`` sections."""
+    same = {"prepare": prepare, "stages": stages}
+    one = train(name, num_steps, **same)
     assert len(one[1]) == num_steps
     assert one[1][-1] != one[1][0]
-    options = {"prepare": prepare, "stages": stages, **parallel}
-    run_on_ranks(on_each_rank, name, num_steps, one, options, world_size=world_size)
+    runs = [same | options for options in parallel]
+    run_on_ranks(on_each_rank, name, num_steps, one, runs, world_size=world_size)
 
 
 def with_lora(model):
@@ -140,10 +144,9 @@ def test_two_ranks_equal_one_process(name):
 @pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize("prepare", [None, train_all, with_lora], ids=["fusion", "all", "lora"])
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", ARCHS)
-def test_two_ranks_equal_one_process_for_many_steps(name, strategy, prepare):
-    check(name, 50, prepare=prepare, strategy=strategy)
+def test_two_ranks_equal_one_process_for_many_steps(name, prepare):
+    check(name, 50, prepare=prepare, parallel=STRATEGIES)
 
 
 @pytest.mark.distributed
@@ -154,21 +157,20 @@ def test_ddp_follows_what_trains(name):
         FreezeStage(1, (FreezeSpec("decoder", False),)),
         FreezeStage(2, (FreezeSpec("encoder", True),)),
     )
-    check(name, strategy="ddp", stages=stages)
-    check(name, strategy="fsdp", stages=stages)
+    check(name, stages=stages, parallel=STRATEGIES)
 
 
 @pytest.mark.distributed
 def test_two_replicas_of_two_shards():
-    check("cross_attention", world_size=4, replicate=2, prepare=train_all)
-    check("mot", world_size=4, shard=2, reduce_every_batch=True, reshard_after_forward=False)
+    less_memory = {"shard": 2, "reduce_every_batch": True, "reshard_after_forward": False}
+    check("cross_attention", world_size=4, prepare=train_all, parallel=[{"replicate": 2}])
+    check("mot", world_size=4, parallel=[less_memory])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", ["cross_attention", "placeholder"])
-def test_lora_on_two_ranks(name, strategy):
-    check(name, prepare=with_lora, strategy=strategy)
+def test_lora_on_two_ranks(name):
+    check(name, prepare=with_lora, parallel=STRATEGIES)
 
 
 def checkpointed_and_compiled(model):

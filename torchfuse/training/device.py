@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from typing import Any, Final
 
 import torch
 
@@ -21,7 +22,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         dtype: ``"fp32"`` or ``"bf16"``. There is no ``"fp16"``: it overflows without a loss scaler.
 
     Raises:
-        ConfigError: if there is no such device here, or no such dtype.
+        ConfigError: if there is no such device here or none for this rank, or no such dtype.
 
     Examples:
         >>> device_and_dtype("cpu", "bf16")
@@ -36,7 +37,16 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is not a device: {str(error).splitlines()[0]}.") from error
     if kind != "cpu":
-        backend = getattr(torch, kind, None)
+        backend: Any = getattr(torch, kind, None)
         if backend is None or not backend.is_available():
             raise ConfigError(f"device {device!r} is not available on this machine.")
-    return get_device(device), _DTYPES[dtype]
+        rank, count = int(os.environ.get("LOCAL_RANK", "0")), backend.device_count()
+        if rank >= count:
+            raise ConfigError(
+                f"device {device!r}: local rank {rank} has no device of its own, there are {count} on "
+                f"this machine; launch with --nproc_per_node {count} at most."
+            )
+    try:
+        return get_device(device), _DTYPES[dtype]
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} cannot be used: {error}") from error

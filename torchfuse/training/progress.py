@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from torchfuse.components import build
+from torchfuse.errors import ConfigError
+from torchfuse.io.ranks import coordination_group, from_rank_zero
 from torchfuse.training.estimation.utilization import Utilization
 
-__all__ = ["Progress", "StepMetrics"]
+__all__ = ["Progress", "StepMetrics", "build_logger"]
 
 
 @dataclass
@@ -118,6 +121,41 @@ class Progress:
             self._log(f"step {step} of {self._num_steps}: loss {metrics.loss:.3f}")
         if self._logger is not None and step % self._every == 0:
             self._logger.log_dict(payload, step=step)
+
+
+def build_logger(section: Mapping[str, Any]) -> Any:
+    """Return the metric logger that a section of a configuration names; None but on rank zero.
+
+    Every rank calls this, and an error is raised on every rank.
+
+    Args:
+        section: ``_component_``, one of ``torchtune.training.metric_logging``, and its keywords.
+
+    Raises:
+        ConfigError: if there is no such logger, or it cannot be started: its package is not installed,
+            or its directory cannot be written to.
+    """
+    loggers: list[Any] = [None]
+
+    def start() -> None:
+        try:
+            loggers[0] = build(section, what="logger")
+        except ConfigError:
+            raise
+        except Exception as error:  # each logger has its own
+            text = " ".join(str(error).split())
+            raise ConfigError(
+                f"logger ({section.get('_component_')}) cannot be started: {type(error).__name__}: "
+                f"{text} Give another logger, or logger=null."
+            ) from error
+        if not hasattr(loggers[0], "log_dict"):
+            raise ConfigError(
+                "logger must be a metric logger of torchtune, with log_dict; got a "
+                f"{type(loggers[0]).__name__}."
+            )
+
+    from_rank_zero(coordination_group(), start)
+    return loggers[0]
 
 
 def _short(metrics: StepMetrics, payload: Mapping[str, float]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Final
 
 from torch import distributed
 
@@ -14,7 +16,39 @@ from torchfuse.errors import ConfigError
 from torchfuse.io.ranks import coordination_group, from_rank_zero
 from torchfuse.training.device import device_and_dtype
 
-__all__ = ["check_shared_directory", "collective_timeout", "init_process_group"]
+__all__ = [
+    "check_shared_directory",
+    "collective_timeout",
+    "init_process_group",
+    "launched_world_size",
+]
+
+_NUMBERS: Final = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+
+
+def launched_world_size() -> int:
+    """Return how many ranks torchrun has launched, by the environment; 1 without torchrun.
+
+    Raises:
+        ConfigError: if the environment describes several ranks, and not all that each of them needs.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 1
+    problems = [
+        f"{name} is {os.environ.get(name, 'not set')}"
+        for name in _NUMBERS
+        if not os.environ.get(name, "").isdecimal()
+    ]
+    if not os.environ.get("MASTER_ADDR"):
+        problems.append("MASTER_ADDR is not set")
+    if not problems and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        problems.append(f"RANK is {os.environ['RANK']} of WORLD_SIZE {os.environ['WORLD_SIZE']}")
+    if problems:
+        raise ConfigError(
+            f"The environment describes several ranks incompletely: {', '.join(problems)}. Launch with "
+            "tune run --nproc_per_node (and --nnodes), which sets all of it, or unset WORLD_SIZE."
+        )
+    return int(os.environ["WORLD_SIZE"])
 
 
 def init_process_group(device: str, timeout_minutes: float) -> None:

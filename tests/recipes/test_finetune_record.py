@@ -62,7 +62,7 @@ def test_costs_are_recorded_and_evaluating_in_between_changes_nothing(start, dig
     assert seconds == pytest.approx(metrics["training_seconds"], abs=0.06)  # one digit is kept of it
     all_tokens = {"encoder": [1.0] * 3}
     assert metrics["expert_load"] == {f"decoder.layers.{n}": all_tokens for n in range(4)}
-    assert f"trained {metrics['new_parameters']:,} new parameters for " in printed
+    assert f"; {metrics['new_parameters']:,} new parameters\n" in printed
     assert "decoder.layers.3: its experts of encoder took 100%, 100%, 100% of the tokens" in printed
 
 

@@ -123,7 +123,9 @@ class SampleTransform:
         given = options_of_model(vars(owner.image_format()), options)
         length = owner.max_seq_len if max_seq_len is None else max_seq_len
         if length > owner.max_seq_len:
-            raise ConfigError(f"max_seq_len is {length}, and the model's is {owner.max_seq_len}.")
+            raise ConfigError(
+                f"max_seq_len is {length}, and the model's is {owner.max_seq_len}: give at most that."
+            )
         return cls(
             tokenizer, image_transform=image_transform, template=template, max_seq_len=length, **given
         )

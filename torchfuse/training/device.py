@@ -39,7 +39,9 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     if kind != "cpu":
         backend: Any = getattr(torch, kind, None)
         if backend is None or not backend.is_available():
-            raise ConfigError(f"device {device!r} is not available on this machine.")
+            raise ConfigError(
+                f"device {device!r} is not available on this machine; give another one, such as cpu."
+            )
         rank, count = int(os.environ.get("LOCAL_RANK", "0")), backend.device_count()
         if rank >= count:
             raise ConfigError(

@@ -87,7 +87,8 @@ class StepLoader:
         if not self.num_steps:
             raise DataError(
                 f"{len(samples)} samples ({rows} rows) are too few for one step of {world_size} x "
-                f"{options.batch_size} x {options.batches_per_step} rows."
+                f"{options.batch_size} x {options.batches_per_step} rows (ranks x batch size x "
+                "batches). Give smaller batches, or fewer of them a step."
             )
 
     def steps(self, cursor: Cursor | None = None) -> Iterator[tuple[list[Batch], Cursor]]:

@@ -50,15 +50,15 @@ def format_costs(costs: Mapping[str, Any]) -> str:
         >>> costs |= {"tokens": {"text": 4100, "image": 900}, "tokens_per_second": 2000}
         >>> costs["left_out"] = {"skipped": 0, "too_long": 12}
         >>> print(format_costs(costs | {"expert_load": {"layers.0": {"image": [0.25, 0.125]}}}))
-        trained 1,234 new parameters for 2.5 s, on 4,100 tokens of text and 900 of image: 2,000 a second
+        trained for 2.5 s, on 4,100 tokens of text and 900 of image: 2,000 a second; 1,234 new parameters
         left out 12 samples that are too long, and 0 that cannot be used
         layers.0: its experts of image took 25%, 12% of the tokens when they last ran
     """
     text, *others = (f"{count:,} tokens of {name}" for name, count in costs["tokens"].items())
     tokens = " and ".join([text, *(other.replace(" tokens", "") for other in others)])
     lines = [
-        f"trained {costs['new_parameters']:,} new parameters for {costs['training_seconds']:,} s, on "
-        f"{tokens}: {costs['tokens_per_second']:,} a second"
+        f"trained for {costs['training_seconds']:,} s, on {tokens}: {costs['tokens_per_second']:,} a "
+        f"second; {costs['new_parameters']:,} new parameters"
     ]
     if any((left_out := costs.get("left_out", {})).values()):
         lines.append(

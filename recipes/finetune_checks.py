@@ -53,7 +53,21 @@ _SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
 
 def check_config(config: Config) -> None:
     """Raise a ``ConfigError`` for missing checkpoints, or one for all numbers out of range."""
-    train, pretrained = config.train, config.pretrained
+    _check_pretrained(config)
+    problems = [*_numbers_below(config), *_train_problems(config)]
+    if config.keep_best and None in (config.keep_last, config.save_every, config.eval_every):
+        problems.append("keep_best=true needs keep_last, save_every and eval_every")
+    if config.activation_offloading and not config.device.startswith("cuda"):
+        problems.append(f"activation_offloading=true needs device=cuda, got device={config.device}")
+    problems += config.parallel.problems(launched_world_size(), config.device)
+    problems += section_problems(asdict(config.lora))
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
+
+
+def _check_pretrained(config: Config) -> None:
+    """Raise a ``ConfigError`` if a checkpoint is missing."""
+    pretrained = config.pretrained
     missing = [name for name in ("decoder", "encoder") if getattr(pretrained, name) is None]
     model = config.model if isinstance(config.model, dict) else {}
     loads_itself = len(missing) == 2 and model.get("_component_") == _FROM_PRETRAINED
@@ -63,62 +77,60 @@ def check_config(config: Config) -> None:
             "pretrained.path, the directory of a whole model, or a model whose _component_ is "
             f"{_FROM_PRETRAINED}."
         )
-    problems = [
-        f"{name}={value} must be at least {least}"
-        for name, value, least in (
-            ("train.epochs", train.epochs, 1),
-            ("train.max_steps", train.max_steps, 1),
-            ("train.batch_size", train.batch_size, 1),
-            ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
-            ("train.warmup_steps", train.warmup_steps, 0),
-            ("data.limit", config.data.limit, 1),
-            ("eval_batch_size", config.eval_batch_size, 1),
-            ("eval_every", config.eval_every, 1),
-            ("eval_limit", config.eval_limit, 1),
-            ("save_every", config.save_every, 1),
-            ("keep_last", config.keep_last, 1),
-            ("log_every", config.log_every, 1),
-            ("train.max_skipped_steps", train.max_skipped_steps, 0),
-            ("train.z_loss", train.z_loss, 0),
-            ("train.label_smoothing", train.label_smoothing, 0),
-        )
-        if value is not None and value < least
-    ]
+
+
+def _numbers_below(config: Config) -> Iterator[str]:
+    """Yield a phrase for each number that is below its least value."""
+    train = config.train
+    for name, value, least in (
+        ("train.epochs", train.epochs, 1),
+        ("train.max_steps", train.max_steps, 1),
+        ("train.batch_size", train.batch_size, 1),
+        ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
+        ("train.warmup_steps", train.warmup_steps, 0),
+        ("data.limit", config.data.limit, 1),
+        ("eval_batch_size", config.eval_batch_size, 1),
+        ("eval_every", config.eval_every, 1),
+        ("eval_limit", config.eval_limit, 1),
+        ("save_every", config.save_every, 1),
+        ("keep_last", config.keep_last, 1),
+        ("log_every", config.log_every, 1),
+        ("train.max_skipped_steps", train.max_skipped_steps, 0),
+        ("train.z_loss", train.z_loss, 0),
+        ("train.label_smoothing", train.label_smoothing, 0),
+    ):
+        if value is not None and value < least:
+            yield f"{name}={value} must be at least {least}"
+
+
+def _train_problems(config: Config) -> Iterator[str]:
+    """Yield a phrase for each other problem of the section ``train``."""
+    train = config.train
     if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
-        problems.append(f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null")
+        yield f"train.clip_grad_norm={train.clip_grad_norm} must be above 0, or null"
     if not 0 < train.lr_layer_decay <= 1:
-        problems.append(f"train.lr_layer_decay={train.lr_layer_decay} must be above 0 and at most 1")
+        yield f"train.lr_layer_decay={train.lr_layer_decay} must be above 0 and at most 1"
     if train.label_smoothing > 1:
-        problems.append(f"train.label_smoothing={train.label_smoothing} must be at most 1")
+        yield f"train.label_smoothing={train.label_smoothing} must be at most 1"
     if train.optimizer_in_backward and not (
         train.clip_grad_norm is None and train.gradient_accumulation_steps == 1
     ):
-        problems.append(
+        yield (
             "train.optimizer_in_backward=true needs train.clip_grad_norm=null and "
             "train.gradient_accumulation_steps=1"
         )
+    if train.optimizer_in_backward and config.parallel.strategy == "ddp":
+        yield "train.optimizer_in_backward=true needs parallel.strategy=fsdp, got ddp"
     if given := sorted({"lr", "weight_decay", "params"} & train.optimizer.keys()):
-        problems.append(
+        yield (
             f"train.optimizer has {', '.join(given)}: give train.lr and train.weight_decay, which any "
             "optimizer takes"
         )
-    if config.keep_best and None in (config.keep_last, config.save_every, config.eval_every):
-        problems.append("keep_best=true needs keep_last, save_every and eval_every")
-    if config.activation_offloading and not config.device.startswith("cuda"):
-        problems.append(f"activation_offloading=true needs device=cuda, got device={config.device}")
     for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
         rates = list(value.values()) if isinstance(value, dict) else [value]
         numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
         if not rates or not numbers or min(rates) < 0:
-            problems.append(
-                f"{name}={value} must be a number of at least 0, or one for each part that trains"
-            )
-    if train.optimizer_in_backward and config.parallel.strategy == "ddp":
-        problems.append("train.optimizer_in_backward=true needs parallel.strategy=fsdp, got ddp")
-    problems += config.parallel.problems(launched_world_size(), config.device)
-    problems += section_problems(asdict(config.lora))
-    if problems:
-        raise ConfigError(f"{'; '.join(problems)}.")
+            yield f"{name}={value} must be a number of at least 0, or one for each part that trains"
 
 
 def read_data(config: Config) -> tuple[Samples | Mixture, Sequence[Sample]]:

@@ -37,7 +37,7 @@ from torchfuse.tasks.prompt_lengths import longest_answer
 from torchfuse.tasks.prompt_settings import PromptSettings
 from torchfuse.tasks.runs import build_run_model, check_images, check_lengths
 from torchfuse.tasks.transforms import read_transform
-from torchfuse.training import device_and_dtype
+from torchfuse.training import TrainingRecord, device_and_dtype
 from torchfuse.training.config import check_output_dir
 from torchfuse.training.estimation.utilization import Utilization, utilization
 from torchfuse.training.interruption import EXIT_CODE
@@ -110,13 +110,7 @@ def run(
         shown=trainer.rank == 0,
         utilization=used,
     )
-    try:
-        record = trainer.train(progress, lambda: accuracy(answer(validation))["all"])
-    except RunInterruptedError as interrupted:
-        log(f"ended by SIGTERM after step {interrupted}, which is saved; resume=true continues")
-        if distributed_run:
-            distributed.destroy_process_group()
-        sys.exit(EXIT_CODE)
+    record = _train(trainer, progress, lambda: accuracy(answer(validation))["all"], log)
     save_trained(model, output / "fusion", trained=trainer.trained, stages=stages)
     write_file(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_file(output / "losses.json", json.dumps(record.losses) + "\n")
@@ -136,6 +130,19 @@ def run(
 
 
 def _silent(*_: Any) -> None: ...
+
+
+def _train(
+    trainer: Trainer, progress: Progress, validate: Callable[[], float], log: Callable[[str], None]
+) -> TrainingRecord:
+    """Take the remaining steps. After SIGTERM the process ends, with an exit code of its own."""
+    try:
+        return trainer.train(progress, validate)
+    except RunInterruptedError as interrupted:
+        log(f"ended by SIGTERM after step {interrupted}, which is saved; resume=true continues")
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        sys.exit(EXIT_CODE)
 
 
 def _utilization(

@@ -9,9 +9,11 @@ from ranks import run_on_ranks
 from support import VOCAB, inputs, text, tiny_decoder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.training import set_activation_checkpointing
 
+from torchfuse.errors import ModelError
 from torchfuse.training import linear_loss, linear_next_token_loss, next_token_loss, shard
 
 
@@ -97,7 +99,13 @@ def test_heads(new, scored, tied, trained):
 
 
 @pytest.mark.parametrize(
-    "build", [tiny_decoder, lambda: llama3_2(**_SIZES)], ids=["torchfuse", "torchtune"]
+    "build",
+    [
+        tiny_decoder,
+        lambda: llama3_2(**_SIZES),
+        lambda: gemma2(**_SIZES, head_dim=4, intermediate_dim=29),
+    ],
+    ids=["torchfuse", "llama3_2", "gemma2"],
 )
 def test_a_decoder_that_is_not_fused(build):
     tokens = text(2, 13)
@@ -199,6 +207,17 @@ def test_compiled(whole):
     torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_with_the_loss():
+    model, tokens = make("cross_attention"), text(2, 13)
+
+    def loss(tokens):
+        return linear_next_token_loss(model, tokens, labels=tokens, encoder_input=inputs(2))[0]
+
+    torch.testing.assert_close(torch.compile(loss, backend="aot_eager")(tokens), loss(tokens))
+    assert model(tokens, encoder_input=inputs(2)).shape == (2, 13, VOCAB)
+
+
 def test_operations_are_counted():
     model, tokens = make("cross_attention"), text(2, 13)
     labels = labels_of(tokens, 0.2)
@@ -216,13 +235,51 @@ def test_auxiliary_losses_are_scaled_with_it():
     compare(model, tokens, labels_of(tokens), call={"encoder_input": inputs(2)})
 
 
-def test_weights_of_another_shape():
-    with pytest.raises(
-        ValueError, match=r"loss_weights must be \[2, 13\] as the labels are, got \[2, 1"
-    ):
-        linear_next_token_loss(
-            make("prefix"), text(2, 13), labels=text(2, 13), loss_weights=torch.ones(2, 12)
-        )
+@pytest.mark.parametrize("wrong", ["labels", "loss_weights"])
+def test_labels_and_weights_of_another_shape(wrong):
+    given = {"labels": text(2, 13), wrong: text(2, 12)}
+    with pytest.raises(ModelError, match=rf"{wrong} must be \[2, 13\] as the tokens are, got \[2, 12\]"):
+        linear_next_token_loss(make("prefix"), text(2, 13), **given)
+
+
+class Head(nn.Module):
+    """A decoder without anything but a head: the hidden states are a parameter."""
+
+    def __init__(self, rows):
+        super().__init__()
+        torch.manual_seed(31)
+        self.hidden = nn.Parameter(torch.randn(1, rows, 61))
+        self.output = nn.Linear(61, VOCAB, bias=False)
+        self.num_output_chunks = 0
+
+    def chunked_output(self, hidden):
+        return [self.output(hidden)]
+
+    def forward(self, tokens):
+        return self.chunked_output(self.hidden) if self.num_output_chunks else self.output(self.hidden)
+
+
+def test_gradients_in_bf16_have_the_length_of_those_in_float64():
+    """A factor that bf16 rounds, such as one divided by 1,429 tokens, would lengthen or shorten all."""
+    model, labels = Head(1431).bfloat16(), text(1, 1431)
+    total, count = linear_next_token_loss(model, labels, labels=labels)
+    (total / (count - 1)).backward()
+    hidden, weight = (p.detach().double().requires_grad_() for p in model.parameters())
+    scores = torch.einsum("bsd,vd->bsv", hidden, weight)[0, :-1]
+    expected = (scores.logsumexp(-1) - scores.gather(-1, labels[0, 1:, None])[:, 0]).sum()
+    (expected / (count - 1)).backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+    for given, exact in ((model.hidden, hidden), (model.output.weight, weight)):
+        got = given.grad.double()
+        assert float((got * exact.grad).sum() / exact.grad.square().sum()) == pytest.approx(1, abs=8e-4)
+        assert (got - exact.grad).norm() < 4e-3 * exact.grad.norm()
+
+
+def test_gradients_of_gradients_are_refused():
+    model = Head(7)
+    total, _ = linear_next_token_loss(model, text(1, 7), labels=text(1, 7))
+    with pytest.raises(ModelError, match=r"not gradients of gradients: use next_token_loss\(model"):
+        torch.autograd.grad(total, [model.hidden], create_graph=True)
 
 
 class Whole(nn.Module):

@@ -39,7 +39,9 @@ def test_labels_have_weights():
     ones, number = next_token_loss(logits, labels, loss_weights=torch.ones(2, 7))
     torch.testing.assert_close(ones, next_token_loss(logits, labels)[0])
     assert number == next_token_loss(logits, labels)[1]
-    with pytest.raises(ModelError, match=r"must be \[2, 7\] as the labels are, got \[2, 6\]"):
+    with pytest.raises(
+        ModelError, match=r"loss_weights must be \[2, 7\] as the tokens are, got \[2, 6\]"
+    ):
         next_token_loss(logits, labels, loss_weights=weights[:, 1:])
 
 

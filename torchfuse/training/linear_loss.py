@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from torchfuse.errors import ModelError
 from torchfuse.modules.experts.auxiliary_loss import mark_main_loss
 from torchfuse.naming import find_model, unwrap
 from torchfuse.params.storage import is_sharded
@@ -58,7 +59,8 @@ def linear_next_token_loss(
         The sum, and the number of labels in it, or the sum of their weights.
 
     Raises:
-        ModelError: if the weights have another shape than the labels.
+        ModelError: if labels or weights have another shape than the tokens; in a backward pass with
+            ``create_graph=True``.
 
     Examples:
         >>> from torchfuse.models.decoders.llama import llama_decoder
@@ -77,7 +79,7 @@ def linear_next_token_loss(
     if not (hasattr(decoder, "chunked_output") and hasattr(decoder, "output")):
         logits = model(tokens, **forward)
         return next_token_loss(logits, labels, ignore_index, loss_weights=loss_weights, **options)
-    targets, weights = shifted_targets(labels, ignore_index, loss_weights)
+    targets, weights = shifted_targets(labels, tokens.shape, ignore_index, loss_weights)
     learned = targets != ignore_index
     with _without_head(decoder):
         hidden = model(tokens, **forward)
@@ -143,7 +145,13 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (scale,) = grads
-        of_hidden, *gradients = (saved * scale.to(saved.dtype) for saved in ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph=True
+            raise ModelError(
+                "linear_next_token_loss has gradients, but not gradients of gradients: use "
+                "next_token_loss(model(tokens), labels)."
+            )
+        # In bf16 the rounded scale would be an error of all gradients below.
+        of_hidden, *gradients = ((t.float() * scale).to(t.dtype) for t in ctx.saved_tensors)
         of_parameters: list[Tensor | None] = [None] * ctx.num_parameters
         for index, gradient in zip(ctx.trained, gradients, strict=True):
             of_parameters[index] = gradient
@@ -207,12 +215,13 @@ def _rows_of_a_chunk(vocab_size: int, trained: Sequence[Tensor], device: torch.d
 def _without_head(decoder: Any) -> Iterator[None]:
     """Let a decoder return its last hidden states, after the norm, as its one chunk of logits."""
     chunks, decoder.num_output_chunks = decoder.num_output_chunks, 1
-    decoder.chunked_output = _unchanged
+    own = vars(decoder)  # torch.compile does not trace the deletion of a module's attribute
+    own["chunked_output"] = _unchanged
     try:
         yield
     finally:
         decoder.num_output_chunks = chunks
-        del decoder.chunked_output
+        own.pop("chunked_output")
 
 
 def _unchanged(hidden: Tensor) -> Tensor:

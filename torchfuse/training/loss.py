@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def next_token_loss(
         gradient of zero, where no label counts.
 
     Raises:
-        ModelError: if the weights have another shape than the labels.
+        ModelError: if labels or weights have another shape than the logits.
 
     Examples:
         >>> import torch
@@ -66,7 +67,7 @@ def next_token_loss(
         >>> round(float(total / count), 4), float(count)
         (1.9459, 0.5)
     """
-    targets, weights = shifted_targets(labels, ignore_index, loss_weights)
+    targets, weights = shifted_targets(labels, logits.shape[:2], ignore_index, loss_weights)
     scores = logits[:, :-1].flatten(0, 1).float()
     total = summed_loss(
         scores,
@@ -81,23 +82,21 @@ def next_token_loss(
 
 
 def shifted_targets(
-    labels: Tensor, ignore_index: int, loss_weights: Tensor | None
+    labels: Tensor, shape: torch.Size, ignore_index: int, loss_weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the labels that positions ``0 .. s - 2`` predict, and their weights, each ``[b, s - 1]``.
 
     Labels of weight 0 become ``ignore_index``, and the weights of those that do not count are 0.
 
     Raises:
-        ModelError: if the weights have another shape than the labels.
+        ModelError: if labels or weights are not of this shape, ``[b, s]``.
     """
+    for name, given in (("labels", labels), ("loss_weights", loss_weights)):
+        if given is not None and given.shape != shape:
+            raise ModelError(f"{name} must be {list(shape)} as the tokens are, got {list(given.shape)}.")
     targets = labels[:, 1:]
     if loss_weights is None:
         return targets, None
-    if loss_weights.shape != labels.shape:
-        raise ModelError(
-            f"loss_weights must be {list(labels.shape)} as the labels are, got "
-            f"{list(loss_weights.shape)}."
-        )
     weights = loss_weights[:, 1:].float().masked_fill(targets == ignore_index, 0)
     return targets.masked_fill(weights == 0, ignore_index), weights
 

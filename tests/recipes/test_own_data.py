@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from own_data import configuration, loss_of, losses_of_one_batch, make_folder, run
 
 from torchfuse.data import LoaderOptions, StepLoader, read_samples
+from torchfuse.errors import ConfigError
 from torchfuse.tasks.runs import build_model, load_run
 from torchfuse.tasks.transforms import make_transform
 
@@ -42,6 +44,20 @@ def test_the_loss_is_that_of_the_rows_one_by_one(folder, tmp_path, arch, packed)
     _, loss = losses_of_one_batch(folder, tmp_path, batch_size=rows, arch=arch, data=data)
     trained, transform = load_run(tmp_path / "run", device="cpu", dtype="fp32")
     assert loss == pytest.approx(loss_of(trained.eval(), transform, samples), rel=2e-6)
+
+
+def test_the_dtype_of_the_weights_by_name(folder):
+    section = yaml.safe_load(configuration(folder).read_text())["model"]
+    for dtype, named in (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")):
+        model = build_model({**section, "dtype": named}, {}, device="cpu", dtype=dtype)
+        expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[named]
+        assert {p.dtype for p in model.parameters()} == {expected}
+    for named, problem in (
+        ("bf16", r"x\.yaml, model\.dtype=bf16 needs dtype=bf16"),
+        ("half", r"x\.yaml, model\.dtype must be one of fp32, bf16, got 'half'"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            build_model({**section, "dtype": named}, {}, device="cpu", dtype="fp32", where="x.yaml, ")
 
 
 def test_a_batch_of_text_trains_nothing_where_an_adapter_trains(folder, tmp_path):

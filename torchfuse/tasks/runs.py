@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -24,7 +25,7 @@ from torchfuse.naming import named_parameters, unwrap
 from torchfuse.options import call_with_options
 from torchfuse.tasks.transforms import find_folder, is_from_pretrained, read_transform
 from torchfuse.training.config import read_config
-from torchfuse.training.device import device_and_dtype
+from torchfuse.training.device import device_and_dtype, dtype_by_name
 
 __all__ = [
     "LoadModel",
@@ -65,12 +66,25 @@ def build_model(
     place, precision = device_and_dtype(device, dtype)
     is_loaded = isinstance(model, Mapping) and is_from_pretrained(model, where)
     if is_loaded:
-        model = {"device": place, "dtype": precision, **model}
+        model = {"device": place, **model, "dtype": _dtype_of_weights(model, precision, where)}
     with training.set_default_dtype(precision), place:
         built: nn.Module = build(model, what=f"{where}model", kind=nn.Module)
     if not is_loaded or any(folder is not None for folder in pretrained.values()):
         call_with_options(load_pretrained, built, what=f"{where}pretrained", options=pretrained)
     return built
+
+
+def _dtype_of_weights(model: Mapping[str, Any], computed_in: torch.dtype, where: str) -> torch.dtype:
+    """Return the dtype that a section ``model`` names, or that of the recipe."""
+    named: Any = model.get("dtype")
+    if isinstance(named, str):
+        named = dtype_by_name(named, f"{where}model.dtype")
+    if named is torch.bfloat16 and computed_in is torch.float32:
+        raise ConfigError(
+            f"{where}model.dtype=bf16 needs dtype=bf16: with fp32 matrices are multiplied in the dtype "
+            "of the weights."
+        )
+    return named or computed_in
 
 
 def build_run_model(config: Mapping[str, Any], *, device: str, dtype: str, where: str = "") -> nn.Module:

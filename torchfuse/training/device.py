@@ -9,9 +9,20 @@ import torch
 
 from torchfuse.errors import ConfigError
 
-__all__ = ["device_and_dtype"]
+__all__ = ["device_and_dtype", "dtype_by_name"]
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dtype_by_name(name: str, what: str = "dtype") -> torch.dtype:
+    """Return the dtype of a name, ``"fp32"`` or ``"bf16"``.
+
+    Raises:
+        ConfigError: for another name; ``what`` is the key's.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"{what} must be one of {', '.join(_DTYPES)}, got {name!r}.")
+    return _DTYPES[name]
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -30,8 +41,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     """
     from torchtune.utils import get_device
 
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    precision = dtype_by_name(dtype)
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -49,6 +59,6 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
                 f"this machine; launch with --nproc_per_node {count} at most."
             )
     try:
-        return get_device(device), _DTYPES[dtype]
+        return get_device(device), precision
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} cannot be used: {error}") from error

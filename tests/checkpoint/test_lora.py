@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from torchfuse import (
     CheckpointError,
     ConfigError,
+    ModelError,
     add_lora,
     export,
     from_pretrained,
@@ -25,15 +26,18 @@ from torchfuse import (
     load_lora,
     load_pretrained,
     merge_lora,
+    quantize,
     save_fusion,
     save_pretrained,
     set_lora,
 )
 from torchfuse.checkpoint import load_trained, save_trained
 from torchfuse.encoders.clip import ClipVisionEncoder
+from torchfuse.generation.sampling import Sampling
+from torchfuse.generation.session import Session
 from torchfuse.lora.add import describe_lora
 from torchfuse.models.decoders.llama import llama_decoder
-from torchfuse.params import get_fusion_params
+from torchfuse.params import get_fusion_params, quantized_dtype
 from torchfuse.quantization import dequantize
 
 IMAGE = LLAMA["vocab_size"] - 1
@@ -230,6 +234,40 @@ def test_adapters_are_switched_by_name(tmp_path):
     merge_lora(model)
     with pytest.raises(ConfigError, match="added or merged since load_lora"):
         set_lora(model, "one")
+
+
+def test_adapters_keep_what_the_base_has_become(tmp_path):
+    """Layers of an adapter that is not active have the weights of the model, in its dtype, quantized."""
+    adapted = wide()
+    add_lora(adapted, rank=2, alpha=4)
+    save_fusion(move_lora(adapted), tmp_path)
+    model = wide()
+    load_lora(model, tmp_path, "one")
+    set_lora(model, None)
+    quantize(model, "nf4", head=False)
+    expected = outputs(model)
+    set_lora(model, "one")
+    assert quantized_dtype(model.layers[0].attn.q_proj.weight) == "nf4"
+    assert (outputs(model) - outputs(adapted)).norm() < (outputs(model) - expected).norm()
+    merge_lora(model)
+    assert quantized_dtype(model.layers[0].attn.q_proj.weight) is None
+
+
+def test_adapters_are_not_switched_in_the_middle_of_a_sequence(tmp_path):
+    save_fusion(adapted(1), tmp_path)
+    model = deep()
+    load_lora(model, tmp_path, "one")
+    with Session(model, batch_size=2, max_tokens=30, max_features=7) as session:
+        turn = {"encoder_embeds": model.encode(inputs()), "max_new_tokens": 3}
+        session.answer(text(2, 5), **turn)
+        for switch in (lambda: set_lora(model, None), lambda: load_lora(model, tmp_path, "two")):
+            with pytest.raises(ModelError, match="hold keys and values of the present layers: reset or"):
+                switch()
+        session.reset()
+        set_lora(model, None)
+        answer, _ = session.answer(text(2, 5), **turn, sampling=Sampling(temperature=0))
+    call = {"encoder_input": inputs(), "max_new_tokens": 3, "temperature": 0}
+    assert torch.equal(answer, generate(deep(), text(2, 5), **call)[:, 5:])
 
 
 def test_layers_that_a_model_has_are_its_first_adapter(tmp_path):

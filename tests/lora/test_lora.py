@@ -178,6 +178,15 @@ def test_mistakes_change_nothing():
     shared = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     shared[1].weight = shared[0].weight
     refused(r"shares its weight with another layer: 0, 1", shared, ModelError, targets=["*"])
+    empty = deep()
+    with torch.no_grad():
+        empty.layers[1].mlp.w2.weight[5] = 0
+    refused(
+        r"layers have rows of zeros; .*dora=False.*: decoder\.layers\.1\.mlp\.w2\.$",
+        empty,
+        ModelError,
+        dora=True,
+    )
     heads = nn.ModuleList([nn.MultiheadAttention(6, 2)])
     refused(r"is a NonDynamicallyQuantizableLinear", heads, ModelError, targets=["out_proj"])
     refused(r"decoder has no linear layer inside", nn.Sequential(nn.Linear(3, 3)))

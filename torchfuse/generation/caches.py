@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchfuse.errors import ModelError
+from torchfuse.modules.kv_cache import holds_sequence
 from torchfuse.naming import unwrap
 
 __all__ = ["Caches", "num_extra_tokens", "num_slots", "room_for_text"]
@@ -76,7 +77,7 @@ class Caches:
         if any(cache.max_seq_len < max_features for cache in holds_features):
             slots = holds_features[0].max_seq_len
             problems.append(f"the caches hold {slots} encoder tokens, not {max_features}")
-        if any(cache.is_filled if hasattr(cache, "is_filled") else cache.size for cache in caches):
+        if holds_sequence(self.model):
             problems.append("the caches hold a sequence already; reset_caches() empties them")
         return problems
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from torchfuse.errors import ConfigError
-from torchfuse.lora.layers import LoraSettings, build_layer, lora_layers, settings_of
+from torchfuse.errors import ConfigError, ModelError
+from torchfuse.lora.layers import LoraSettings, build_layer, has_zero_row, lora_layers, settings_of
 from torchfuse.lora.targets import Place, find_layers, find_targets
 from torchfuse.quantization import quantize
 
@@ -49,7 +49,8 @@ def add_lora(
         dropout: probability that a value of the input of ``lora_a`` is dropped in training.
         dora: whether the norm of each row of the weight trains too (DoRA).
         quantize_base: whether all linear layers of the parts, except the output head, are quantized to
-            NF4 first (QLoRA), see ``quantize``. Layers whose shapes NF4 does not support are kept.
+            NF4 first (QLoRA), see ``quantize``. Layers whose shapes NF4 does not support are kept. Of
+            several calls for a part it is for the first.
 
     Returns:
         The canonical names of the layers that have LoRA now.
@@ -58,7 +59,8 @@ def add_lora(
         ConfigError: for numbers out of range, an unknown part, and targets without a match, with the
             names of the parts' layers.
         ModelError: naming the layers that cannot have LoRA: those that have it, are quantized other than
-            to NF4, are sharded, or share their weight. In both cases the model is unchanged.
+            to NF4, are sharded, or share their weight; with ``dora`` those with a row of zeros, by whose
+            norm it would divide. In both cases the model is unchanged.
 
     Examples:
         >>> from torchfuse.models.decoders.llama import llama_decoder
@@ -74,11 +76,13 @@ def add_lora(
         targets = [targets]
     settings = checked_settings(rank, alpha, dropout, dora)
     places = find_targets(model, parts, targets)
+    by_name = {place.name: settings for place in places}
+    _check_rows(places, by_name)
     if quantize_base:
         if "fusion" in parts:
             raise ConfigError("LoRA: quantize_base is for pretrained parts, and parts has 'fusion'.")
         quantize(model, "nf4", parts=parts, head=False)
-    return _replace(places, {place.name: settings for place in places})
+    return _replace(places, by_name)
 
 
 def describe_lora(model: nn.Module) -> list[dict[str, Any]]:
@@ -113,7 +117,9 @@ def add_described_lora(model: nn.Module, described: Iterable[Mapping[str, Any]])
             settings |= dict.fromkeys(names, checked_settings(**numbers))
         except (TypeError, KeyError) as error:
             raise ConfigError(f"This does not describe LoRA layers: {group!r:.200}.") from error
-    return _replace(find_layers(model, settings), settings)
+    places = find_layers(model, settings)
+    _check_rows(places, settings)
+    return _replace(places, settings)
 
 
 def lora_in_words(described: Any) -> str:
@@ -156,6 +162,17 @@ def checked_settings(
     if problems:
         raise ConfigError(f"{what}: {'; '.join(problems)}.")
     return LoraSettings(rank, alpha, dropout, dora)
+
+
+def _check_rows(places: Sequence[Place], settings: Mapping[str, LoraSettings]) -> None:
+    """Raise a ``ModelError`` if a layer that is to have DoRA has a row of zeros."""
+    named = [place.name for place in places if settings[place.name].dora and has_zero_row(place.layer)]
+    if named:
+        raise ModelError(
+            "DoRA divides by the norm of each row, and these layers have rows of zeros; nothing has "
+            f"changed. Use LoRA (dora=False), or leave them out of targets: {', '.join(named[:8])}"
+            f"{f' and {len(named) - 8} more' if len(named) > 8 else ''}."
+        )
 
 
 def _replace(places: Sequence[Place], settings: Mapping[str, LoraSettings]) -> list[str]:

@@ -20,6 +20,7 @@ from torchfuse.quantization.dequantize_model import plain_weight
 __all__ = [
     "LoraSettings",
     "build_layer",
+    "has_zero_row",
     "is_lora",
     "linear_of",
     "lora_layers",
@@ -68,6 +69,12 @@ def build_layer(linear: nn.Linear, settings: LoraSettings) -> nn.Module:
     if settings.dora and not linear.weight.is_meta:
         layer.initialize_dora_magnitude()
     return layer.train(linear.training)
+
+
+def has_zero_row(linear: nn.Linear) -> bool:
+    """Return whether a row of the weight is zero; False on the meta device."""
+    weight = linear.weight
+    return not weight.is_meta and not bool(plain_weight(weight).any(dim=1).all())
 
 
 def linear_of(layer: Any) -> nn.Linear:

@@ -10,12 +10,24 @@ Neither ever allocates, branches on a value or waits for the device once it is s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from torchfuse.errors import ModelError
 
-__all__ = ["EncoderKVCache", "KVCache"]
+__all__ = ["EncoderKVCache", "KVCache", "holds_sequence"]
+
+
+def holds_sequence(model: nn.Module) -> bool:
+    """Return whether any cache in a model holds keys and values."""
+    caches: list[Any] = [getattr(module, "kv_cache", None) for module in model.modules()]
+    return any(
+        bool(cache.is_filled if isinstance(cache, EncoderKVCache) else cache.size)
+        for cache in caches
+        if cache is not None
+    )
 
 
 class KVCache(nn.Module):

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torchfuse.checkpoint.artifact.fusion import load_artifact, read_artifact
 from torchfuse.checkpoint.artifact.state_dict import fusion_tensors
 from torchfuse.checkpoint.tensors import copy_into
-from torchfuse.errors import CheckpointError, ConfigError
+from torchfuse.errors import CheckpointError, ConfigError, ModelError
 from torchfuse.lora.add import add_described_lora
 from torchfuse.lora.layers import linear_of, lora_layers
 from torchfuse.lora.targets import linear_places
+from torchfuse.modules.kv_cache import holds_sequence
 from torchfuse.naming import unwrap_model
 
 __all__ = ["load_lora", "set_lora"]
@@ -51,7 +52,7 @@ def load_lora(model: nn.Module, path: str | Path, name: str) -> list[str]:
 
     Layers, rank and alpha are the artifact's, and may differ from other adapters'. Where fusion trained
     beside LoRA, its values are the adapter's too. LoRA layers that the model has already are the adapter
-    ``"default"``. Caches for generation must be set up again.
+    ``"default"``.
 
     Args:
         model: a fused model, with its pretrained parts loaded, not sharded.
@@ -63,6 +64,7 @@ def load_lora(model: nn.Module, path: str | Path, name: str) -> list[str]:
 
     Raises:
         ConfigError: if there is an adapter of this name.
+        ModelError: if caches for generation hold a sequence.
         CheckpointError: if there is no such artifact, it has no LoRA layers, or it is not for this
             model; the model is unchanged then.
 
@@ -121,6 +123,7 @@ def set_lora(model: nn.Module, name: str | None) -> None:
 
     Raises:
         ConfigError: if there is no such adapter.
+        ModelError: if caches for generation hold a sequence.
 
     Examples:
         >>> from torchfuse import add_lora
@@ -144,6 +147,11 @@ def set_lora(model: nn.Module, name: str | None) -> None:
 
 def _adapters_of(owner: nn.Module) -> _Adapters:
     """Return a model's adapters, of which its present LoRA layers are the first."""
+    if holds_sequence(owner):
+        raise ModelError(
+            "The caches hold keys and values of the present layers: reset or close the session, or call "
+            "reset_caches(), before another adapter becomes active."
+        )
     found: _Adapters | None = owner.__dict__.get(_ATTRIBUTE)
     present = dict(lora_layers(owner))
     if found is None:
@@ -168,6 +176,7 @@ def _switch(owner: nn.Module, adapters: _Adapters, name: str | None) -> None:
         if place.name in base.layers:
             layer: Any = adapter.layers.get(place.name, base.layers[place.name])
             weight, added = place.layer.weight, getattr(layer, "lora_a", None)
+            layer.weight, layer.bias = weight, place.layer.bias  # quantized since, for example
             if added is not None and (added.weight.device, added.weight.dtype) != (
                 weight.device,
                 weight.dtype,

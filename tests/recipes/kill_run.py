@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from own_data import configuration, make_folder
@@ -27,6 +28,15 @@ from torchfuse.training.progress import Progress
 
 STEPS, SAVE_EVERY = 24, 3
 TRAIN = {"batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 2, "max_steps": STEPS, "lr": 0.01}
+
+LORA = {
+    "decoder": {"rank": 3, "dropout": 0.1},
+    "encoder": {"rank": 2, "targets": ["q_proj", "w?"], "dora": True},
+}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "moma": ("moma", {}),
+    "lora": ("cross_attention", {"lora": LORA}),
+}
 
 
 def start(folder: Path, output: Path, chance: random.Random | None = None, kind: int = 0) -> int:
@@ -84,9 +94,10 @@ def result(output: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def main(folder: Path, num_kills: int, num_terminations: int, seed: int) -> None:
+def main(folder: Path, name: str, num_kills: int, num_terminations: int, seed: int) -> None:
     make_folder(folder)
-    configuration(folder, "moma", train=TRAIN, save_every=SAVE_EVERY)
+    arch, changes = RUNS[name]
+    configuration(folder, arch, train=TRAIN, save_every=SAVE_EVERY, **changes)
     assert wait(start(folder, folder / "whole")) == 0, (folder / "whole.log").read_text()[-2000:]
     expected = result(folder / "whole")
     signals = [signal.SIGKILL] * num_kills + [signal.SIGTERM] * num_terminations
@@ -107,4 +118,4 @@ def main(folder: Path, num_kills: int, num_terminations: int, seed: int) -> None
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

@@ -7,7 +7,7 @@ import torch
 from own_data import configuration, learned, make_folder, run, same
 from programs import digits_config, run_program, run_program_on_ranks, tune
 from safetensors.torch import load_file
-from torchfuse.recipes import finetune
+from torchfuse.recipes import finetune, prepare_digits
 
 from torchfuse import describe, from_pretrained, save_pretrained
 from torchfuse.checkpoint import save_trained
@@ -106,6 +106,31 @@ def test_mistakes_end_the_run_before_it_starts(folder, tmp_path, capfd, lora, pr
         run(folder, tmp_path, lora=lora)
     assert problem in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_the_digits_are_learned_as_in_full(tmp_path):
+    """LoRA and QLoRA in the decoder, at most two points behind a decoder that trains in full."""
+    demo = tmp_path / "demo"
+    run_program(prepare_digits, tmp_path, demo)
+    file = demo / "questions" / "test.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:600]))
+    common = ["data.limit=12000", "data.cache_features=features", "eval_batch_size=200"]
+    common += ["train.max_steps=250", "train.warmup_steps=20"]
+    adapted = ["train.lr={lora.decoder: 4.0e-3, fusion: 4.0e-3}", "lora.decoder.rank=16"]
+    runs = {
+        "full": ["train.lr={decoder: 1.0e-3, fusion: 4.0e-3}", "model.decoder_trainable=true"],
+        "lora": adapted,
+        "qlora": [*adapted, "lora.decoder.quantize_base=true"],
+    }
+    right = {}
+    for name, changes in runs.items():
+        options = digits_config("joint_decoder", f"output_dir={name}", *common, *changes)
+        tune(tmp_path, "torchfuse/recipes/finetune.py", *options)
+        right[name] = json.loads((tmp_path / name / "metrics.json").read_text())["after"]["all"]
+    print(right)
+    assert right["full"] > 0.9
+    assert min(right.values()) > right["full"] - 0.02
 
 
 @pytest.mark.distributed

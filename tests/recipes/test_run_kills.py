@@ -14,13 +14,14 @@ from torchfuse.training.interruption import EXIT_CODE
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize(("kind", "kills", "terminations"), [("moma", 20, 5), ("lora", 8, 2)])
+def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path, kind, kills, terminations):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     worker = Path(__file__).with_name("kill_run.py")
     tests = Path(__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", worker, tmp_path, "20", "5", str(seed)],
+        [sys.executable, "-W", "ignore", worker, tmp_path, kind, *map(str, (kills, terminations, seed))],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
@@ -28,7 +29,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     moments = [json.loads(line) for line in run.stdout.splitlines()]
     print(*moments, sep="\n")
-    assert [moment["signal"] for moment in moments] == ["SIGKILL"] * 20 + ["SIGTERM"] * 5
+    assert [moment["signal"] for moment in moments] == ["SIGKILL"] * kills + ["SIGTERM"] * terminations
     assert all(moment["same"] for moment in moments)
     assert [moment["code"] for moment in moments] == [-9] * 20 + [EXIT_CODE] * 5
     assert sum(moment["saved"] > 0 for moment in moments) > 10

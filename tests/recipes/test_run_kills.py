@@ -31,5 +31,5 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path, kind, kills, te
     print(*moments, sep="\n")
     assert [moment["signal"] for moment in moments] == ["SIGKILL"] * kills + ["SIGTERM"] * terminations
     assert all(moment["same"] for moment in moments)
-    assert [moment["code"] for moment in moments] == [-9] * 20 + [EXIT_CODE] * 5
-    assert sum(moment["saved"] > 0 for moment in moments) > 10
+    assert [moment["code"] for moment in moments] == [-9] * kills + [EXIT_CODE] * terminations
+    assert sum(moment["saved"] > 0 for moment in moments) > (kills + terminations) // 3

@@ -12,6 +12,7 @@ from torchfuse.errors import ConfigError, ModelError
 from torchfuse.lora.layers import LoraSettings, build_layer, has_zero_row, lora_layers, settings_of
 from torchfuse.lora.targets import Place, find_layers, find_targets
 from torchfuse.quantization import quantize
+from torchfuse.quantization.plan import first_names
 
 __all__ = ["add_described_lora", "add_lora", "checked_settings", "describe_lora", "lora_in_words"]
 
@@ -50,7 +51,7 @@ def add_lora(
         dora: whether the norm of each row of the weight trains too (DoRA).
         quantize_base: whether all linear layers of the parts, except the output head, are quantized to
             NF4 first (QLoRA), see ``quantize``. Layers whose shapes NF4 does not support are kept. Of
-            several calls for a part it is for the first.
+            several calls for one part, the first has it.
 
     Returns:
         The canonical names of the layers that have LoRA now.
@@ -170,8 +171,7 @@ def _check_rows(places: Sequence[Place], settings: Mapping[str, LoraSettings]) -
     if named:
         raise ModelError(
             "DoRA divides by the norm of each row, and these layers have rows of zeros; nothing has "
-            f"changed. Use LoRA (dora=False), or leave them out of targets: {', '.join(named[:8])}"
-            f"{f' and {len(named) - 8} more' if len(named) > 8 else ''}."
+            f"changed. Use LoRA (dora=False), or leave them out of targets: {first_names(named)}."
         )
 
 

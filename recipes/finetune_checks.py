@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import MISSING
@@ -57,6 +58,12 @@ def check_config(config: Config) -> None:
     problems = [*_numbers_below(config), *_train_problems(config)]
     if config.keep_best and None in (config.keep_last, config.save_every, config.eval_every):
         problems.append("keep_best=true needs keep_last, save_every and eval_every")
+    output = Path(config.output_dir)
+    if config.init_from is not None and Path(config.init_from).resolve() in (
+        output.resolve(),
+        (output / "fusion").resolve(),
+    ):
+        problems.append(f"init_from={config.init_from} would be written again; name another output_dir")
     if config.activation_offloading and not config.device.startswith("cuda"):
         problems.append(f"activation_offloading=true needs device=cuda, got device={config.device}")
     problems += config.parallel.problems(launched_world_size(), config.device)

@@ -196,6 +196,8 @@ class Trainer:
             metrics.grad_norm = clip_gradients(self.model.parameters(), self.config.train.clip_grad_norm)
             metrics.lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
             skipped = self.non_finite.check(self.step, metrics.loss, metrics.grad_norm, self.optimizer)
+            if self._idle:  # momentum and weight decay would move the weights
+                skipped = f"step {self.step}: no supervised token"
             if skipped is None and not self.config.train.optimizer_in_backward:
                 self.optimizer.step()
             self.optimizer.zero_grad()

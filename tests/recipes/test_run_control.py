@@ -168,6 +168,23 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, monkeypatch, cap
     assert all(tensor.isfinite().all() for tensor in learned(tmp_path / "run").values())
 
 
+def test_a_step_without_a_supervised_token_moves_nothing(folder, tmp_path, monkeypatch):
+    backward, weights = finetune_trainer.Trainer._backward, {}
+
+    def without_labels(self, step, metrics):
+        weights[self.step] = [p.detach().clone() for p in self.model.parameters()]
+        if self.step == 1:
+            for batch in step:
+                batch["labels"].fill_(-100)
+        backward(self, step, metrics)
+
+    monkeypatch.setattr(finetune_trainer.Trainer, "_backward", without_labels)
+    run(folder, tmp_path, train=STEPS | {"weight_decay": 0.5})
+    assert [step for step, _ in json.loads((tmp_path / "run/losses.json").read_text())] == [1, 3, 4]
+    same = [all(map(torch.equal, weights[step], weights[step + 1])) for step in range(3)]
+    assert same == [False, True, False]
+
+
 def test_too_many_steps_that_are_not_finite(folder, tmp_path, capfd):
     with pytest.raises(SystemExit, match="^1$"):
         run(folder, tmp_path, train=STEPS | {"lr": 1e30, "max_skipped_steps": 1, "clip_grad_norm": None})

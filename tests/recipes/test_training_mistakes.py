@@ -150,8 +150,10 @@ MISTAKES = {
         Mistake(TRAINED, "q_porj", decoder_lora(rank=2, targets=["q_porj"])),
         Mistake(TRAINED, "quantize", {"lora": {"fusion": {"rank": 2, "quantize_base": True}}}),
         Mistake(TRAINED, "init_from=nothing: there is no such folder", {"init_from": "nothing"}),
-        Mistake(TRAINED, "empty", {"init_from": "empty"}),
-        Mistake(TRAINED, "llama", {"init_from": "llama"}),
+        Mistake(TRAINED, "init_from=empty must be the folder of a run that has", {"init_from": "empty"}),
+        Mistake(TRAINED, "a whole model is pretrained.path", {"init_from": "llama"}),
+        Mistake(READ, "init_from=run would be written", {"init_from": "run", "output_dir": "run"}),
+        Mistake(TRAINED, "this run starts from itself", {"init_from": "itself"}),
         Mistake(TRAINED, "The fusion tensors do not fit this model", {"init_from": "run"}),
     ],
     "resume": [
@@ -175,6 +177,9 @@ def folder(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp("mistakes"))
     (folder / "empty").mkdir()
     run(folder, folder, arch="joint_decoder", output_dir=str(folder / "run"))
+    shutil.copytree(folder / "run", folder / "itself")
+    file = folder / "itself" / "config.yaml"
+    file.write_text(file.read_text().replace("init_from: null", f"init_from: {folder / 'itself'}"))
     return folder
 
 

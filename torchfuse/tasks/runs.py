@@ -108,18 +108,33 @@ def build_run_model(config: Mapping[str, Any], *, device: str, dtype: str, where
     return model
 
 
-def _load_learned(model: nn.Module, init_from: str, where: str) -> None:
-    """Load the weights that an earlier run trained over those that it started from; LoRA is merged."""
-    folder = Path(init_from)
+def _load_learned(model: nn.Module, init_from: str, where: str, later: tuple[Path, ...] = ()) -> None:
+    """Load the weights that an earlier run trained over those that it started from; LoRA is merged.
+
+    Args:
+        model: the model that both runs start from.
+        init_from: the folder of the earlier run, or of an artifact.
+        where: prefix of the key's name in messages.
+        later: folders of the runs that started from this one.
+    """
+    folder, key = Path(init_from), f"{where}init_from={init_from}"
     if not folder.is_dir():
-        raise ConfigError(f"{where}init_from={init_from}: there is no such folder.")
+        raise ConfigError(f"{key}: there is no such folder.")
+    if folder.resolve() in later:
+        raise ConfigError(f"{key}: this run starts from itself; its folder was written again since.")
     trained = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     if (folder / "fusion").is_dir():
         config, where = _run_config(folder), f"{folder / _CONFIG}, "
         if config.get("init_from") is not None:
-            _load_learned(model, config["init_from"], where)
+            _load_learned(model, config["init_from"], where, (*later, folder.resolve()))
         adapted = add_lora_sections(model, config.get("lora"), where=where)
         folder = folder / "fusion"
+    elif not (folder / "fusion.safetensors").is_file():
+        raise ConfigError(
+            f"{key} must be the folder of a run that has ended, which has fusion/, or of what "
+            "save_trained wrote. A run that has not ended is resumed (resume=true); a whole model is "
+            "pretrained.path."
+        )
     else:
         adapted = add_described_lora(model, read_artifact(folder).description.get("lora", []))
     load_trained(model, folder)

@@ -14,9 +14,14 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from torchfuse import get_fusion_params, param_groups, set_trainable
-from torchfuse.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from torchfuse.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from torchfuse.checkpoint.run import dcp_storage
-from torchfuse.errors import CheckpointError
+from torchfuse.errors import CheckpointError, ConfigError
 from torchfuse.naming import named_parameters
 from torchfuse.params import freeze_params
 from torchfuse.training import shard
@@ -528,3 +533,13 @@ def test_an_optimizer_that_does_not_fit_is_left_alone(tmp_path):
     stray = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match="holds 1 parameters that are not the model's"):
         load_checkpoint(tmp_path / "both", fresh, stray)
+
+
+def test_checkpoints_are_removed_but_for_the_newest_and_those_to_keep(tmp_path):
+    for step in (2, 3, 5, 11):
+        save_checkpoint(tmp_path, nn.Linear(3, 5), step=step)
+    with pytest.raises(ConfigError, match="^keep_last must be at least 1, got 0"):
+        remove_checkpoints(tmp_path, keep_last=0)
+    removed = remove_checkpoints(tmp_path, keep_last=2, keep=[2, 7])
+    assert [path.name for path in removed] == ["step_3"]
+    assert {path.name for path in tmp_path.glob("*step*")} == {"step_2", "step_5", "step_11"}

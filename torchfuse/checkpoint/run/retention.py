@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from torchfuse.checkpoint.run.load import checkpoint_steps
+from torchfuse.errors import ConfigError
 from torchfuse.io.atomic import tmp_path
 
 __all__ = ["remove_checkpoints"]
@@ -25,6 +26,9 @@ def remove_checkpoints(folder: str | Path, *, keep_last: int, keep: Collection[i
     Returns:
         The directories that were removed.
 
+    Raises:
+        ConfigError: if none would be kept.
+
     Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from torch import nn
@@ -35,6 +39,8 @@ def remove_checkpoints(folder: str | Path, *, keep_last: int, keep: Collection[i
         ...     [path.name for path in remove_checkpoints(folder, keep_last=1, keep=[2])]
         ['step_1', 'step_3']
     """
+    if keep_last < 1:
+        raise ConfigError(f"keep_last must be at least 1, got {keep_last}.")
     steps = checkpoint_steps(folder)
     removed = [Path(folder) / f"step_{step}" for step in steps[:-keep_last] if step not in keep]
     for path in removed:

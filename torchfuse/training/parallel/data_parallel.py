@@ -81,9 +81,12 @@ class DataParallel:
         if shape := self._options.mesh_shape(distributed.get_world_size()):
             names = ("replicate", "shard")
             options["mesh"] = mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-            for name in names:  # new groups have torch's own time-out
+            # New groups have torch's own time-out. torch 2.9 has the private name only.
+            private: Any = distributed.distributed_c10d
+            set_timeout = getattr(distributed, "set_timeout", None) or private._set_pg_timeout
+            for name in names:
                 timeout = collective_timeout(self._options.timeout_minutes)
-                distributed.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
+                set_timeout(timeout, mesh.get_group(name))
         if dtype is not torch.float32:
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

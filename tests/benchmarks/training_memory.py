@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
         "seq_len": 907,
         "checkpointing": True,
     },
-    "lora": {"num_layers": 17, "arch": "joint_decoder", "rank": 16, "dtype": "bf16", "rows": 3},
+    "lora": {"num_layers": 17, "arch": "joint_decoder", "rank": 16, "dtype": "bf16", "rows": 5},
 }
 # Freed memory goes back to the system at once.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}

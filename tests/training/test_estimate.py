@@ -1,5 +1,6 @@
 """The estimate of a training's memory: against sizes that are known, and what changes must do to it."""
 
+import json
 from dataclasses import replace
 
 import hf
@@ -11,6 +12,7 @@ from own_data import configuration, make_folder
 from torchfuse import describe, set_trainable
 from torchfuse.cli.main import main
 from torchfuse.training import StepSettings, estimate, linear_next_token_loss
+from torchfuse.training.estimation.result import gib
 from torchfuse.training.estimation.tracker import MemoryTracker
 
 SETTINGS = StepSettings(batch_size=2, seq_len=31, images=1, supervised=0.5, dtype=torch.float32)
@@ -110,6 +112,56 @@ def test_eight_bit_states_take_a_quarter():
     assert full / 4 < eight < full / 3.5
 
 
+def test_offloaded_activations_are_not_kept():
+    kept, offloaded = (
+        estimate(model(), replace(SETTINGS, activation_offloading=offload)) for offload in (False, True)
+    )
+    of_decoder = [r.phases["forward"].get("activations.decoder", 0) for r in (kept, offloaded)]
+    assert of_decoder[1] < of_decoder[0] / 2
+    assert kinds(offloaded) == kinds(kept)  # when the optimizer steps there are none
+    assert offloaded.flops_per_token == kept.flops_per_token
+
+
+def test_gradients_do_not_exist_together_if_parameters_are_updated_in_the_backward_pass():
+    fused = model()
+    whole, each = (
+        estimate(fused, replace(SETTINGS, optimizer_in_backward=in_backward))
+        for in_backward in (False, True)
+    )
+    largest = max(p.nbytes for p in fused.parameters() if p.requires_grad)
+    assert kinds(each, "backward").get("gradients", 0) <= 2 * largest
+    assert kinds(each).get("gradients", 0) == 0
+    assert each.phases["optimizer"]["optimizer"] == whole.phases["optimizer"]["optimizer"]
+
+
+def test_every_change_of_the_table_has_the_peak_of_an_estimate_with_it(tmp_path, capsys):
+    folder = make_folder(tmp_path)
+    values = json.loads((folder / "llama" / "config.json").read_text()) | {
+        "max_position_embeddings": 1201
+    }
+    (folder / "llama" / "config.json").write_text(json.dumps(values))
+    changes = {"dtype": "bf16", "device": "cuda", "data": {"max_seq_len": 1031, "packed": True}}
+    file = str(configuration(folder, model={"decoder_trainable": True}, **changes))
+    assert main(["estimate", file, "--seq-len", "1201"]) == 0
+    rows = capsys.readouterr().out.partition("\nchange ")[2].splitlines()[2:]
+    for row in rows:
+        change, peak, _ = row.rsplit(maxsplit=2)
+        length = None if "max_seq_len" in change else 1201
+        assert gib(estimate(file, overrides=change.split(), seq_len=length).peak) == peak, change
+    assert {row.split()[0].partition("=")[0] for row in rows} >= {
+        "activation_checkpointing",
+        "activation_offloading",
+        "data.cache_features",
+        "data.max_seq_len",
+        "model.decoder_trainable",
+        "train.batch_size",
+        "train.fp32_weights",
+        "train.optimizer._component_",
+        "train.optimizer.fused",
+        "train.optimizer_in_backward",
+    }
+
+
 def test_shards_divide_weights_gradients_and_states():
     result = estimate(model(), SETTINGS)
     each = result.on(4)
@@ -171,6 +223,8 @@ def test_a_configuration_with_and_without_its_directories(tmp_path, capsys):
         ),
         (["llava/stage1", "--seq-len", "100"], "no space for text beside the features of 1 images"),
         (["llava/stage1", "--devices", "0"], "devices=0"),
+        (["llava/stage1", "train.batchsize=2"], "'train.batchsize': unknown; there are lr, "),
+        (["llava/stage1", "train.batch_size=two"], "'train.batch_size': "),
         (["llava/stage1", "dtype=fp8"], "dtype must be one of fp32, bf16, got 'fp8'"),
         (["llava/stage1", "train.lr"], "Override train.lr: expected key=value"),
     ],

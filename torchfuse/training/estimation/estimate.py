@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from omegaconf import OmegaConf
 from torch import nn
 
+from torchfuse.components import resolve
 from torchfuse.errors import ConfigError
 from torchfuse.params import partition
-from torchfuse.training.config import override, read_config
+from torchfuse.training.config import override, read_config, typed
 from torchfuse.training.estimation.result import Estimate
 from torchfuse.training.estimation.settings import read_settings
 from torchfuse.training.estimation.simulate import StepSettings, simulate_step
 from torchfuse.training.parallel.layers import layers_of
 
 __all__ = ["estimate"]
+
+_SCHEMA: Final = "torchfuse.recipes.finetune_config.Config"  # recipes are above this layer
 
 
 def estimate(
@@ -94,8 +98,8 @@ def _read(given: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
         config, where = OmegaConf.create(dict(given)), "the configuration"
     else:
         config, where = read_config(given, "estimate takes the YAML of a training"), str(given)
-    content: Any = OmegaConf.to_container(override(config, overrides), resolve=True)
-    return content, where
+    schema: Any = resolve(_SCHEMA, what="the finetune recipe")
+    return asdict(typed(override(config, overrides), schema)), where
 
 
 def _parameters(model: nn.Module, settings: StepSettings) -> dict[str, tuple[int, int]]:

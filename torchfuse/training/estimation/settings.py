@@ -19,6 +19,13 @@ from torchfuse.training.estimation.simulate import StepSettings
 
 __all__ = ["read_settings"]
 
+_OF_TRAIN: Final = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "fp32_weights",
+    "optimizer",
+    "optimizer_in_backward",
+)
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_OF_AN_IMAGE: Final = 256  # tokens, in packs
 _NF4_BLOCK: Final = 64  # values to a scale of one byte; 256 scales have one in fp32
@@ -36,7 +43,7 @@ def read_settings(
     """Build the model of a configuration on the meta device, and read how it is trained.
 
     Args:
-        config: the content of a YAML of the finetune recipe.
+        config: the content of a YAML of the finetune recipe, with all of its keys.
         where: its name, for messages.
         seq_len: positions of each row; None: ``data.max_seq_len``, or else the model's.
         images: images of each row; None: 1, or in packs as many as there is space for with 256 tokens
@@ -47,26 +54,22 @@ def read_settings(
         ConfigError: for a section that is wrong.
         CheckpointError: for a directory that is wrong.
     """
-    name = config.get("dtype") or "fp32"
+    name = config["dtype"]
     if name not in _DTYPES:
         raise ConfigError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {name!r}.")
-    data, train = config.get("data") or {}, config.get("train") or {}
+    data, train = config["data"], config["train"]
     model = model_on_meta(config, where, _DTYPES[name])
     owner: Any = unwrap(find_model(model))
-    length = seq_len or data.get("max_seq_len") or owner.max_seq_len
+    length = seq_len or data["max_seq_len"] or owner.max_seq_len
     if images is None:
-        images = _images_in_pack(owner, length) if data.get("packed") else 1
-    trained = FreezeSchedule(read_freeze_meta(config.get("freeze") or [])).trained_ever(model)
+        images = _images_in_pack(owner, length) if data["packed"] else 1
+    trained = FreezeSchedule(read_freeze_meta(config["freeze"])).trained_ever(model)
     if not trained:
         raise ConfigError(f"{where}: no parameter trains.")
-    given: dict[str, Any] = {
-        key: train[key]
-        for key in ("batch_size", "gradient_accumulation_steps", "fp32_weights", "optimizer")
-        if train.get(key) is not None
-    }
-    given.setdefault("batch_size", 32)  # the recipe's
-    if str(config.get("device", "cpu")).startswith("cuda"):
-        given["optimizer"] = _as_on_cuda(given.get("optimizer"))
+    given: dict[str, Any] = {key: train[key] for key in _OF_TRAIN}
+    cuda = config["device"].startswith("cuda")
+    if cuda:
+        given["optimizer"] = _as_on_cuda(given["optimizer"])
     return model, StepSettings(
         **given,
         seq_len=length,
@@ -74,9 +77,10 @@ def read_settings(
         supervised=supervised,
         dtype=_DTYPES[name],
         trained=frozenset(trained),
-        features_cached=data.get("cache_features") is not None,
-        activation_checkpointing=bool(config.get("activation_checkpointing")),
-        quantized=_nf4_nbytes(owner, config.get("lora") or {}),
+        features_cached=data["cache_features"] is not None,
+        activation_checkpointing=config["activation_checkpointing"],
+        activation_offloading=config["activation_offloading"] and cuda,
+        quantized=_nf4_nbytes(owner, config["lora"]),
     )
 
 
@@ -105,10 +109,12 @@ def _images_in_pack(owner: Any, length: int) -> int:
     return max(1, length // (_TEXT_OF_AN_IMAGE + (each if in_sequence else 0)))
 
 
-def _as_on_cuda(optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
+def _as_on_cuda(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer that computes on all parameters at once, as torch's own do on CUDA."""
-    component = dict(optimizer or {"_component_": "torch.optim.AdamW"})
-    path = str(component["_component_"])
-    if path.startswith("torch.optim.") and not {"fused", "foreach"} & component.keys():
+    component = dict(optimizer)
+    if (
+        str(component.get("_component_")).startswith("torch.optim.")
+        and not {"fused", "foreach"} & component.keys()
+    ):
         component["foreach"] = True
     return component

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -32,6 +32,7 @@ from torchfuse.training.precision import computing_in
 __all__ = ["Simulation", "StepSettings", "simulate_step"]
 
 _CPU: Final = torch.device("cpu")
+_LEAST_OFFLOADED: Final = 1024  # bytes, torchtune's
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class StepSettings:
         optimizer: the component and its keywords, as in a configuration.
         features_cached: whether encoders are replaced by features that were computed before.
         activation_checkpointing: whether activations of layers are computed again in the backward pass.
+        activation_offloading: whether activations are kept in the memory of the CPU.
+        optimizer_in_backward: whether each parameter is updated as soon as its gradient is there.
         quantized: storage bytes of parameters that will be quantized, by canonical name.
     """
 
@@ -64,6 +67,8 @@ class StepSettings:
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"_component_": "torch.optim.AdamW"})
     features_cached: bool = False
     activation_checkpointing: bool = False
+    activation_offloading: bool = False
+    optimizer_in_backward: bool = False
     quantized: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -121,11 +126,33 @@ def _copy_of_fakes(model: nn.Module, settings: StepSettings, mode: FakeTensorMod
     copied.train()
     if settings.activation_checkpointing:
         checkpoint_activations(copied, [n for n, p in named_parameters(copied) if p.requires_grad])
+    if settings.activation_offloading:
+        _offload_activations(copied)
     return copied
 
 
 def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=_CPU)
+
+
+def _offload_activations(model: nn.Module) -> None:
+    """Keep of each activation but its shape, as ``offload_activations`` does on the device."""
+    context = torch.autograd.graph.saved_tensors_hooks(_without_memory, _with_memory)
+    model.register_forward_pre_hook(lambda *_: context.__enter__() and None)
+    model.register_forward_hook(lambda *_: context.__exit__(), always_call=True)
+
+
+def _without_memory(saved: Tensor) -> Any:
+    small = saved.nbytes < _LEAST_OFFLOADED
+    kept = small or isinstance(saved, nn.Parameter | nn.Buffer)
+    return saved if kept else (saved.shape, saved.stride(), saved.dtype)
+
+
+def _with_memory(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    shape, stride, dtype = packed
+    return torch.empty_strided(shape, stride, dtype=dtype, device=_CPU)
 
 
 def _run(
@@ -143,6 +170,8 @@ def _run(
     phases: dict[str, Counter[str]] = {}
     with tracker:
         step = optimizer_states(trained, settings.optimizer, tracker)
+        if settings.optimizer_in_backward:
+            _step_in_backward(trained, step)
         hooks = _count_by_module(model, tracker)
         flops = 0
         for _ in range(min(2, settings.gradient_accumulation_steps)):  # gradients exist in the second
@@ -177,6 +206,15 @@ def _count_gradient(parameter: Tensor, kind: str, tracker: MemoryTracker) -> Non
         tracker.add(owner.grad, kind)
 
     parameter.register_post_accumulate_grad_hook(count)
+
+
+def _step_in_backward(parameters: list[Tensor], step: Callable[[], None]) -> None:
+    def update(parameter: Tensor) -> None:
+        step()
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(update)
 
 
 def _count_by_module(model: Any, tracker: MemoryTracker) -> list[Any]:

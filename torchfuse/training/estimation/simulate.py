@@ -138,7 +138,7 @@ def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _offload_activations(model: nn.Module) -> None:
     """Keep of each activation but its shape, as ``offload_activations`` does on the device."""
     context = torch.autograd.graph.saved_tensors_hooks(_without_memory, _with_memory)
-    model.register_forward_pre_hook(lambda *_: context.__enter__() and None)
+    model.register_forward_pre_hook(lambda *_: context.__enter__())
     model.register_forward_hook(lambda *_: context.__exit__(), always_call=True)
 
 

@@ -8,12 +8,14 @@ from support import TinyEncoder, inputs, open_gates, text, tiny_decoder
 
 from torchfuse import add_lora, describe, fuse
 from torchfuse.checkpoint import save_trained
+from torchfuse.errors import ModelError
+from torchfuse.params import is_sharded
 from torchfuse.training import linear_next_token_loss, shard
 
 
-def quantized(dora):
-    """A model whose layers have a multiple of NF4's 16,384 values on each of two ranks."""
-    decoder = tiny_decoder(num_heads=4, num_kv_heads=4, embed_dim=256, intermediate_dim=512)
+def quantized(dora, width=256):
+    """A model whose layers have a multiple of NF4's 16,384 values, of width 256 on each of two ranks."""
+    decoder = tiny_decoder(num_heads=4, num_kv_heads=4, embed_dim=width, intermediate_dim=512)
     model = open_gates(fuse(decoder, TinyEncoder(), every=2, on_missing="participate"))
     torch.manual_seed(7)
     add_lora(model, rank=3, alpha=6, targets=["q_proj", "w2"], dora=dora, quantize_base=True)
@@ -52,6 +54,12 @@ def _on_ranks(rank, folder, dora):
     model = quantized(dora)
     expected = train(model, slice(None), 1)
     save_trained(model, folder / "one")
+    small = quantized(dora, width=128)
+    with pytest.raises(
+        ModelError, match=r"16,384 values, as many on each of 2 ranks, .*0\.attn\.q_proj"
+    ):
+        shard(small)
+    assert not any(is_sharded(parameter) for parameter in small.parameters())
     model = quantized(dora)
     shard(model)
     assert "nf4" in describe(model)["decoder"].dtype

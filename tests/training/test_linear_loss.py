@@ -13,6 +13,7 @@ from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.training import set_activation_checkpointing
 
+from torchfuse import quantize
 from torchfuse.errors import ModelError
 from torchfuse.training import linear_loss, linear_next_token_loss, next_token_loss, shard
 
@@ -128,6 +129,17 @@ def test_no_label_and_all_labels(learned):
     grads = compare(model, tokens, labels_of(tokens, learned), call={"encoder_input": inputs(2)})
     assert all(grad.isfinite().all() for grad in grads.values())
     assert learned or not any(grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("learned", [0.0, 1.0])
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "int8_dynamic"])
+def test_quantized_heads(scheme, learned):
+    model, tokens = make("cross_attention").requires_grad_(False), text(2, 13)
+    quantize(model, scheme)
+    labels, call = labels_of(tokens, learned), {"encoder_input": inputs(2)}
+    total, _ = linear_next_token_loss(model, tokens, labels=labels, **call)
+    expected, _ = next_token_loss(model(tokens, **call), labels)
+    torch.testing.assert_close(total, expected)
 
 
 def test_logits_are_never_whole(monkeypatch):

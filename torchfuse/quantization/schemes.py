@@ -10,12 +10,12 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Scheme", "convert", "try_scheme", "unsupported_shape"]
+__all__ = ["NF4_MULTIPLE", "Scheme", "convert", "try_scheme", "unsupported_shape"]
 
 Scheme = Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "nf4"]
 
 _NF4_BLOCK: Final = 64  # values that share a scale
-_NF4_MULTIPLE: Final = _NF4_BLOCK * 256  # 256 blocks share the scale of their scales
+NF4_MULTIPLE: Final = _NF4_BLOCK * 256  # 256 blocks share the scale of their scales
 _NF4_ZEROS: Final = 0x77  # a byte of two values whose code is that of zero
 # torchao does not quantize layers that are not wider, or raises an error.
 _WIDER_THAN: Final = {"int8_weight_only": 1, "float8_weight_only": 1, "int8_dynamic": 16, "nf4": 0}
@@ -24,8 +24,8 @@ _WIDER_THAN: Final = {"int8_weight_only": 1, "float8_weight_only": 1, "int8_dyna
 def unsupported_shape(weight: Tensor, scheme: str) -> str | None:
     """Return why a scheme cannot quantize a weight ``[out, in]``, or None if it can."""
     shape = list(weight.shape)
-    if scheme == "nf4" and weight.numel() % _NF4_MULTIPLE:
-        return f"{shape} is not a multiple of {_NF4_MULTIPLE} values"
+    if scheme == "nf4" and weight.numel() % NF4_MULTIPLE:
+        return f"{shape} is not a multiple of {NF4_MULTIPLE} values"
     if weight.shape[1] <= _WIDER_THAN[scheme]:
         return f"{shape} is not wider than {_WIDER_THAN[scheme]}"
     return None
@@ -87,7 +87,7 @@ def _to_nf4(weight: Tensor) -> Tensor:
 def try_scheme(scheme: str, device: torch.device, dtype: torch.dtype) -> bool | Exception:
     """Run a small quantized layer; return whether it has a gradient, or the error."""
     try:
-        weight = torch.linspace(-1, 1, _NF4_MULTIPLE, device=device, dtype=dtype).reshape(-1, 64)
+        weight = torch.linspace(-1, 1, NF4_MULTIPLE, device=device, dtype=dtype).reshape(-1, 64)
         layer = nn.Linear(64, len(weight), device="meta")  # draws no random numbers
         layer.weight = nn.Parameter(convert(weight, scheme), requires_grad=False)
         layer.bias = nn.Parameter(weight[:, 0].clone(), requires_grad=False)

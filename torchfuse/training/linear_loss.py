@@ -113,12 +113,15 @@ class _LinearLoss(torch.autograd.Function):
     ) -> Tensor:
         hidden = hidden.detach()
         trained = [index for index, p in enumerate(parameters) if p.requires_grad]
-        vocab_size = head(hidden[:0]).shape[-1]
+        with_gradients = any(ctx.needs_input_grad)
+        total, of_hidden = torch.zeros((), device=hidden.device), []
+        if not (with_gradients or len(hidden)):
+            return total
+        # Heads in int8_dynamic, which have no gradient, do not take an input without rows.
+        vocab_size = head(hidden[: int(not with_gradients)]).shape[-1]
         rows = _rows_of_a_chunk(vocab_size, [parameters[index] for index in trained], hidden.device)
         shape = (min(rows, len(hidden)), vocab_size)
         buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-        with_gradients = any(ctx.needs_input_grad)
-        total, of_hidden = torch.zeros((), device=hidden.device), []
         sums: list[Tensor] = []  # in fp32: many small terms are added
         for start in range(0, max(1, len(hidden)), rows):
             chunk = slice(start, start + rows)

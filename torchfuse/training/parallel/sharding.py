@@ -8,8 +8,9 @@ import torch
 from torch import distributed, nn
 
 from torchfuse.errors import ModelError
-from torchfuse.naming import find_model, unwrap
-from torchfuse.params import fusion_buffers, get_fusion_params, is_sharded, parts_of
+from torchfuse.naming import find_model, named_parameters, unwrap
+from torchfuse.params import fusion_buffers, get_fusion_params, is_sharded, parts_of, quantized_dtype
+from torchfuse.quantization.schemes import NF4_MULTIPLE
 from torchfuse.training.parallel.layers import layers_of
 
 __all__ = ["broadcast_fusion", "check_participation", "shard"]
@@ -33,7 +34,8 @@ def shard(model: nn.Module, *, reshard_after_forward: bool | int = True, **optio
 
     Raises:
         ModelError: if there is no layer to shard, a batch without images would block the other ranks,
-            or the parameters are distributed already (by tensor parallelism, for example).
+            NF4 weights cannot be divided by the number of ranks, or the parameters are distributed
+            already (by tensor parallelism, for example).
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes over a second
 
@@ -47,6 +49,8 @@ def shard(model: nn.Module, *, reshard_after_forward: bool | int = True, **optio
             "with tensor parallelism. Give shard() a mesh of replicas and shards."
         )
     check_participation(model)
+    mesh = options.get("mesh")
+    _check_nf4(model, distributed.get_world_size() if mesh is None else mesh.size(mesh.ndim - 1))
     broadcast_fusion(model)
     parts = parts_of(model)
     # A unit reduces all of its gradients in one dtype.
@@ -65,6 +69,22 @@ def check_participation(model: nn.Module) -> None:
         raise ModelError(
             'Several ranks need a model with on_missing="participate": without it a rank whose batch '
             "has no image runs fewer modules than the others, and they hang."
+        )
+
+
+def _check_nf4(model: nn.Module, num_shards: int) -> None:
+    """Raise a ``ModelError`` if an NF4 weight has other than a multiple of blocks for each rank."""
+    wrong = [
+        name
+        for name, p in named_parameters(model)
+        if quantized_dtype(p) == "nf4" and p.numel() // NF4_MULTIPLE % num_shards
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ModelError(
+            f"NF4 weights are sharded in blocks of {NF4_MULTIPLE:,} values, as many on each of "
+            f"{num_shards} ranks, which these do not have: {', '.join(wrong[:8])}{more}. Use fewer "
+            "shards (parallel.shard), parallel.strategy=ddp, or LoRA without quantize_base."
         )
 
 

@@ -49,6 +49,7 @@ _FREE_ON_RESUME: Final = frozenset(
     }
 )
 _FROM_PRETRAINED: Final = "torchfuse.from_pretrained"
+_ON_THE_CPU: Final = "CPUOffloadOptimizer"  # torchao's
 _SIZES: Final = ("train.batch_size", "train.gradient_accumulation_steps")
 
 
@@ -132,6 +133,13 @@ def _train_problems(config: Config) -> Iterator[str]:
         yield (
             f"train.optimizer has {', '.join(given)}: give train.lr and train.weight_decay, which any "
             "optimizer takes"
+        )
+    if str(train.optimizer.get("_component_")).endswith(_ON_THE_CPU) and not (
+        train.clip_grad_norm is None and config.save_every is None and config.device.startswith("cuda")
+    ):
+        yield (
+            f"train.optimizer={_ON_THE_CPU} needs device=cuda, train.clip_grad_norm=null, as it copies "
+            "gradients before they are clipped, and save_every=null, as its states cannot be saved"
         )
     for name, value in (("train.lr", train.lr), ("train.weight_decay", train.weight_decay)):
         rates = list(value.values()) if isinstance(value, dict) else [value]

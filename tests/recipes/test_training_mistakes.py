@@ -111,6 +111,7 @@ MISTAKES = {
         Mistake(TRAINED, "must return a Optimizer", optimizer(_component_="builtins.list")),
         Mistake(TRAINED, "unknown option 'beta'", optimizer(_component_="torch.optim.AdamW", beta=0.9)),
         Mistake(READ, "needs train.clip_grad_norm=null", train(optimizer_in_backward=True)),
+        Mistake(READ, "gradients before they are clipped", optimizer(_component_="CPUOffloadOptimizer")),
         Mistake(READ, "label_smoothing=2.0 must be at most 1", train(label_smoothing=2.0)),
         Mistake(READ, "must be above 0 and at most 1", train(lr_layer_decay=0.0)),
         Mistake(READ, "train.z_loss=-1.0 must be at least 0", train(z_loss=-1.0)),

@@ -1,5 +1,6 @@
 """The training of a finetuning run, which can be saved and resumed at any step."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -201,7 +202,9 @@ class Trainer:
             if skipped is None and not self.config.train.optimizer_in_backward:
                 self.optimizer.step()
             self.optimizer.zero_grad()
-            self.lr_schedule.step()
+            with warnings.catch_warnings():  # torch's, where the first step is skipped
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.lr_schedule.step()
         return skipped
 
     def _backward(self, step: list[dict[str, Any]], metrics: StepMetrics) -> None:

@@ -25,6 +25,7 @@ PRELOADED = [
 def _rank(rank: int, world_size: int, store: str, function: Callable[..., None], args: Any) -> None:
     warnings.simplefilter("ignore")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # a file is used in their place
     torch.set_num_threads(1)
     torch.manual_seed(17)
     distributed.init_process_group(

@@ -48,16 +48,16 @@ class Head(nn.Module):
     def chunked_output(self, hidden):
         return [self.output(chunk) for chunk in hidden.chunk(self.num_output_chunks, dim=1)]
 
-    def forward(self, hidden):
+    def forward(self, tokens, hidden):
         return self.chunked_output(hidden) if self.num_output_chunks else self.output(hidden)
 
 
 def torchfuse_loss(head, hidden, labels):
-    return linear_next_token_loss(head, hidden, labels=labels)[0]
+    return linear_next_token_loss(head, labels, labels=labels, hidden=hidden)[0]
 
 
 def all_logits(head, hidden, labels):
-    return next_token_loss(head(hidden), labels)[0]
+    return next_token_loss(head(labels, hidden), labels)[0]
 
 
 def torch_loss(**options):

@@ -221,10 +221,10 @@ def test_compiled(whole):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_with_the_loss():
-    model, tokens = make("cross_attention"), text(2, 13)
+    model, tokens, images = make("cross_attention"), text(2, 13), inputs(2)
 
     def loss(tokens):
-        return linear_next_token_loss(model, tokens, labels=tokens, encoder_input=inputs(2))[0]
+        return linear_next_token_loss(model, tokens, labels=tokens, encoder_input=images)[0]
 
     torch.testing.assert_close(torch.compile(loss, backend="aot_eager")(tokens), loss(tokens))
     assert model(tokens, encoder_input=inputs(2)).shape == (2, 13, VOCAB)

@@ -118,7 +118,8 @@ class _LinearLoss(torch.autograd.Function):
         if not (with_gradients or len(hidden)):
             return total
         # Heads in int8_dynamic, which have no gradient, do not take an input without rows.
-        vocab_size = head(hidden[: int(not with_gradients)]).shape[-1]
+        with torch.enable_grad():  # autocast may keep the cast weight, and its gradient is needed below
+            vocab_size = head(hidden[: int(not with_gradients)]).shape[-1]
         rows = _rows_of_a_chunk(vocab_size, [parameters[index] for index in trained], hidden.device)
         shape = (min(rows, len(hidden)), vocab_size)
         buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)

@@ -116,11 +116,16 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+    return int(sdpa_flop_count(q.shape, _repeated(k, q), _repeated(v, q)))
 
 
 def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
+    return int(sdpa_backward_flop_count(grad.shape, q.shape, _repeated(k, q), _repeated(v, q)))
+
+
+def _repeated(keys: Any, queries: Any) -> tuple[int, ...]:
+    """The shape of keys or values, repeated for the heads of queries, as torch 2.9 counts them."""
+    return (*queries.shape[:2], *keys.shape[2:])
 
 
 # Operations of each kernel; torch has no entry for attention on a CPU.

@@ -61,10 +61,11 @@ def param_groups(
     if not 0 < layer_decay <= 1:
         raise ConfigError(f"layer_decay must be above 0 and at most 1, got {layer_decay}.")
     reshard(model)
+    everything = partition(model)
     ever = set(FreezeSchedule(stages).trained_ever(model))
     trainable = {
         part: {name: p for name, p in parameters.items() if name in ever}
-        for part, parameters in partition(model).items()
+        for part, parameters in everything.items()
     }
     trainable = {part: parameters for part, parameters in trainable.items() if parameters}
     if not trainable:
@@ -86,7 +87,7 @@ def param_groups(
     for part, parameters in trainable.items():
         whole = {part: (parameters, 1.0)}
         decayed = layer_decay < 1 and part.split(".")[0] not in ("fusion", LORA)
-        split = _by_depth(part, partition(model)[part], parameters, layer_decay) if decayed else whole
+        split = _by_depth(part, everything[part], parameters, layer_decay) if decayed else whole
         groups += [
             {
                 "name": name,

@@ -1,8 +1,8 @@
 """Which parameters were added to the pretrained ones.
 
 A module names the parameters that fusion added, relative to itself, by a method ``fusion_params()``;
-``register_fusion_module`` gives any module that method. LoRA layers name theirs by ``adapter_params()``,
-torchtune's protocol. Both are fusion parameters: they are trained and saved, and are in no pretrained
+``register_fusion_module`` adds this method to any module. LoRA layers have torchtune's method for it,
+``adapter_params()``. Both are fusion parameters: they are trained and saved, and are in no pretrained
 checkpoint. Parameters are compared by identity and reported by canonical name, so that results are the
 same before and after ``torch.compile``, activation checkpointing and sharding.
 """

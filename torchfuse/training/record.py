@@ -24,7 +24,7 @@ class TrainingRecord:
         seconds: seconds of training, without evaluation and saving.
         before: accuracy before the first step, by kind of question.
         samples: number of samples that were left out, by reason.
-        skipped_steps: number of steps that were skipped, as loss or gradients were not finite.
+        skipped_steps: number of steps that were skipped: not finite, or without a supervised token.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)

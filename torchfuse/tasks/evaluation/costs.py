@@ -22,11 +22,11 @@ def training_costs(model: nn.Module, record: TrainingRecord) -> dict[str, Any]:
         record: of its training.
 
     Returns:
-        ``new_parameters``, ``steps``, ``skipped_steps`` (something was not finite),
-        ``training_seconds``, ``tokens`` (by modality), ``tokens_per_second``, ``left_out`` (samples:
-        ``skipped``, because they cannot be used, and ``too_long``), ``accuracy_at_step`` and the
-        ``statistics`` of the architecture, such as ``expert_load`` for one with experts of modalities;
-        all of it JSON.
+        ``new_parameters``, ``steps``, ``skipped_steps`` (not finite, or without a
+        supervised token), ``training_seconds``, ``tokens`` (by modality), ``tokens_per_second``,
+        ``left_out`` (samples: ``skipped``, because they cannot be used, and ``too_long``),
+        ``accuracy_at_step`` and the ``statistics`` of the architecture, such as ``expert_load`` for one
+        with experts of modalities; all of it JSON.
     """
     costs: dict[str, Any] = {
         "new_parameters": sum(p.numel() for p in get_fusion_params(model).values()),

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from torchfuse.errors import ConfigError
@@ -14,6 +13,7 @@ from torchfuse.lora.layers import is_lora
 from torchfuse.models.strategy import features_per_image
 from torchfuse.naming import find_model, unwrap
 from torchfuse.params import FreezeSchedule, partition, read_freeze_meta
+from torchfuse.training.device import dtype_by_name
 from torchfuse.training.estimation.meta_model import model_on_meta
 from torchfuse.training.estimation.simulate import StepSettings
 
@@ -26,7 +26,6 @@ _OF_TRAIN: Final = (
     "optimizer",
     "optimizer_in_backward",
 )
-_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_OF_AN_IMAGE: Final = 256  # tokens, in packs
 _NF4_BLOCK: Final = 64  # values to a scale of one byte; 256 scales have one in fp32
 _NF4_NBYTES: Final = 1 / 2 + 1 / _NF4_BLOCK + 4 / (256 * _NF4_BLOCK)
@@ -54,11 +53,9 @@ def read_settings(
         ConfigError: for a section that is wrong.
         CheckpointError: for a directory that is wrong.
     """
-    name = config["dtype"]
-    if name not in _DTYPES:
-        raise ConfigError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, got {name!r}.")
+    dtype = dtype_by_name(config["dtype"], f"{where}: dtype")
     data, train = config["data"], config["train"]
-    model = model_on_meta(config, where, _DTYPES[name])
+    model = model_on_meta(config, where, dtype)
     owner: Any = unwrap(find_model(model))
     length = seq_len or data["max_seq_len"] or owner.max_seq_len
     if images is None:
@@ -75,7 +72,7 @@ def read_settings(
         seq_len=length,
         images=images,
         supervised=supervised,
-        dtype=_DTYPES[name],
+        dtype=dtype,
         trained=frozenset(trained),
         features_cached=data["cache_features"] is not None,
         activation_checkpointing=config["activation_checkpointing"],

@@ -10,6 +10,7 @@ from torch import distributed, nn
 from torchfuse.errors import ModelError
 from torchfuse.naming import find_model, named_parameters, unwrap
 from torchfuse.params import fusion_buffers, get_fusion_params, is_sharded, parts_of, quantized_dtype
+from torchfuse.quantization.plan import first_names
 from torchfuse.quantization.schemes import NF4_MULTIPLE
 from torchfuse.training.parallel.layers import layers_of
 
@@ -80,10 +81,9 @@ def _check_nf4(model: nn.Module, num_shards: int) -> None:
         if quantized_dtype(p) == "nf4" and p.numel() // NF4_MULTIPLE % num_shards
     ]
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ModelError(
             f"NF4 weights are sharded in blocks of {NF4_MULTIPLE:,} values, as many on each of "
-            f"{num_shards} ranks, which these do not have: {', '.join(wrong[:8])}{more}. Use fewer "
+            f"{num_shards} ranks, which these do not have: {first_names(wrong)}. Use fewer "
             "shards (parallel.shard), parallel.strategy=ddp, or LoRA without quantize_base."
         )
 
